@@ -1,0 +1,40 @@
+"""The other packages that the benchmarks and tests compare with: which are installed, and how to import them."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from types import ModuleType
+
+import torch
+
+_kept_alive: list[torch.library.Library] = []
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution such as ``open_clip_torch``; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def import_open_clip() -> ModuleType:
+    """open_clip, also beside a torchvision whose compiled operators were built for another torch.
+
+    open_clip imports torchvision, which registers meta kernels for its operators ``nms`` and ``qnms``; where its
+    compiled library does not load, these do not exist and the import fails. They are declared here, without a kernel.
+
+    Raises:
+        ModuleNotFoundError: open_clip is not installed.
+    """
+    if importlib.util.find_spec("open_clip") is None:
+        raise ModuleNotFoundError("open_clip is not installed; install it with: pip install 'fastvlp[bench]'")
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept_alive.append(library)
+        importlib.import_module("torchvision")
+    return importlib.import_module("open_clip")
