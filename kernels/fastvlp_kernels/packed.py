@@ -1,0 +1,151 @@
+"""The one layout that every token operator reads and writes: segments of different lengths, end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Segments (images, captions) laid end to end in one tensor.
+
+    Make one with :meth:`of`, :meth:`from_list` or :meth:`from_padded`; the plain constructor checks nothing.
+
+    Attributes:
+        x: [T, ...] the tokens of all segments.
+        cu_seqlens: int32 [S+1] on the device of ``x``: where each segment starts; the last entry is where the last one ends.
+        lengths: int64 [S] on the CPU, known to the host so that nothing has to ask the device.
+        total: T. max_seqlen: the longest segment (0 without segments).
+        size: float32 [T] or None: how many patches each token stands for.
+        pos: int32 [T, 3] or None: (frame, row, column); text and register tokens carry (index, -1, -1).
+    """
+
+    x: Tensor
+    cu_seqlens: Tensor
+    lengths: Tensor
+    total: int
+    max_seqlen: int
+    size: Tensor | None = None
+    pos: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The number of segments."""
+        return self.lengths.shape[0]
+
+    @classmethod
+    def of(cls, x: Tensor, lengths: Sequence[int] | Tensor, size: Tensor | None = None, pos: Tensor | None = None) -> Packed:
+        """Cut ``x`` [T, ...] into segments of these lengths (a sequence or an integer tensor [S]; on a CUDA device it costs one sync).
+
+        Raises:
+            ValueError: the lengths are not counts that sum to T, or ``size`` is not [T], or ``pos`` not [T, 3].
+        """
+        counts = _lengths(lengths)
+        if x.ndim == 0 or int(counts.sum()) != x.shape[0]:
+            raise ValueError(f"Packed: the lengths sum to {int(counts.sum())} but x has shape {tuple(x.shape)}; its rows are the tokens of all segments")
+        total = x.shape[0]
+        for name, extra, shape in (("size", size, (total,)), ("pos", pos, (total, 3))):
+            if extra is not None and tuple(extra.shape) != shape:
+                raise ValueError(f"Packed: {name} has shape {tuple(extra.shape)}; with {total} tokens it must be {shape}")
+        cu_seqlens = torch.zeros(len(counts) + 1, dtype=torch.int32)
+        torch.cumsum(counts, 0, out=cu_seqlens[1:])
+        longest = int(counts.max()) if len(counts) else 0
+        return cls(x, cu_seqlens.to(x.device, non_blocking=True), counts, total, longest, size, pos)
+
+    @classmethod
+    def from_list(cls, segments: Sequence[Tensor], pos: Sequence[Tensor] | None = None) -> Packed:
+        """Lay tensors [n_i, ...] (and their ``pos`` [n_i, 3]) end to end. At least one is needed; it may be empty."""
+        if not segments:
+            raise ValueError("Packed.from_list: got no tensors; pass at least one [n, ...] (n may be 0), which says width, dtype and device")
+        return cls.of(torch.cat(list(segments)), [len(s) for s in segments], pos=None if pos is None else torch.cat(list(pos)))
+
+    @classmethod
+    def from_padded(cls, x: Tensor, lengths: Sequence[int] | Tensor | None = None, mask: Tensor | None = None) -> Packed:
+        """Drop the padding of ``x`` [B, N, ...].
+
+        Args:
+            lengths: how many leading tokens of each row are real (None: all); or the mask, as a boolean tensor.
+            mask: bool [B, N], True where a token is real, anywhere in its row. On a CUDA device it costs one sync.
+
+        Raises:
+            ValueError: lengths outside 0..N, or a mask of another shape, or both are given.
+        """
+        if isinstance(lengths, Tensor) and lengths.dtype == torch.bool:
+            lengths, mask = None, lengths
+        if lengths is not None and mask is not None:
+            raise ValueError("Packed.from_padded: got lengths and a mask; pass one of them")
+        if x.ndim < 2:
+            raise ValueError(f"Packed.from_padded: x has shape {tuple(x.shape)}; it must be [B, N, ...]")
+        rows, width = x.shape[:2]
+        flat = x.flatten(0, 1)
+        if mask is not None:
+            if mask.shape != (rows, width) or mask.dtype != torch.bool:
+                raise ValueError(f"Packed.from_padded: the mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool ({rows}, {width})")
+            index = mask.flatten().nonzero().squeeze(1)
+            return cls.of(flat.index_select(0, index), mask.sum(1))
+        if lengths is None:
+            return cls.of(flat, [width] * rows)
+        counts = _lengths(lengths)
+        if len(counts) != rows or (rows and int(counts.max()) > width):
+            raise ValueError(f"Packed.from_padded: {len(counts)} lengths up to {int(counts.max()) if len(counts) else 0} for x of shape {tuple(x.shape)}")
+        if int(counts.sum()) == rows * width:
+            return cls.of(flat, counts)
+        return cls.of(flat.index_select(0, _places(counts, width).to(x.device, non_blocking=True)), counts)
+
+    def to_padded(self, value: float = 0, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Pad every segment with ``value`` to ``width`` tokens (None: the longest segment).
+
+        Returns:
+            x: [S, width, ...], and the mask: bool [S, width] on the device of ``x``, True where a token is real.
+        """
+        width = self.max_seqlen if width is None else width
+        if width < self.max_seqlen:
+            raise ValueError(f"Packed.to_padded: width {width} is less than the longest segment, {self.max_seqlen}")
+        rows, device = len(self), self.x.device
+        mask = (torch.arange(width) < self.lengths[:, None]).to(device, non_blocking=True)
+        if rows * width == self.total:
+            return self.x.unflatten(0, (rows, width)), mask
+        places = _places(self.lengths, width).to(device, non_blocking=True)
+        padded = self.x.new_full((rows * width, *self.x.shape[1:]), value).index_copy(0, places, self.x)
+        return padded.unflatten(0, (rows, width)), mask
+
+    def segments(self) -> list[Tensor]:
+        """The segments as views [n_i, ...] of ``x``."""
+        return list(self.x.split(self.lengths.tolist()))
+
+    def replace(self, **changes: Any) -> Packed:
+        """The same segments with other contents: ``replace(x=...)``, ``replace(size=...)``, ``replace(pos=...)``."""
+        for name, value in changes.items():
+            if name not in ("x", "size", "pos"):
+                raise ValueError(f"Packed.replace: cannot change {name}; only x, size and pos (other segments: Packed.of)")
+            if value is not None and value.shape[0] != self.total:
+                raise ValueError(f"Packed.replace: {name} has {value.shape[0]} rows; these segments have {self.total} tokens")
+        return dataclasses.replace(self, **changes)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Packed:
+        """Move everything but ``lengths``, which stays on the CPU."""
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        x, cu_seqlens = self.x.to(device, non_blocking=non_blocking), self.cu_seqlens.to(device, non_blocking=non_blocking)
+        return dataclasses.replace(self, x=x, cu_seqlens=cu_seqlens, size=move(self.size), pos=move(self.pos))
+
+
+def _lengths(lengths: Sequence[int] | Tensor) -> Tensor:
+    counts = lengths.detach() if isinstance(lengths, Tensor) else torch.tensor(lengths, dtype=torch.int64)
+    if counts.ndim != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
+        raise ValueError(f"Packed: lengths are {counts.dtype} of shape {tuple(counts.shape)}; they must be integers [S], one per segment")
+    counts = counts.to("cpu", torch.int64)
+    if len(counts) and int(counts.min()) < 0:
+        raise ValueError(f"Packed: segment {int(counts.argmin())} has length {int(counts.min())}; lengths are 0 or more")
+    return counts
+
+
+def _places(lengths: Tensor, width: int) -> Tensor:
+    """Where the packed tokens lie in the flattened [S, width]: int64 [T] on the CPU."""
+    return (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)

@@ -1,0 +1,1 @@
+from .op import packed_attention as packed_attention
