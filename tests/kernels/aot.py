@@ -1,0 +1,77 @@
+"""Compiles Triton kernels for GPUs that are not here, and reads what ptxas says about them."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Bytes of shared memory that one block may use, by compute capability (CUDA C++ programming guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture: 32-bit registers per thread, bytes of shared memory per block, bytes spilled per thread."""
+
+    arch: int
+    registers: int
+    shared: int
+    spills: int
+    ptx: str
+
+    def holds(self, instruction: str) -> bool:
+        """Whether the PTX holds an instruction, by the first part of its name: "wgmma", "mma", "tcgen05", "atom", "red"."""
+        return re.search(rf"^\s*(@!?%p\d+\s+)?{re.escape(instruction)}\.", self.ptx, re.MULTILINE) is not None
+
+
+def compile_for(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    arch: int,
+    *,
+    num_warps: int,
+    num_stages: int,
+    aligned: Sequence[str] = (),
+) -> Compiled:
+    """Compile ``kernel`` (a @triton.jit function) for compute capability ``arch`` (80, 90, 100) without a GPU.
+
+    Args:
+        signature: type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32".
+        constexprs: value of every constexpr; a pointer that is not given is a constexpr None.
+        aligned: arguments known to be divisible by 16, as Triton finds out at launch: pointers of torch and strides.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constexprs}
+    source = ASTSource(fn=kernel, signature=types, constexprs=dict(constexprs), attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+    ptx = built.asm["ptx"]
+    said = _ptxas(ptx)
+    used, spilled = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
+    assert used is not None and spilled, f"ptxas reported neither registers nor spills:\n{said}"
+    return Compiled(arch, int(used[1]), built.metadata.shared, sum(map(int, spilled)), ptx)
+
+
+def _ptxas(ptx: str) -> str:
+    import triton
+
+    target = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    for ptxas in filter(Path.exists, (tools / "ptxas", tools / "ptxas-blackwell")):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "kernel.ptx")
+            source.write_text(ptx)
+            command = [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if "Unsupported .version" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+    return done.stderr + done.stdout
