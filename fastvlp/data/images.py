@@ -1,0 +1,127 @@
+"""Encoded pictures to uint8 arrays: decoding that refuses what it should, fitting to the patch grid, cheap augmentation."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastvlp.data.patches import mix
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 1 << 26  # 67 megapixels, 200 MB decoded
+WHITE = (255, 255, 255)
+
+
+class Unusable(Exception):
+    """A sample cannot be used; the message is the reason it is counted under."""
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, wanted: int | None = None) -> Image.Image:
+    """An RGB picture with transparency flattened on white.
+
+    Args:
+        max_pixels: larger pictures are refused by their header, before they are unpacked.
+        wanted: longest side in pixels that will be needed; JPEG is then decoded at the nearest larger eighth.
+
+    Raises:
+        Unusable: not a picture, cut short, or too large.
+    """
+    pil = _pil()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes and of odd metadata; the size is checked below
+            image = pil.open(io.BytesIO(data))
+            if image.width * image.height > max_pixels:
+                raise Unusable("image has too many pixels")
+            if wanted is not None:
+                scale = wanted / max(image.size)
+                image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+            image.load()
+            return _rgb(image)
+    except (Unusable, MemoryError):
+        raise
+    except pil.UnidentifiedImageError as error:
+        raise Unusable("not an image") from error
+    except pil.DecompressionBombError as error:
+        raise Unusable("image has too many pixels") from error
+    except Exception as error:  # hostile bytes make decoders raise almost anything
+        raise Unusable("image is broken") from error
+
+
+def fit(image: Image.Image, image_size: int, patch_size: int) -> np.ndarray:
+    """Scale a picture so that its longest side is ``image_size`` and both sides are multiples of ``patch_size``: uint8 [h, w, 3] RGB."""
+    width, height = fitted_size(image.width, image.height, image_size, patch_size)
+    if image.size != (width, height):
+        image = image.resize((width, height), _pil().Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def fitted_size(width: int, height: int, image_size: int, patch_size: int) -> tuple[int, int]:
+    """(width, height) after fitting: the native aspect ratio, rounded to the patch grid, at least one patch."""
+    scale = image_size / max(width, height) / patch_size
+    return max(1, round(width * scale)) * patch_size, max(1, round(height * scale)) * patch_size
+
+
+def augmentations(seeds: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters of the random changes of n pictures, each a function of its own seed.
+
+    At strength 1: zoom by up to 1.3 either way, aspect ratio by up to 1.15, a shift by up to 10% of the side; saturation and each channel
+    by up to 35% and 20%, hue turned by up to 15 degrees. White stays white. Pictures are not mirrored (they hold arrows and text).
+
+    Args:
+        seeds: uint64 [n].
+
+    Returns:
+        float64 [n, 4]: scale and shift of x, scale and shift of y, from the output to the input, in units of the side;
+        float64 [n, 12]: rows of a 3 x 4 colour matrix.
+    """
+    words = mix(np.repeat(seeds, 9), np.tile(np.arange(100, 109), len(seeds))).reshape(-1, 9)
+    u = (words >> np.uint64(11)).astype(np.float64) * (2.0 / (1 << 53)) - 1
+    zoom, aspect = 1.3 ** (strength * u[:, 0]), 1.15 ** (strength * u[:, 1] / 2)
+    scale = np.stack([1 / (zoom * aspect), aspect / zoom], 1)
+    shift = (1 - scale) / 2 + 0.1 * strength * u[:, 2:4]
+    place = np.stack([scale, shift], 2).reshape(-1, 4)
+
+    saturation, gains = 1.35 ** (strength * u[:, 4]), 1.2 ** (strength * u[:, 5:8])
+    angle = math.radians(15) * strength * u[:, 8]
+    # a turn about the grey axis, the part across that axis stretched by the saturation (Rodrigues)
+    across = np.eye(3) - 1 / 3
+    turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    matrix = 1 / 3 + saturation[:, None, None] * (np.cos(angle)[:, None, None] * across + np.sin(angle)[:, None, None] * turn)
+    matrix = gains[:, :, None] * matrix
+    constant = 255 * (1 - matrix.sum(2, keepdims=True))
+    return place, np.concatenate([matrix, constant], 2).reshape(-1, 12)
+
+
+def augment(pixels: np.ndarray, place: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Apply one row of ``augmentations`` to uint8 [h, w, 3]; the size stays, what comes in from outside is white."""
+    pil = _pil()
+    height, width = pixels.shape[:2]
+    image = pil.fromarray(pixels).convert("RGB", tuple(colour))
+    matrix = (place[0], 0.0, place[1] * width, 0.0, place[2], place[3] * height)
+    return np.asarray(image.transform((width, height), pil.Transform.AFFINE, matrix, pil.Resampling.BILINEAR, fillcolor=WHITE))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    pil = _pil()
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them at 255
+        return pil.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        ground = pil.new("RGBA", image.size, (*WHITE, 255))
+        return pil.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _pil():  # noqa: ANN202
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("pictures need Pillow: pip install 'fastvlp[train]'") from error
+    return Image
