@@ -1,0 +1,5 @@
+"""Filling token budgets: which images or captions go into one micro-batch."""
+
+from .best_fit import Packer as Packer
+from .best_fit import microbatches as microbatches
+from .best_fit import pack as pack
