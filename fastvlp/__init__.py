@@ -1,0 +1,16 @@
+"""fastvlp: vision-language pre-training made cheap."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastvlp.models import load as load
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from fastvlp.models import load
+
+        return load
+    raise AttributeError(f"module 'fastvlp' has no attribute {name!r}")

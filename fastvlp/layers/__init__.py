@@ -1,0 +1,8 @@
+"""Building blocks of the towers: thin modules over the operators of ``fastvlp_kernels``."""
+
+from fastvlp.layers.activation import SquaredReLU as SquaredReLU
+from fastvlp.layers.pool import segment_mean as segment_mean
+from fastvlp.layers.transformer import Attend as Attend
+from fastvlp.layers.transformer import Block as Block
+from fastvlp.layers.transformer import packed_attend as packed_attend
+from fastvlp.layers.transformer import padded_attend as padded_attend

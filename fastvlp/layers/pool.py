@@ -1,0 +1,14 @@
+"""Pooling over the segments of a packed batch."""
+
+import torch
+from torch import Tensor
+
+from fastvlp_kernels.packed import Packed
+
+
+def segment_mean(packed: Packed) -> Tensor:
+    """The mean token of each segment: [S, C] of the dtype of ``packed.x`` [T, C]; an empty segment gives zeros."""
+    lengths = packed.lengths.to(packed.x.device, non_blocking=True)
+    x = packed.x.to(torch.promote_types(packed.x.dtype, torch.float32))
+    total = torch.segment_reduce(x, "sum", lengths=lengths, axis=0, initial=0.0)
+    return (total / lengths.clamp_min(1)[:, None]).to(packed.x.dtype)

@@ -1,0 +1,65 @@
+"""What is installed, what a device can run, and which implementation computes an operator."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def interpreting() -> bool:
+    """True when Triton runs its kernels in Python on the CPU (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(impl: str, device: torch.device) -> str:
+    """The reason why ``impl`` cannot run on ``device`` here; an empty string when it can."""
+    if impl == "triton":
+        if not _installed("triton"):
+            return "Triton is not installed: pip install 'fastvlp[cuda]'"
+        if device.type != "cuda" and not interpreting():
+            return f"Triton needs a CUDA device and the tensors are on {device.type} (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+    elif impl == "cuda":
+        if not _installed("cupy"):
+            return "CuPy is not installed: pip install 'fastvlp[cuda]'"
+        if device.type != "cuda":
+            return f"it needs a CUDA device and the tensors are on {device.type}"
+    return ""
+
+
+def choose(op: str, impl: str | None, device: torch.device, implementations: Sequence[str]) -> str:
+    """The implementation that computes ``op`` on ``device``.
+
+    ``implementations`` is in order of preference; the first that can run is taken unless ``impl`` or the
+    environment variable FASTVLP_IMPL names one.
+
+    Raises:
+        ValueError: the name is not one of ``implementations``.
+        RuntimeError: it is, but cannot run here.
+    """
+    named = impl if impl is not None else os.environ.get("FASTVLP_IMPL")
+    if named is None:
+        return next(name for name in implementations if not why_not(name, device))
+    if named not in implementations:
+        source = "impl" if impl is not None else "FASTVLP_IMPL"
+        raise ValueError(f"{op}: {source}={named!r} is unknown; allowed: {', '.join(implementations)}")
+    reason = why_not(named, device)
+    if reason:
+        raise RuntimeError(f"{op}: impl={named!r} cannot run here: {reason}")
+    return named
+
+
+def explain(operators: Mapping[str, Sequence[str]], device: torch.device) -> list[dict[str, str]]:
+    """One row per operator: what would compute it on ``device`` and why the preferred ones would not."""
+    rows = []
+    for op, implementations in operators.items():
+        chosen = choose(op, None, device, implementations)
+        passed = implementations[: list(implementations).index(chosen)]
+        rows.append({"op": op, "impl": chosen, "why": "; ".join(f"not {name}: {why_not(name, device)}" for name in passed)})
+    return rows
