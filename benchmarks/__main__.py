@@ -1,0 +1,103 @@
+"""Times, memory, share of the device's limit and error of our operators, of PyTorch and of other packages.
+
+    python -m benchmarks                                  lists the cases and who can run them here
+    python -m benchmarks run --op similarity_logsumexp    one operator (--quick: small sizes, seconds)
+    python -m benchmarks run --all                        all operators
+    python -m benchmarks run --e2e mini --resume          time to zero-shot accuracy against open_clip's model and loss
+    python -m benchmarks plot                             pictures of the results, beside them
+    python -m benchmarks report [--check]                 the tables in README.md and kernels/README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import e2e, plot, report
+from benchmarks.measure import ParityError
+from benchmarks.registry import ENDS, OPS, find, suggest
+from benchmarks.run import RESULTS, run_case, split_providers, write
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command")
+    run = commands.add_parser("run", help="measure, and write benchmarks/results/<device>/")
+    run.add_argument("--op", action="append", default=[], metavar="OP", help=f"one of {', '.join(OPS)}; may be repeated")
+    run.add_argument("--all", action="store_true", help="every operator")
+    run.add_argument("--e2e", metavar="NAME", help=f"end to end: {', '.join(ENDS)}")
+    run.add_argument("--quick", action="store_true", help="small sizes, no memory; written only where --out is given")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
+    run.add_argument("--out", type=Path, help=f"folder for the results (default: {RESULTS})")
+    e2e.add_arguments(run)
+    for name, text in (("plot", "draw the results as PNG"), ("report", "write the marked tables of the READMEs")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    commands.choices["report"].add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is out of date")
+    return top
+
+
+def list_cases() -> None:
+    """Print every case with its sizes and providers."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for op in OPS:
+        case = find(op)
+        present, absent = split_providers(case, device)
+        print(f"{op}: {case.about}\n    {case.formula}")
+        print(f"    sizes on {device.type}: {', '.join(shape.name for shape in case.shapes(device.type, False))}")
+        print(f"    runs here: {', '.join(provider.name for provider in present)}")
+        if absent:
+            print(f"    not here: {', '.join(f'{name} ({reason})' for name, reason in absent.items())}")
+    print(f"mini: {e2e.__doc__.splitlines()[0]}\n    python -m benchmarks run --e2e mini")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The ``run`` command; 0, or 1 where a parity check failed, or 2 for a wrong name."""
+    ops = list(OPS) if arguments.all else arguments.op
+    unknown = [suggest(op, OPS, "operator") for op in ops if op not in OPS]
+    if arguments.e2e is not None and arguments.e2e not in ENDS:
+        unknown.append(suggest(arguments.e2e, ENDS, "end-to-end benchmark"))
+    if not ops and arguments.e2e is None:
+        unknown.append(f"nothing to run: give --op with one of {', '.join(OPS)}, --all, or --e2e {ENDS[0]}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        unknown.append("there is no CUDA device here; leave --device out to measure on the CPU")
+    if unknown:
+        print("\n".join(unknown), file=sys.stderr)
+        return 2
+    out = arguments.out or RESULTS
+    failed = False
+    for op in ops:
+        try:
+            result = run_case(find(op), torch.device(arguments.device), arguments.quick, lambda text: print(text, flush=True))
+        except ParityError as error:
+            print(f"parity: {error}", file=sys.stderr)
+            failed = True
+            continue
+        if not arguments.quick or arguments.out:
+            print(f"wrote {write(result, out)}")
+    if arguments.e2e:
+        e2e.run(arguments, out)
+    return int(failed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line's exit code."""
+    arguments = parser().parse_args(argv)
+    if arguments.command is None:
+        list_cases()
+        return 0
+    if arguments.command == "run":
+        return run(arguments)
+    if arguments.command == "plot":
+        for path in plot.plot(arguments.results):
+            print(path)
+        return 0
+    return report.main(arguments.results, arguments.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Self-attention over segments of different lengths, as captions and ragged images bring them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.registry import Case, Mode, Problem, Provider, Shape, Task, always, needs, needs_compiler
+
+CAPTION, PADDED_CAPTION = 8.5, 24  # tokens of a mini caption with its start and end, and what open_clip pads it to
+
+
+def _captions(count: int) -> list[int]:
+    """Lengths from 3 to 24 whose mean is that of the shipped captions."""
+    draw = random.Random(0)
+    return [min(PADDED_CAPTION, 3 + int(draw.expovariate(1 / (CAPTION - 2.6)))) for _ in range(count)]
+
+
+def _mixed(count: int, low: int, high: int) -> list[int]:
+    draw = random.Random(0)
+    return [draw.randint(low, high) for _ in range(count)]
+
+
+def shapes(device: str, quick: bool) -> list[Shape]:
+    """Captions and images of the default recipe on CPUs, those of ViT-B/16 in TARGETS on GPUs."""
+    if quick:
+        sizes: list[tuple[str, Sequence[int], int, bool]] = [("16 captions", _captions(16), 2, True), ("8 x 5-20", _mixed(8, 5, 20), 2, False)]
+        dtype = torch.float32
+    elif device == "cuda":
+        sizes = [("256 x 50", [50] * 256, 12, False), ("256 x 197", [197] * 256, 12, False), ("256 x 16-256", _mixed(256, 16, 256), 12, False)]
+        dtype = torch.bfloat16
+    else:
+        captions = _captions(256)
+        sizes = [
+            ("256 captions", captions, 3, True),
+            ("256 captions, sorted", sorted(captions), 3, True),
+            ("256 x 16", [16] * 256, 3, False),
+            ("64 x 16-256", _mixed(64, 16, 256), 3, False),
+        ]
+        dtype = torch.float32
+    return [Shape(name, dtype, {"lengths": lengths, "heads": heads, "causal": causal}) for name, lengths, heads, causal in sizes]
+
+
+def problem(shape: Shape, device: torch.device) -> Problem:
+    """Normally distributed q, k, v [T, H, 64] and upstream gradient."""
+    lengths = torch.tensor(shape.values["lengths"])
+    size = (int(lengths.sum()), shape.values["heads"], 64)
+    tensors = {name: torch.randn(size, device=device).to(shape.dtype) for name in ("q", "k", "v", "upstream")}
+    starts = F.pad(lengths.cumsum(0), (1, 0))
+    tensors["cu_seqlens"] = starts.to(device, torch.int32)
+    padded = len(lengths) * int(lengths.max())
+    return Problem(shape, device, tensors | {"lengths": lengths, "starts": starts}, {"token_ratio": padded / size[0]})
+
+
+def _leaves(problem: Problem) -> dict[str, Tensor]:
+    return {name: problem.inputs[name].detach().requires_grad_() for name in ("q", "k", "v")}
+
+
+def exact(problem: Problem) -> dict[str, Tensor]:
+    """Softmax attention of each segment alone, in float64."""
+    q, k, v = (problem.inputs[name].double().requires_grad_() for name in ("q", "k", "v"))
+    starts, outputs = problem.inputs["starts"].tolist(), []
+    for start, end in zip(starts, starts[1:], strict=False):
+        scores = torch.einsum("ihd,jhd->hij", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
+        if problem.shape.values["causal"]:
+            scores = scores.masked_fill(torch.ones(end - start, end - start, device=q.device).triu(1).bool(), -torch.inf)
+        outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[start:end]))
+    value = torch.cat(outputs)
+    gradients = torch.autograd.grad(value, (q, k, v), problem.inputs["upstream"].double())
+    return {"value": value.detach()} | dict(zip(("q", "k", "v"), gradients, strict=True))
+
+
+def _ours(impl: str) -> Callable[[Problem], Task]:
+    def build(problem: Problem) -> Task:
+        from fastvlp_kernels import packed_attention
+
+        own, lengths = _leaves(problem), problem.inputs["lengths"]
+        cu_seqlens, longest, causal = problem.inputs["cu_seqlens"], int(lengths.max()), problem.shape.values["causal"]
+
+        def forward() -> Tensor:
+            out = packed_attention(*own.values(), cu_seqlens, max_seqlen_q=longest, causal=causal, lengths=lengths, impl=impl)
+            assert isinstance(out, Tensor)
+            return out
+
+        return Task(forward, own, problem.inputs["upstream"])
+
+    return build
+
+
+def _padded(compiled: bool) -> Callable[[Problem], Task]:
+    """Attention over [B, H, N, d] padded beforehand; the padding itself is not timed."""
+
+    def build(problem: Problem) -> Task:
+        lengths, causal = problem.inputs["lengths"].to(problem.device), problem.shape.values["causal"]
+        mask = torch.arange(int(lengths.max()), device=problem.device) < lengths[:, None]
+
+        def pad(x: Tensor) -> Tensor:
+            out = x.new_zeros(*mask.shape, *x.shape[1:])
+            out[mask] = x
+            return out.transpose(1, 2).contiguous()
+
+        # A causal query of a real token sees no padding, which lies behind it: no mask is needed.
+        keys = None if causal or mask.all() else mask[:, None, None, :]
+        own = {name: pad(problem.inputs[name]).requires_grad_() for name in ("q", "k", "v")}
+        attend = torch.compile(F.scaled_dot_product_attention, dynamic=False) if compiled else F.scaled_dot_product_attention
+
+        def canonical(results: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.transpose(1, 2)[mask] for name, tensor in results.items()}
+
+        return Task(lambda: attend(*own.values(), attn_mask=keys, is_causal=causal), own, pad(problem.inputs["upstream"]), canonical)
+
+    return build
+
+
+def _loop(problem: Problem) -> Task:
+    """One call of scaled_dot_product_attention per segment."""
+    own, lengths = _leaves(problem), problem.inputs["lengths"].tolist()
+    causal = problem.shape.values["causal"]
+
+    def forward() -> Tensor:
+        parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in own.values()), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part, is_causal=causal) for part in parts], 1).transpose(0, 1)
+
+    return Task(forward, own, problem.inputs["upstream"])
+
+
+def _flash(problem: Problem) -> Task:
+    from flash_attn import flash_attn_varlen_func
+
+    own, longest, cu = _leaves(problem), int(problem.inputs["lengths"].max()), problem.inputs["cu_seqlens"]
+    causal = problem.shape.values["causal"]
+    return Task(lambda: flash_attn_varlen_func(*own.values(), cu, cu, longest, longest, causal=causal), own, problem.inputs["upstream"])
+
+
+def _xformers(problem: Problem) -> Task:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    own, bias = _leaves(problem), BlockDiagonalMask.from_seqlens(problem.inputs["lengths"].tolist())
+    if problem.shape.values["causal"]:
+        bias = bias.make_causal()
+    return Task(lambda: memory_efficient_attention(*(x[None] for x in own.values()), attn_bias=bias)[0], own, problem.inputs["upstream"])
+
+
+def work(problem: Problem, mode: Mode) -> tuple[float, float]:
+    """2 products of n x n x d per head forward and 5 more backward (half of that where causal); q, k, v, out and their gradients once."""
+    lengths, heads = problem.inputs["lengths"].double(), problem.shape.values["heads"]
+    pairs = (lengths * (lengths + 1) / 2 if problem.shape.values["causal"] else lengths**2).sum().item()
+    products, tensors = (7, 12) if mode == "forward+backward" else (2, 4)
+    return 2.0 * products * heads * 64 * pairs, float(tensors * problem.inputs["q"].nbytes)
+
+
+CASE = Case(
+    op="packed_attention",
+    about="self-attention of segments of different lengths, heads of 64",
+    formula="softmax(q_s k_s' / sqrt(d)) v_s for every segment s",
+    limit="14 H d n n per segment, or 12 T H d elements moved",
+    shapes=shapes,
+    problem=problem,
+    exact=exact,
+    work=work,
+    providers=(
+        Provider("fastvlp cpu", "ours", _ours("cpu"), "fastvlp", always),
+        Provider("eager", "eager", _padded(False)),
+        Provider("segment loop", "eager", _loop),
+        Provider("torch.compile", "compiled", _padded(True), why_not=needs_compiler),
+        Provider("flash-attn", "rival", _flash, "flash-attn", needs("flash_attn", cuda=True)),
+        Provider("xformers", "rival", _xformers, "xformers", needs("xformers", cuda=True)),
+    ),
+)

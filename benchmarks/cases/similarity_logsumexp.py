@@ -1,0 +1,113 @@
+"""The softmax contrastive loss (CLIP, InfoNCE), forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.cases import contrastive
+from benchmarks.registry import Case, Problem, Provider, Task, needs, needs_compiler
+from benchmarks.rivals import import_open_clip
+
+SCALE = 50.0  # memeff's fixed maximum underflows above about 87
+
+
+def eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The loss as a textbook writes it: one matrix of logits, cross entropy along both sides."""
+    logits = scale.to(x.dtype) * (x @ y.T)
+    labels = torch.arange(len(x), device=x.device)
+    return (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.T.float(), labels)) / 2
+
+
+def exact(problem: Problem) -> dict[str, Tensor]:
+    """Value and gradients in float64 from the formula dS = (exp(S - row) + exp(S - col)) / 2B - I / B, in chunks of rows."""
+    x, y, scale = (problem.inputs[name].double() for name in ("x", "y", "scale"))
+    b, positive = len(x), scale * (x * y).sum(1)
+    row, col = torch.empty_like(positive), torch.full_like(positive, -torch.inf)
+    for rows, _, products in contrastive.sums(problem):
+        products *= scale
+        row[rows] = products.logsumexp(1)
+        col = torch.logaddexp(col, products.logsumexp(0))
+    dx, dy, dscale = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale)
+    for rows, x_rows, products in contrastive.sums(problem):
+        logits = scale * products
+        slope = ((logits - row[rows, None]).exp() + (logits - col).exp()) / (2 * b)
+        slope.diagonal(rows.start)[: len(x_rows)] -= 1 / b
+        dx[rows] = scale * (slope @ y)
+        dy += scale * (slope.T @ x_rows)
+        dscale += (slope * products).sum()
+    return {"value": ((row + col) / 2 - positive).mean(), "x": dx, "y": dy, "scale": dscale}
+
+
+def _open_clip_loss() -> Any:
+    import_open_clip()
+    from open_clip.loss import ClipLoss
+
+    return ClipLoss()
+
+
+def _our_loss() -> Any:
+    from fastvlp.losses import ClipLoss
+
+    return ClipLoss
+
+
+def _without_scale(problem: Problem) -> dict[str, Tensor]:
+    own = contrastive.leaves(problem)
+    return {"x": own["x"], "y": own["y"]}
+
+
+def _memeff(problem: Problem) -> Task:
+    """memeff takes the temperature as a number: no gradient of the scale."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    own, loss = _without_scale(problem), MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return Task(lambda: loss(own["x"], own["y"]), own)
+
+
+def _inf_cl(problem: Problem) -> Task:
+    from inf_cl import cal_flash_loss
+
+    own = contrastive.leaves(problem)
+    x, y, scale = own.values()
+    return Task(lambda: (cal_flash_loss(x, y, scale=scale).mean() + cal_flash_loss(y, x, scale=scale).mean()) / 2, own)
+
+
+def _liger(problem: Problem) -> Task:
+    """Two fused linear cross entropies, the columns of one being the rows of the other."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    own, loss = contrastive.leaves(problem), LigerFusedLinearCrossEntropyLoss()
+    x, y, scale = own.values()
+    labels = torch.arange(len(x), device=x.device)
+
+    def forward() -> Tensor:
+        scaled = scale.to(x.dtype) * x
+        return (loss(y, scaled, labels) + loss(scaled, y, labels)) / 2
+
+    return Task(forward, own)
+
+
+CASE = Case(
+    op="similarity_logsumexp",
+    about="softmax contrastive loss of B pairs with learnable scale (ClipLoss)",
+    formula="mean_i (LSE_j S_ij + LSE_j S_ji) / 2 - S_ii, S = scale x y'",
+    limit="4 products of 2 B B D (3 with a stash)",
+    shapes=lambda device, quick: contrastive.shapes(device, quick, [(32768, 768), (65536, 512), (65536, 1152)]),
+    problem=lambda shape, device: contrastive.pairs(shape, device, SCALE, None),
+    exact=exact,
+    work=lambda problem, mode: contrastive.work(problem, mode, {"forward": 1, "forward+backward": 4}),
+    providers=(
+        contrastive.ours(_our_loss, "cpu"),
+        contrastive.ours(_our_loss, "triton"),
+        Provider("eager", "eager", contrastive.loss_task(eager)),
+        Provider("torch.compile", "compiled", contrastive.compiled_task(eager), why_not=needs_compiler),
+        Provider("open_clip", "rival", lambda p: contrastive.loss_task(_open_clip_loss())(p), "open_clip_torch", needs("open_clip")),
+        Provider("memeff", "rival", _memeff, "memeff", needs("memeff", cuda=True)),
+        Provider("inf-cl", "rival", _inf_cl, "inf-cl", needs("inf_cl", cuda=True)),
+        Provider("liger-kernel", "rival", _liger, "liger-kernel", needs("liger_kernel", cuda=True)),
+    ),
+)

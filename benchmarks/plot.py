@@ -1,0 +1,67 @@
+"""Pictures of the results, beside them: time and memory of every provider, and accuracy over training time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import load
+
+_COLOURS = {"ours": "tab:red", "eager": "tab:gray", "compiled": "tab:blue", "rival": "tab:green"}
+
+
+def plot(folder: Path) -> list[Path]:
+    """Draw <op>.png for every result file below ``folder``; returns what was written.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("pictures need matplotlib; install it with: pip install 'fastvlp[bench]'") from error
+    matplotlib.use("Agg")
+    written = []
+    for device, files in load(folder).items():
+        for name, content in files.items():
+            path = folder / device / f"{name}.png"
+            _accuracy(content, path) if name == "mini" else _bars(content, path)
+            written.append(path)
+    return written
+
+
+def _bars(content: dict[str, Any], path: Path) -> None:
+    from matplotlib import pyplot
+
+    rows = [row for row in content["rows"] if row["mode"] == content["rows"][-1]["mode"]]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure, axes = pyplot.subplots(len(shapes), 2, figsize=(11, 1.2 + 2.2 * len(shapes)), squeeze=False, layout="constrained")
+    figure.suptitle(f"{content['op']}, {rows[0]['mode']}, {rows[0]['dtype']}, {content['machine']['device']}")
+    for (time, memory), shape in zip(axes, shapes, strict=True):
+        some = [row for row in rows if row["shape"] == shape]
+        names, colours = [row["provider"] for row in some], [_COLOURS[row["kind"]] for row in some]
+        medians = [row["p50_ms"] for row in some]
+        spread = [[row["p50_ms"] - row["p20_ms"] for row in some], [row["p80_ms"] - row["p50_ms"] for row in some]]
+        time.barh(names, medians, xerr=spread, color=colours)
+        time.set(xlabel="ms (median, 20th to 80th percentile)", title=shape)
+        memory.barh(names, [row["extra_mb"] or 0 for row in some], color=colours)
+        memory.set(xlabel="extra memory, MB" if any(row["extra_mb"] is not None for row in some) else "extra memory (unmeasured)", title=shape)
+        for axis in (time, memory):
+            axis.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _accuracy(content: dict[str, Any], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for part in content["parts"]:
+        points = part["curve"]
+        marker = "." if len(points) > 1 else "o"
+        axis.plot([point["seconds"] / 60 for point in points], [100 * point["top1"] for point in points], marker=marker, label=part["part"])
+    axis.set(xlabel="training minutes", ylabel="zero-shot top-1, %", title=f"time to accuracy, mini set, {content['machine']['device']}")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

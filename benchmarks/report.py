@@ -1,0 +1,181 @@
+"""The tables in README.md and kernels/README.md, made from the result files and never typed.
+
+A table stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; NAME is one of TABLES. What was not measured stays
+empty and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+from benchmarks.registry import OPS, find, suggest
+from benchmarks.run import Row, write_text
+
+FILES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+UNMEASURED = "unmeasured"
+_BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)
+
+Results = dict[str, dict[str, dict[str, Any]]]  # device -> op -> content of the file
+
+
+def load(folder: Path) -> Results:
+    """Every result file below ``folder``, by device and name."""
+    found: Results = {}
+    for path in sorted(folder.glob("*/*.json")):
+        found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """At least ``digits`` significant digits, without an exponent."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def _best(rows: Sequence[Row], kind: str) -> Row | None:
+    return min((row for row in rows if row["kind"] == kind), key=lambda row: row["p50_ms"], default=None)
+
+
+def _ms(row: Row | None, name: bool = False) -> str:
+    if row is None:
+        return ""
+    return f"{_number(row['p50_ms'])}{' (' + row['provider'] + ')' if name else ''}"
+
+
+def _kind(device: str) -> str:
+    return "cpu" if device.startswith("cpu-") else "cuda"
+
+
+def _measurements(results: Results, op: str, mode: str) -> list[tuple[str, str, list[Row]]]:
+    """(device, shape, rows), every shape of the case at least once: without rows where no device of that kind has measured it."""
+    found = []
+    for kind in ("cpu", "cuda"):
+        devices = [device for device in results if _kind(device) == kind and op in results[device]]
+        for shape in find(op).shapes(kind, False):
+            for device in devices or [""]:
+                rows = results[device][op]["rows"] if device else []
+                found.append((device or {"cpu": "CPU", "cuda": "CUDA GPU"}[kind], shape.name,
+                              [row for row in rows if row["shape"] == shape.name and row["mode"] == mode]))
+    return found
+
+
+def operator(op: str) -> Callable[[Results], str]:
+    """The table of one operator, forward + backward: ours, the others, memory and error."""
+
+    def table(results: Results) -> str:
+        header = ("device", "size", "fastvlp ms", "eager ms", "torch.compile ms", "best other package ms", "faster than it", "than eager",
+                  "share of limit", "extra MB: ours", "eager", "error: ours", "eager")
+        lines = []
+        for device, shape, rows in _measurements(results, op, "forward+backward"):
+            ours, eager, rival = _best(rows, "ours"), _best(rows, "eager"), _best(rows, "rival")
+            if ours is None:
+                lines.append([device, shape, UNMEASURED, *[""] * (len(header) - 3)])
+                continue
+            lines.append([
+                device, shape, _ms(ours), _ms(eager), _ms(_best(rows, "compiled")), _ms(rival, name=True),
+                f"{ours['ratio_rival']:.2f}x" if rival else "", f"{ours['ratio_eager']:.2f}x", f"{ours['share_of_limit']:.0%}",
+                _number(ours["extra_mb"]), _number(eager["extra_mb"]) if eager else "",
+                f"{ours['error']:.1e}", f"{eager['error']:.1e}" if eager else "",
+            ])  # fmt: skip
+        return _table(header, lines)
+
+    return table
+
+
+def towers(results: Results) -> str:
+    """Packed towers against the padded twin with the same weights."""
+    header = ("device", "size", "packed ms", "padded ms", "open_clip ms", "tokens padded / packed", "faster", "share of the token ratio")
+    lines = []
+    for device, shape, rows in _measurements(results, "towers", "forward+backward"):
+        ours = _best(rows, "ours")
+        if ours is None:
+            lines.append([device, shape, UNMEASURED, *[""] * (len(header) - 3)])
+            continue
+        ratio = results[device]["towers"]["facts"][shape]["token_ratio"]
+        faster = ours["ratio_eager"]
+        lines.append([device, shape, _ms(ours), _ms(_best(rows, "eager")), _ms(_best(rows, "rival")), f"{ratio:.2f}", f"{faster:.2f}x", f"{faster / ratio:.0%}"])
+    return _table(header, lines)
+
+
+def operators(results: Results) -> str:
+    """One line per operator for kernels/README.md: what it computes and the fastest measured, with its share of the limit."""
+    lines = []
+    for op in OPS:
+        if op == "towers":
+            continue
+        fastest = []
+        for device, shape, rows in _measurements(results, op, "forward+backward"):
+            ours = _best(rows, "ours")
+            if ours is not None:
+                fastest.append(f"{_ms(ours)} ms, {ours['share_of_limit']:.0%} of the limit ({shape}, {device})")
+        lines.append([f"`{op}`", f"`{find(op).formula}`", find(op).limit, "<br>".join(fastest) or UNMEASURED])
+    return _table(("operator", "formula", "limit, forward + backward", "fastest measured"), lines)
+
+
+def mini(results: Results) -> str:
+    """Time to accuracy on the shipped data set."""
+    header = ("device", "system", "seeds", "training minutes", "top-1 %", "of each seed", "top-5 %", "clip-art R@10 %", "images/s", "parameters of the towers")
+    lines = []
+    for device, files in results.items():
+        for system in files.get("mini", {}).get("systems", []):
+            lines.append([
+                device, system["system"], str(len(system["seeds"])), f"{system['train_seconds'] / 60:.1f}", f"{100 * system['top1']:.1f}",
+                ", ".join(f"{100 * x:.1f}" for x in system["top1_of_seeds"]), f"{100 * system['top5']:.1f}",
+                f"{100 * system['i2t_r10']:.1f}", f"{system['images_per_second']:.0f}", f"{system['tower_parameters'] / 1e6:.2f} M",
+            ])  # fmt: skip
+    if not lines:
+        lines = [["CPU", "open_clip", UNMEASURED, *[""] * 7], ["CPU", "fastvlp", UNMEASURED, *[""] * 7]]
+    return _table(header, lines)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    **{op.replace("_", "-"): operator(op) for op in OPS if op != "towers"}, "towers": towers, "operators": operators, "mini": mini,
+}  # fmt: skip
+
+
+def render(text: str, results: Results, source: str) -> str:
+    """The text with every marked table replaced.
+
+    Raises:
+        ValueError: a marker names no table, or has no end.
+    """
+    begun, closed = len(re.findall(r"<!-- begin: ", text)), len(_BLOCK.findall(text))
+    if begun != closed:
+        raise ValueError(f"{source}: {begun} tables begin and {closed} of them end; every <!-- begin: NAME --> line needs its <!-- end: NAME -->")
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"{source}: {suggest(name, list(TABLES), 'table')}")
+        return f"{match[1]}{TABLES[name](results)}{match[4]}"
+
+    return _BLOCK.sub(replace, text)
+
+
+def main(folder: Path, check: bool, files: Sequence[Path] = FILES) -> int:
+    """Write the tables into the files that exist; with ``check`` only compare, and return 1 where one is out of date."""
+    results, stale = load(folder), []
+    for path in files:
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        new = render(text, results, str(path))
+        if new != text:
+            stale.append(path)
+            if not check:
+                write_text(path, new)
+    for path in stale:
+        print(f"{path}: {'out of date; run python -m benchmarks report' if check else 'written'}", file=sys.stderr if check else sys.stdout)
+    return int(check and bool(stale))
