@@ -1,0 +1,123 @@
+"""Frozen dataclasses from plain mappings: every wrong key, type or value is named, with what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says which key, what was got and what is allowed."""
+
+
+def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
+    """An instance of the dataclass ``cls`` from nested mappings; fields that are not given keep their defaults.
+
+    Args:
+        path: dotted path of ``cls`` inside the whole configuration, for messages.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one that the dataclass refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or 'the configuration'} is {values!r}; a section with the keys {', '.join(keys(cls))} is needed")
+    hints = typing.get_type_hints(cls)
+    given = {}
+    for key, value in values.items():
+        if key not in keys(cls):
+            raise ConfigError(unknown(str(key), keys(cls), path))
+        given[key] = convert(hints[key], value, f"{path}.{key}" if path else key)
+    missing = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in given and required(field)]
+    if missing:
+        raise ConfigError(f"{path + '.' if path else ''}{missing[0]} is missing and has no default")
+    try:
+        return cls(**given)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+
+
+def keys(cls: type) -> list[str]:
+    """Names of the fields that a configuration may set."""
+    return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+def required(field: dataclasses.Field) -> bool:
+    """True when a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def unknown(key: str, allowed: Sequence[str], path: str = "") -> str:
+    """The sentence about a key that does not exist."""
+    prefix = f"{path}." if path else ""
+    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys{' of ' + path if path else ''}: {', '.join(allowed)}"
+    return f"unknown key {prefix}{key}; {hint}"
+
+
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """``value`` as the annotated type ``hint``: scalars, ``Literal``, unions, tuples, string-keyed dicts and dataclasses."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _first_that_fits([argument for argument in arguments if argument is not type(None)], value, path, type(None) in arguments)
+    if origin is typing.Literal:
+        if value in arguments and not isinstance(value, bool):
+            return value
+        near = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
+        raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(map(str, arguments))}" + (f" (did you mean {near[0]}?)" if near else ""))
+    if origin is tuple:
+        return _tuple(arguments, value, path)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} is {value!r}; a mapping is needed")
+        return {str(key): convert(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(typing.cast(type, hint), value, path)
+    return _scalar(hint, value, path)
+
+
+def _first_that_fits(hints: Sequence[Any], value: Any, path: str, none_too: bool) -> Any:
+    errors = []
+    for hint in hints:
+        try:
+            return convert(hint, value, path)
+        except ConfigError as error:
+            errors.append(str(error))
+    raise ConfigError(errors[0] + (" (or null)" if none_too else ""))
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str | int | float):
+        value = [value]  # one entry may be written without brackets
+    if not isinstance(value, Sequence):
+        raise ConfigError(f"{path} is {value!r}; a list is needed, written [a, b]")
+    if len(arguments) == 2 and arguments[1] is ...:
+        return tuple(convert(arguments[0], item, f"{path}.{i}") for i, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise ConfigError(f"{path} has {len(value)} entries; exactly {len(arguments)} are needed")
+    return tuple(convert(hint, item, f"{path}.{i}") for i, (hint, item) in enumerate(zip(arguments, value, strict=True)))
+
+
+def _scalar(hint: Any, value: Any, path: str) -> Any:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-3 as a text
+        except (TypeError, ValueError):
+            number = None
+        if number is not None and (hint is float or number.is_integer()):
+            return hint(value) if hint is int and isinstance(value, int) else hint(number)
+    raise ConfigError(f"{path} is {value!r}; {names.get(hint, getattr(hint, '__name__', str(hint)))} is needed")

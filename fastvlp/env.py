@@ -1,0 +1,63 @@
+"""What is installed, which devices there are, and which implementation each operator would use."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import pkgutil
+import platform
+
+import torch
+
+import fastvlp_kernels
+from fastvlp_kernels._backend import explain
+
+PACKAGES = ("fastvlp", "torch", "triton", "numpy", "tokenizers", "safetensors", "pillow", "pyyaml", "matplotlib", "tensorboard", "wandb",
+            "cupy", "flash-attn", "xformers", "open_clip_torch", "timm")
+
+
+def operators() -> dict[str, tuple[str, ...]]:
+    """Implementations of every operator of ``fastvlp_kernels``, in order of preference."""
+    found = {}
+    for module in pkgutil.iter_modules(fastvlp_kernels.__path__):
+        if module.ispkg and not module.name.startswith("_"):
+            found[module.name] = tuple(importlib.import_module(f"fastvlp_kernels.{module.name}.op").IMPLEMENTATIONS)
+    return found
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the first CUDA device if there is one (all of them run the same implementations)."""
+    return [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
+
+
+def version(package: str) -> str | None:
+    """Installed version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def report() -> str:
+    """The whole report as text, to be pasted into an issue."""
+    lines = [f"python      {platform.python_version()}, {platform.platform()}"]
+    lines += [f"{package:<16}{version(package) or '-'}" for package in PACKAGES]
+    lines.append(f"\nCPU             {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()})")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            lines.append(f"cuda:{index}          {device.name}, {device.total_memory / 2**30:.0f} GiB, sm_{device.major}{device.minor}")
+    else:
+        lines.append(f"CUDA            no device ({'torch ' + torch.__version__ + ' is a CPU build' if torch.version.cuda is None else 'none found'})")
+    for name in ("FASTVLP_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        if name in os.environ:
+            lines.append(f"{name}={os.environ[name]}")
+    for device in devices():
+        lines.append(f"\noperators on {device.type} (impl=None):")
+        for row in explain(operators(), device):
+            lines.append(f"  {row['op']:<24}{row['impl']:<11}{row['why']}".rstrip())
+    forced = os.environ.get("FASTVLP_IMPL")
+    if forced:
+        lines.append(f"\nFASTVLP_IMPL={forced} overrides this in this process")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""What a run writes down: log.jsonl always, TensorBoard and Weights & Biases by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastvlp.config import Config, ConfigError, to_dict
+
+
+class Writer(Protocol):
+    """Takes one line of numbers; ``close`` flushes."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line. Lines of steps after ``start`` are dropped first: a resumed run writes them again."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        kept = [line for line in lines(path) if line["step"] <= start] if start else []
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self.file = path.open("a", buffering=1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """Scalars for ``tensorboard --logdir runs``."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ConfigError("run.log names tensorboard, which is not installed: pip install 'fastvlp[log]'") from error
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run on Weights & Biases, named and resumed by the run's name."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ConfigError("run.log names wandb, which is not installed: pip install 'fastvlp[log]'") from error
+        self.run = wandb.init(project="fastvlp", name=config.run.name, id=config.run.name, resume="allow", dir=str(folder),
+                              config=to_dict(config))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.run.log({name: value for name, value in values.items() if isinstance(value, int | float)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Log:
+    """All writers of a run as one; ``enabled=False`` (every rank but the first) writes nothing."""
+
+    def __init__(self, folder: Path, config: Config, start: int, enabled: bool) -> None:
+        self.writers: list[Writer] = []
+        if enabled:
+            makers = {"tensorboard": lambda: TensorBoard(folder), "wandb": lambda: WandB(folder, config)}
+            self.writers = [JsonLines(folder / "log.jsonl", start), *(makers[name]() for name in config.run.log)]
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line about the state after ``step`` steps."""
+        for writer in self.writers:
+            writer.write(step, values)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; the last one may have been cut by a kill and is then left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one quantity, where it was written."""
+    found = [(record["step"], record[name]) for record in records if isinstance(record.get(name), int | float)]
+    return [step for step, _ in found], [value for _, value in found]

@@ -1,0 +1,88 @@
+"""One live line about a run on a terminal; elsewhere a plain line every few seconds."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from typing import TextIO
+
+import torch
+
+
+class Progress:
+    """Shows how far a run is.
+
+    Args:
+        total: steps of the whole run. every: seconds between plain lines when ``stream`` is no terminal.
+    """
+
+    def __init__(self, total: int, every: float, stream: TextIO | None = None, enabled: bool = True) -> None:
+        self.total, self.every, self.enabled = total, every, enabled
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self.rates: dict[str, float] = {}
+        self.seconds_per_step = 0.0
+        self._next = 0.0
+        self._open = False
+
+    def update(self, step: int, seconds: float, images: int, tokens: int, loss: float, note: str = "") -> None:
+        """Count one finished step that took ``seconds``; writes at most ten times a second, or every ``every`` seconds."""
+        now = time.perf_counter()
+        for name, value in (("images", images / seconds), ("tokens", tokens / seconds), ("step", seconds)):
+            self.rates[name] = value if name not in self.rates else 0.9 * self.rates[name] + 0.1 * value
+        if not self.enabled or (now < self._next and step < self.total):
+            return
+        self._next = now + (0.1 if self.live else self.every)
+        line = (f"step {step}/{self.total}  loss {loss:.3f}  {self.rates['images']:.0f} images/s  {human(self.rates['tokens'])} tokens/s  "
+                f"{human(memory_in_use(), 'B')}  ETA {clock((self.total - step) * self.rates['step'])}{note}")
+        if self.live:
+            width = shutil.get_terminal_size().columns
+            self.stream.write("\r\x1b[K" + line[: width - 1])
+            self._open = True
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live line."""
+        if self.enabled:
+            self.close()
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """End the live line, which stays on the screen."""
+        if self._open:
+            self.stream.write("\n")
+            self.stream.flush()
+            self._open = False
+
+
+def memory_in_use() -> int:
+    """Bytes: CUDA memory at its peak where there is a device, else the resident size of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def human(number: float, unit: str = "") -> str:
+    """12345 -> "12.3k"; with unit "B" 1.5e9 -> "1.5 GB"."""
+    space = " " if unit else ""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{space}{letter}{unit}"
+    return f"{number:.0f}{space}{unit}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
