@@ -1,0 +1,44 @@
+# make train: the default recipe on the data that ships · make test · make lint · make bench
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The one place that chooses the PyTorch build: CUDA where there is an NVIDIA driver, else the CPU build that CI pins.
+ifeq ($(wildcard /dev/nvidiactl),)
+TORCH := --constraint constraints-cpu.txt
+TORCH_INDEX := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+
+.PHONY: train test lint bench clean
+
+train: $(VENV)/.train
+	$(BIN)/fastvlp train
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks run --all
+	$(BIN)/python -m benchmarks report
+
+$(VENV)/.train: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"fastvlp needs Python 3.10 or newer and got {sys.version.split()[0]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch $(TORCH) $(TORCH_INDEX)
+	$(PIP) --editable '.[train]' $(TORCH)
+	touch $@
+
+# The rivals are installed without what they depend on: a torchvision or timm must not replace the PyTorch that was chosen.
+$(VENV)/.dev: $(VENV)/.train requirements-rivals.txt
+	$(PIP) --editable '.[train,bench,dev]' $(TORCH)
+	$(PIP) --no-deps --requirement requirements-rivals.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
