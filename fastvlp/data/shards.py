@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,9 @@ def _size(header: bytes) -> int:
     """Size of a member, after a check of the header's checksum."""
     try:
         expected = int(header[148:156].strip(b" \0") or b"-1", 8)
-        if sum(header) - sum(header[148:156]) + 8 * ord(" ") == expected:
+        # the sum of a header's bytes, by Adler's running sum: it starts at 1 and, up to 256 bytes, does not wrap
+        total = sum((zlib.adler32(part) & 0xFFFF) - 1 for part in (header[:256], header[256:]))
+        if total - sum(header[148:156]) + 8 * ord(" ") == expected:
             field = header[124:136]
             return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.strip(b" \0") or b"0", 8)
     except ValueError:
