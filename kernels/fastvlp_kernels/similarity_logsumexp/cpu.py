@@ -1,0 +1,252 @@
+"""similarity_logsumexp in cache-sized tiles of plain torch: one sweep forward, one sweep that recomputes S backward."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._inputs import sum_dtype
+from .arguments import Grads, Inputs, Needs, ResultGrads, Results
+
+# A tile of S and one buffer of its size (1 MiB each in float32) stay in the second-level caches of two cores.
+TILE = 512
+# exp(S - t) with one t for rows and columns loses nothing that counts while all maxima (forward) or all log-sum-exps
+# (backward) lie within SPREAD of t: what underflows is below exp(SPREAD - 87) of its sum.
+SPREAD = 50.0
+# Below this bound on |S| sums of exp(S) itself neither overflow nor underflow.
+BOUND = 30.0
+
+
+class _Tiles:
+    """The features as products read them, and tiles of S in buffers that are allocated once."""
+
+    def __init__(self, a: Inputs) -> None:
+        self.a = a
+        self.acc = sum_dtype(a.dtype)
+        self.M, self.N, self.D = len(a.x), len(a.y), a.x.shape[1]
+        self.y = self.exact(a.y)
+        if a.col_scale is not None:
+            self.y = self.y * a.col_scale[:, None]
+        self.row_ids = None if a.row_ids is None else a.row_ids.masked_fill(a.row_ids < 0, -1)
+        self.col_ids = None if a.col_ids is None else a.col_ids.masked_fill(a.col_ids < 0, -2)
+        # At most a third of each side, so that a tile is never a large part of S.
+        self.tile_m, self.tile_n = (min(TILE, max(16, -(-size // 3))) for size in (self.M, self.N))
+        self._buffers = self.y.new_empty(2, self.tile_m * self.tile_n)
+
+    def exact(self, features: Tensor) -> Tensor:
+        return features.to(self.a.dtype).to(self.acc)
+
+    def rows(self) -> Iterator[slice]:
+        return (slice(i, min(i + self.tile_m, self.M)) for i in range(0, self.M, self.tile_m))
+
+    def cols(self) -> Iterator[slice]:
+        return (slice(j, min(j + self.tile_n, self.N)) for j in range(0, self.N, self.tile_n))
+
+    def row_operand(self, i: slice) -> Tensor:
+        """[rows, D]: x_i times its row scale."""
+        x = self.exact(self.a.x[i])
+        return x if self.a.row_scale is None else x * self.a.row_scale[i, None]
+
+    def similarities(self, scaled: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
+        """S[i, j] and a buffer of its shape; ``scaled``: scale times row_operand(i)."""
+        m, n = i.stop - i.start, j.stop - j.start
+        S, buffer = self._buffers[:, : m * n].view(2, m, n)
+        torch.mm(scaled, self.y[j].T, out=S)
+        if self.a.row_bias is not None:
+            S.add_(self.a.row_bias[i, None])
+        if self.a.col_bias is not None:
+            S.add_(self.a.col_bias[j])
+        return S, buffer
+
+    def same(self, i: slice, j: slice) -> Tensor | None:
+        """Where ids are equal, or None without ids."""
+        if self.row_ids is None or self.col_ids is None:
+            return None
+        return self.row_ids[i, None] == self.col_ids[j]
+
+    def positives(self, S: Tensor, i: slice, j: slice) -> tuple[Tensor, slice]:
+        """The part of the offset diagonal that lies in the tile, as a view, and the rows of x that it belongs to."""
+        k = (self.a.offset or 0) + i.start - j.start
+        if self.a.offset is None or not -S.shape[0] < k < S.shape[1]:
+            return S.new_empty(0), slice(0, 0)
+        diagonal = S.diagonal(k)
+        first = i.start + max(0, -k)
+        return diagonal, slice(first, first + len(diagonal))
+
+    def bounded(self) -> bool:
+        """Whether |S| <= BOUND everywhere by Cauchy-Schwarz. It reads values, so only on the CPU."""
+        if self.y.device.type != "cpu":
+            return False
+        longest = max(torch.linalg.vector_norm(self.row_operand(i), dim=1).max().item() for i in self.rows())
+        bound = abs(self.a.scale.item()) * longest * torch.linalg.vector_norm(self.y, dim=1).max().item()
+        for bias in (self.a.row_bias, self.a.col_bias):
+            bound += 0.0 if bias is None else bias.abs().max().item()
+        return bound <= BOUND
+
+
+class _Running:
+    """log(sum(exp)) per row or column, accumulated as a maximum and a sum relative to it."""
+
+    def __init__(self, length: int, like: Tensor) -> None:
+        self.maximum = like.new_full((length,), -torch.inf)
+        self.total = like.new_zeros(length)
+
+    def add(self, where: slice, maximum: Tensor, total: Tensor) -> None:
+        """Add sums that are relative to ``maximum`` (one per entry, or 0-d for all)."""
+        known = self.maximum[where]
+        highest = torch.maximum(known, maximum)
+        shift = _finite(highest)
+        self.total[where] = self.total[where] * (known - shift).exp() + total * (maximum - shift).exp()
+        self.maximum[where] = highest
+
+    def lse(self) -> Tensor:
+        return self.maximum + self.total.log()
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+
+
+def _accumulate(S: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: slice, j: slice, bounded: bool) -> None:
+    """Add the tile S to the sums of its rows and columns; S is overwritten."""
+    if bounded:
+        highest = S.new_zeros(())
+        S.exp_()
+    else:
+        row_max, col_max = S.amax(1), S.amax(0)
+        highest = row_max.max()
+        lowest = torch.minimum(row_max.min(), col_max.min())
+        if S.device.type != "cpu" or not highest - lowest <= SPREAD:
+            torch.sub(S, _finite(col_max), out=buffer).exp_()
+            cols.add(j, col_max, buffer.sum(0))
+            S.sub_(_finite(row_max)[:, None]).exp_()
+            rows.add(i, row_max, S.sum(1))
+            return
+        S.sub_(highest).exp_()
+    rows.add(i, highest, S.sum(1))
+    cols.add(j, highest, S.sum(0))
+
+
+def forward(a: Inputs) -> Results:
+    """Log-sum-exps of the rows and columns of S, and its offset diagonal."""
+    tiles = _Tiles(a)
+    like = tiles.y
+    counted = _Running(tiles.M, like), _Running(tiles.N, like)
+    alike = (_Running(tiles.M, like), _Running(tiles.N, like)) if a.both else None
+    positive = like.new_zeros(0 if a.offset is None else tiles.M)
+    bounded = tiles.bounded()
+    for i in tiles.rows():
+        scaled = tiles.row_operand(i) * a.scale
+        for j in tiles.cols():
+            S, buffer = tiles.similarities(scaled, i, j)
+            diagonal, where = tiles.positives(S, i, j)
+            positive[where] = diagonal
+            same = tiles.same(i, j)
+            if alike is not None and same is not None:
+                _accumulate(S.masked_fill(~same, -torch.inf), buffer, *alike, i, j, bounded)
+            elif same is not None:
+                S.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
+            _accumulate(S, buffer, *counted, i, j, bounded)
+    row_positives, col_positives = (like.new_empty(0) if alike is None else alike[side].lse() for side in (0, 1))
+    return Results(counted[0].lse(), counted[1].lse(), row_positives, col_positives, positive)
+
+
+class _Side:
+    """The log-sum-exps of one side (+inf where a sum is empty, so that nothing flows) and their gradient."""
+
+    def __init__(self, lse: Tensor, grad: Tensor | None, tile: int) -> None:
+        self.grad = grad
+        self.lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        self.ranges: list[tuple[float, float]] = []
+        if grad is not None and lse.device.type == "cpu":
+            self.ranges = [(low.min().item(), high.max().item()) for low, high in zip(self.lse.split(tile), lse.split(tile), strict=True)]
+
+
+def _shift(row: _Side, col: _Side, i: int, j: int) -> float | None:
+    """One t for exp(S - t) that serves all rows of block i and columns of block j, if there is one."""
+    ranges = [side.ranges[at] for side, at in ((row, i), (col, j)) if side.ranges]
+    if not ranges:
+        return None
+    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
+    return highest if math.isfinite(highest) and highest - lowest <= SPREAD else None
+
+
+def _differentiate(S: Tensor, buffer: Tensor, row: _Side, col: _Side, i: slice, j: slice, shift: float | None) -> Tensor:
+    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col, in place of S; with a ``shift``, from one exp(S - shift)."""
+    if row.grad is None and col.grad is None:
+        return S.zero_()
+    if shift is not None:
+        u, v = (None if side.grad is None else (shift - side.lse[at]).exp_().mul_(side.grad[at]) for side, at in ((row, i), (col, j)))
+        S.sub_(shift).exp_()
+        if u is None or v is None:
+            return S.mul_(v) if u is None else S.mul_(u[:, None])
+        return S.mul_(torch.add(u[:, None], v, out=buffer))
+    if col.grad is not None:
+        torch.sub(S, col.lse[j], out=buffer).exp_().mul_(col.grad[j])
+    if row.grad is None:
+        return S.copy_(buffer)
+    S.sub_(row.lse[i, None]).exp_().mul_(row.grad[i, None])
+    return S if col.grad is None else S.add_(buffer)
+
+
+def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads:
+    """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
+    tiles = _Tiles(a)
+    M, N, D = tiles.M, tiles.N, tiles.D
+    new = tiles.y.new_zeros
+    row, col = _Side(results.row, g.row, tiles.tile_m), _Side(results.col, g.col, tiles.tile_n)
+    if a.both:
+        alike_row = _Side(results.row_positives, g.row_positives, tiles.tile_m)
+        alike_col = _Side(results.col_positives, g.col_positives, tiles.tile_n)
+    by_y = needs.y or needs.col_scale
+    by_x = needs.x or needs.row_scale or (needs.scale and not by_y)
+    d_x = torch.empty((M, D) if needs.x else 0, dtype=a.x.dtype, device=a.x.device)
+    d_y = new((N, D) if by_y else 0)
+    d_scale = new(() if needs.scale else 0)
+    d_row_bias, d_col_bias = new(M if needs.row_bias else 0), new(N if needs.col_bias else 0)
+    d_row_scale, d_col_scale = new(M if needs.row_scale else 0), new(N if needs.col_scale else 0)
+    products = new(tiles.tile_m if by_x else 0, D)
+    for block_i, i in enumerate(tiles.rows()):
+        row_operand = tiles.row_operand(i)
+        scaled = row_operand * a.scale
+        A = products[: i.stop - i.start]  # sum over j of dS_ij * col_scale_j * y_j
+        for block_j, j in enumerate(tiles.cols()):
+            S, buffer = tiles.similarities(scaled, i, j)
+            same, positives = tiles.same(i, j), None
+            if same is not None and a.both:
+                positives = S.masked_fill(~same, -torch.inf)
+            elif same is not None:
+                S.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
+            dS = _differentiate(S, buffer, row, col, i, j, _shift(row, col, block_i, block_j))
+            if positives is not None:
+                dS.add_(_differentiate(positives, buffer, alike_row, alike_col, i, j, _shift(alike_row, alike_col, block_i, block_j)))
+            if g.positive is not None:
+                diagonal, where = tiles.positives(dS, i, j)
+                diagonal.add_(g.positive[where])
+            if by_x:
+                torch.addmm(A, dS, tiles.y[j], beta=min(block_j, 1), out=A)
+            if by_y:
+                d_y[j].addmm_(dS.T, row_operand)
+            if needs.row_bias:
+                d_row_bias[i] += dS.sum(1)
+            if needs.col_bias:
+                d_col_bias[j] += dS.sum(0)
+        if not by_x:
+            continue
+        if needs.row_scale:
+            d_row_scale[i] = torch.linalg.vecdot(tiles.exact(a.x[i]), A) * a.scale
+        if needs.scale:
+            d_scale += torch.linalg.vecdot(row_operand, A).sum()
+        if needs.x:
+            d_x[i] = A * (a.scale if a.row_scale is None else a.scale * a.row_scale[i, None])
+    if by_y:
+        if needs.scale and not by_x:
+            d_scale += torch.linalg.vecdot(tiles.y, d_y).sum()
+        d_y *= a.scale
+        if needs.col_scale:
+            d_col_scale = torch.linalg.vecdot(tiles.exact(a.y), d_y)
+        if a.col_scale is not None:
+            d_y *= a.col_scale[:, None]
+    d_y = d_y.to(a.y.dtype) if needs.y else a.y.new_empty(0)
+    return Grads(d_x, d_y, d_scale, d_row_bias, d_col_bias, d_row_scale, d_col_scale)
