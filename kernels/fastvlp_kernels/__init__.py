@@ -2,3 +2,5 @@
 
 from fastvlp_kernels.packed import Packed as Packed
 from fastvlp_kernels.packed_attention import packed_attention as packed_attention
+from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid as pairwise_sigmoid
+from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp as similarity_logsumexp
