@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-import torch
-from torch import Tensor
 
 from fastvlp.data.patches import mix
 
@@ -66,22 +64,32 @@ def fit(image: Image.Image, image_size: int, patch_size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def as_pixels(image: Image.Image | Tensor, image_size: int, patch_size: int) -> Tensor:
-    """A picture of any origin, scaled and fitted to the patch grid: uint8 [h, w, 3].
+def as_pixels(image: Image.Image | np.ndarray | Tensor, image_size: int, patch_size: int) -> Tensor:
+    """One picture in any usual form as a model reads it: uint8 [h, w, 3] RGB, fitted as by ``fit``.
 
     Args:
-        image: a PIL image, a uint8 tensor [h, w, 3], or a floating-point tensor [3, h, w] with values in 0..1.
+        image: a PIL image of any mode, uint8 [h, w, 3] (tensor or array), or a float tensor [3, h, w] with values in 0..1.
+
+    Raises:
+        TypeError, ValueError: anything else.
     """
-    pil = _pil()
-    if isinstance(image, Tensor):
-        if image.is_floating_point() and image.ndim == 3 and image.shape[0] == 3:
-            image = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image is {image.dtype} of shape {tuple(image.shape)}; it must be uint8 [h, w, 3] or floating point [3, h, w] in 0..1")
-        image = pil.fromarray(image.cpu().numpy())
-    elif not isinstance(image, pil.Image):
-        raise TypeError(f"an image is a {type(image).__name__}; it must be a PIL image or a tensor")
-    return torch.from_numpy(fit(_rgb(image), image_size, patch_size).copy())
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.ascontiguousarray(image))
+    if not isinstance(image, Tensor):
+        pil = _pil()
+        if not isinstance(image, pil.Image):
+            raise TypeError(f"a picture is a {type(image).__name__}; pass a PIL image, uint8 [h, w, 3] or a float tensor [3, h, w]")
+        return torch.from_numpy(fit(_rgb(image), image_size, patch_size).copy())
+    shape = tuple(image.shape)
+    if image.dtype == torch.uint8 and len(shape) == 3 and shape[2] == 3 and image.numel():
+        pixels = image.cpu()
+    elif image.is_floating_point() and len(shape) == 3 and shape[0] == 3 and image.numel():
+        pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    else:
+        raise ValueError(f"a picture is {image.dtype} {shape}; tensors are uint8 [h, w, 3] or float [3, h, w] with values in 0..1")
+    if (pixels.shape[1], pixels.shape[0]) == fitted_size(pixels.shape[1], pixels.shape[0], image_size, patch_size):
+        return pixels.contiguous()
+    return torch.from_numpy(fit(_pil().fromarray(pixels.numpy()), image_size, patch_size).copy())
 
 
 def fitted_size(width: int, height: int, image_size: int, patch_size: int) -> tuple[int, int]:
@@ -160,31 +168,3 @@ def _pil():  # noqa: ANN202
     except ImportError as error:
         raise ImportError("pictures need Pillow: pip install 'fastvlp[train]'") from error
     return Image
-
-
-def as_pixels(image: Image.Image | np.ndarray | Tensor, image_size: int, patch_size: int) -> Tensor:
-    """One picture in any usual form as a model reads it: uint8 [h, w, 3] RGB, fitted as by ``fit``.
-
-    Args:
-        image: a PIL image of any mode, uint8 [h, w, 3] (tensor or array), or a float tensor [3, h, w] with values in 0..1.
-
-    Raises:
-        TypeError, ValueError: anything else.
-    """
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
-    if not isinstance(image, Tensor):
-        pil = _pil()
-        if not isinstance(image, pil.Image):
-            raise TypeError(f"a picture is a {type(image).__name__}; pass a PIL image, a uint8 tensor [h, w, 3] or a float tensor [3, h, w]")
-        return torch.from_numpy(fit(_rgb(image), image_size, patch_size).copy())
-    shape = tuple(image.shape)
-    if image.dtype == torch.uint8 and len(shape) == 3 and shape[2] == 3 and image.numel():
-        pixels = image.cpu()
-    elif image.is_floating_point() and len(shape) == 3 and shape[0] == 3 and image.numel():
-        pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    else:
-        raise ValueError(f"a picture is {image.dtype} {shape}; tensors are uint8 [h, w, 3] or float [3, h, w] with values in 0..1")
-    if (pixels.shape[1], pixels.shape[0]) == fitted_size(pixels.shape[1], pixels.shape[0], image_size, patch_size):
-        return pixels.contiguous()
-    return torch.from_numpy(fit(_pil().fromarray(pixels.numpy()), image_size, patch_size).copy())

@@ -77,7 +77,8 @@ class Order:
             counts = [self.index.count(number) for number in self._window]
             shard = np.repeat(np.array(self._window, dtype=np.int64), counts)
             member = np.concatenate([np.arange(count) for count in counts])
-            words = mix(np.repeat(self._word() ^ np.uint64(0x5DEECE66D), self._size), np.arange(self._size) + (self._begin - self._epoch_begin))
+            place = np.arange(self._size) + (self._begin - self._epoch_begin)
+            words = mix(np.repeat(self._word() ^ np.uint64(0x5DEECE66D), self._size), place)
             permutation = words.argsort(kind="stable")
             self._table = shard[permutation], member[permutation]
         return self._table

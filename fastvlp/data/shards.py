@@ -37,11 +37,11 @@ def expand(shards: Shards) -> list[str]:
     Raises:
         FileNotFoundError: an entry names no existing file; says what lies nearby.
     """
-    entries = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
+    entries = [os.fspath(shard) for shard in ([shards] if isinstance(shards, (str, os.PathLike)) else shards)]
     if not entries:
         raise FileNotFoundError("the list of shards is empty; give paths, globs, brace ranges {0000..0003} or mini:train")
     found: list[str] = []
-    for entry in map(os.fspath, entries):
+    for entry in entries:
         if entry.startswith("mini:"):
             if entry not in NAMED:
                 raise FileNotFoundError(f"no shipped data {entry!r}; there are {', '.join(NAMED)}")

@@ -62,8 +62,8 @@ class Stream:
         RuntimeError: no usable sample (while iterating).
     """
 
-    def __init__(self, shards: Shards, tokenizer: Tokenizer, batch_size: int, patch_size: int, context_length: int, seed: int = 0,
-                 stage_at: Stage | Callable[[int], Stage] = Stage(64), workers: int = 0, rank: int = 0, world_size: int = 1,
+    def __init__(self, shards: Shards, tokenizer: Tokenizer, batch_size: int, patch_size: int, context_length: int, seed: int,
+                 stage_at: Stage | Callable[[int], Stage], workers: int = 0, rank: int = 0, world_size: int = 1,
                  start: int = 0, *, cache_mb: int = 512, shuffle: int = 1 << 15, max_pixels: int = MAX_PIXELS,
                  max_captions: int | None = None, on_skip: Callable[[str, str], None] | None = None) -> None:
         if not 0 <= rank < world_size <= batch_size:
@@ -188,7 +188,7 @@ class _Loader(Dataset[_Flat]):
                 self.bad.add((shard, member))
                 self._skip(str(reason), self.reader.name(shard, member))
         reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(reason for reason, _ in self.skips).most_common())
-        raise RuntimeError(f"{TRIES} samples in a row could not be used, the last in {index.paths[shard]}: {reasons or 'all known to be bad'}")
+        raise RuntimeError(f"{TRIES} samples in a row could not be used, the last in {index.paths[shard]}: {reasons or 'all bad before'}")
 
     def _load(self, shard: int, member: int, size: int) -> tuple[np.ndarray, Labels]:
         place = shard, member

@@ -80,7 +80,7 @@ def load_tokenizer(name: str | os.PathLike[str], context_length: int | None = No
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer {str(name)!r}: neither a name ('mini', 'clip') nor a tokenizer.json file or a folder with one")
+        raise FileNotFoundError(f"no tokenizer {str(name)!r}; give 'mini', 'clip', a tokenizer.json file or a folder that holds one")
     text = path.read_text(encoding="utf-8")
     try:
         return Tokenizer(library.Tokenizer.from_str(text), context_length)
@@ -110,7 +110,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequen
 def _clip(library: ModuleType) -> tokenizers.Tokenizer:
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
-        raise ImportError("the tokenizer 'clip' needs the vocabulary file of open_clip: pip install open_clip_torch, or use 'mini' or a file")
+        raise ImportError("the tokenizer 'clip' needs the vocabulary of open_clip: pip install open_clip_torch; or use 'mini' or a file")
     with gzip.open(Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1:49152 - 256 - 2 + 1]
     merges = [(left, right) for left, right in (line.split() for line in lines)]

@@ -1,0 +1,58 @@
+"""Zero-shot classification with prompt templates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastvlp.data.shards import Shards
+from fastvlp.evaluate.features import Encoder, encode_texts, features, ranks
+
+
+def zero_shot(model: Encoder, shards: Shards, classes: Sequence[str], templates: Sequence[str] = ("{}",),
+              batch_size: int = 256) -> dict[str, float]:
+    """Top-1 and top-5 accuracy on samples that name their class ("class" in the JSON).
+
+    A class is embedded as the normalised mean of the normalised features of its name in each template (Radford et al. 2021). Classes that
+    tie with the right one count as better.
+
+    Args:
+        model: see ``fastvlp.evaluate.features``.
+        classes: the names to choose among.
+        templates: each holds {} where the name goes.
+        batch_size: samples or prompts encoded at a time.
+
+    Returns:
+        top1, top5 in 0..1; n: samples; skipped: samples that could not be used.
+
+    Raises:
+        FileNotFoundError: the shard list matches nothing.
+        ValueError: no usable sample, a sample whose class is missing or not in ``classes``, a name twice, a template without {}.
+    """
+    places = {name: i for i, name in enumerate(classes)}
+    if not places or len(places) < len(classes):
+        raise ValueError(f"{len(classes)} classes with {len(places)} different names; at least one is needed, and each only once")
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"template {template!r} has no {{}}; put {{}} where the class name goes, as in 'a drawing of {{}}'")
+    found = features(model, shards, batch_size, texts=False)
+    strangers = Counter(name for name in found.classes if name not in places)
+    if strangers:
+        some = ", ".join("no class" if name is None else repr(name) for name, _ in strangers.most_common(5))
+        raise ValueError(f"{sum(strangers.values())} of {len(found.classes)} samples have a class that is not among the {len(classes)} given "
+                         f"({some}); give the list of classes these shards were made with")
+    targets = torch.tensor([places[name] for name in found.classes if name is not None])
+    rank = ranks(found.images, class_features(model, classes, templates, batch_size), targets, batch_size)
+    return {**{f"top{k}": (rank < k).double().mean().item() for k in (1, 5)},
+            "n": len(rank), "skipped": sum(found.skipped.values())}
+
+
+def class_features(model: Encoder, classes: Sequence[str], templates: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Normalised mean over the templates of the features of each class: float32 [classes, D]."""
+    if not templates:
+        raise ValueError("there are no templates; ('{}',) is the bare name")
+    mean = torch.stack([encode_texts(model, [template.replace("{}", name) for name in classes], batch_size) for template in templates]).mean(0)
+    return torch.nn.functional.normalize(mean, dim=-1)
