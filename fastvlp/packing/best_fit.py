@@ -125,7 +125,7 @@ def _longest_first(items: list[tuple[int, int]], budget: int) -> list[list[int]]
 def _refusal(item: int, length: int, budget: int) -> str:
     if length < 1:
         return f"packing: item {item} has length {length}; lengths are at least 1 (drop empty samples first)"
-    return f"packing: item {item} has {length} tokens, more than the budget of {budget}; raise the budget to at least {length}, or cut or drop the item"
+    return f"packing: item {item} has {length} tokens, over the budget of {budget}; raise it to at least {length}, or cut or drop the item"
 
 
 def _plain(lengths: Sequence[int] | Tensor) -> Sequence[int]:

@@ -47,7 +47,7 @@ class Packed:
         """
         counts = _lengths(lengths)
         if x.ndim == 0 or int(counts.sum()) != x.shape[0]:
-            raise ValueError(f"Packed: the lengths sum to {int(counts.sum())} but x has shape {tuple(x.shape)}; its rows are the tokens of all segments")
+            raise ValueError(f"Packed: the lengths sum to {int(counts.sum())}, x has shape {tuple(x.shape)}; its rows are all segments' tokens")
         total = x.shape[0]
         for name, extra, shape in (("size", size, (total,)), ("pos", pos, (total, 3))):
             if extra is not None and tuple(extra.shape) != shape:
@@ -61,7 +61,7 @@ class Packed:
     def from_list(cls, segments: Sequence[Tensor], pos: Sequence[Tensor] | None = None) -> Packed:
         """Lay tensors [n_i, ...] (and their ``pos`` [n_i, 3]) end to end. At least one is needed; it may be empty."""
         if not segments:
-            raise ValueError("Packed.from_list: got no tensors; pass at least one [n, ...] (n may be 0), which says width, dtype and device")
+            raise ValueError("Packed.from_list: got no tensors; pass at least one [n, ...]: it says width, dtype and device (n may be 0)")
         return cls.of(torch.cat(list(segments)), [len(s) for s in segments], pos=None if pos is None else torch.cat(list(pos)))
 
     @classmethod
@@ -85,14 +85,14 @@ class Packed:
         flat = x.flatten(0, 1)
         if mask is not None:
             if mask.shape != (rows, width) or mask.dtype != torch.bool:
-                raise ValueError(f"Packed.from_padded: the mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool ({rows}, {width})")
+                raise ValueError(f"Packed.from_padded: mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool ({rows}, {width})")
             index = mask.flatten().nonzero().squeeze(1)
             return cls.of(flat.index_select(0, index), mask.sum(1))
         if lengths is None:
             return cls.of(flat, [width] * rows)
         counts = _lengths(lengths)
         if len(counts) != rows or (rows and int(counts.max()) > width):
-            raise ValueError(f"Packed.from_padded: {len(counts)} lengths up to {int(counts.max()) if len(counts) else 0} for x of shape {tuple(x.shape)}")
+            raise ValueError(f"Packed.from_padded: lengths {counts.tolist()} for x {tuple(x.shape)}; allowed: {rows} of 0 to {width}")
         if int(counts.sum()) == rows * width:
             return cls.of(flat, counts)
         return cls.of(flat.index_select(0, _places(counts, width).to(x.device, non_blocking=True)), counts)

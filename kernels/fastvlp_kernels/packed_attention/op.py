@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastvlp_kernels import _backend, _check
+from fastvlp_kernels._inputs import product_dtype, sum_dtype
 
 from . import cpu, reference
 
@@ -15,29 +16,31 @@ def _packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None,
     key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu.forward(q, k, v, *_host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k), key_size, key_bias, prefix_len, causal, scale, with_mass)
+    host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
+    return cpu.forward(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale, with_mass)
 
 
 @_packed_attention.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, with_mass, impl):
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(q.shape[0] * q.shape[1], dtype=statistics)
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), lse, q.new_empty(k.shape[0] if with_mass else 0, dtype=torch.float32)
+    lse = q.new_empty(q.shape[0] * q.shape[1], dtype=sum_dtype(q.dtype))
+    mass = q.new_empty(k.shape[0] if with_mass else 0, dtype=torch.float32)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), lse, mass
 
 
 @torch.library.custom_op("fastvlp::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, lengths: Tensor | None,
-    lengths_k: Tensor | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float,
-    needs: list[bool], impl: str,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    lengths: Tensor | None, lengths_k: Tensor | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None,
+    causal: bool, scale: float, needs: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
-    return cpu.backward(grad, q, k, v, out, lse, *host, key_size, key_bias, prefix_len, causal, scale, tuple(needs))
+    return cpu.backward(grad, q, k, v, out, lse, *host, key_size, key_bias, prefix_len, causal, scale, needs)
 
 
 @_packed_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, needs, impl):
-    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v, lse if key_bias is None else key_bias), needs, strict=True))
+    inputs = (q, k, v, lse if key_bias is None else key_bias)
+    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True))
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -62,11 +65,11 @@ _packed_attention_backward.register_autograd(_refuse)
 
 
 def _host(cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The lengths on the CPU: read from the device only where the caller did not give them."""
-    host_q = cu_q.diff().cpu() if lengths is None else lengths
-    if cu_k is cu_q or (lengths is not None and lengths_k is lengths):
-        return host_q, host_q
-    return host_q, cu_k.diff().cpu() if lengths_k is None else lengths_k
+    """The lengths on the CPU, read from the device where the caller did not give them."""
+    host = cu_q.diff().cpu() if lengths is None else lengths
+    if lengths_k is not None:
+        return host, lengths_k
+    return host, host if cu_k is cu_q else cu_k.diff().cpu()
 
 
 def packed_attention(
@@ -88,11 +91,39 @@ def packed_attention(
     lengths_k: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + key_bias) v inside each segment."""
-    _check.plain_tensors("packed_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, key_size=key_size, key_bias=key_bias)
+    """Attention of each segment's queries to the same segment's keys.
+
+    out_i = sum_j w_ij v_j / sum_j w_ij with w_ij = key_size_j * exp(scale * <q_i, k_j> + key_bias_j), j over the keys that i sees.
+    float32, bfloat16, float16 or float64; statistics in float32 (float64 for float64). Under autocast q, k and v become its dtype.
+    The operands may be views, as of one fused projection [T, 3, H, d]. Fastest where segments of equal lengths lie together.
+
+    Args:
+        q: [Tq, H, d]. k: [Tk, Hkv, d]. v: [Tk, Hkv, e]. Hkv divides H: query head h reads key head h // (H / Hkv).
+        cu_seqlens_q: int32 or int64 [S+1], where each segment starts in q. cu_seqlens_k: the same in k and v; None: that of q.
+        max_seqlen_q, max_seqlen_k: the longest segments, for kernels that run on the device; None means Tq and Tk.
+        key_size: [Tk], how many tokens a key stands for (proportional attention, ToMe); has no gradient. 0 hides a key.
+        key_bias: [Tk] or [H, Tk], has a gradient. -inf hides a key.
+        prefix_len: integers [S]; with ``causal`` the first prefix_len[s] keys of segment s are visible to all its queries (prefix-LM).
+        causal: query i of n sees key j of m only if j <= i + m - n: the last query sees everything.
+        scale: None means 1 / sqrt(d).
+        return_key_mass: also return the mass of each key, its probabilities summed over queries and heads: float32 [Tk], no gradient.
+        lengths, lengths_k: integers [S] on the CPU, what cu_seqlens_q and cu_seqlens_k say (``Packed.lengths``). Without them the
+            lengths are read from cu_seqlens, which on a CUDA device costs a synchronisation.
+        impl: "cpu", "reference" or None for the first of them; the environment variable FASTVLP_IMPL names one too.
+
+    Returns:
+        out: [Tq, H, e] in the dtype of q, 0 for a query that sees no key; with ``return_key_mass`` (out, mass).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit, or the bias is one for pairs of query and key.
+        RuntimeError: a second derivative is asked for.
+    """
+    _check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_size, key_bias, prefix_len, lengths, lengths_k)
+    dtype = product_dtype("packed_attention", q, None)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if cu_seqlens_k is None:
         cu_seqlens_k, lengths_k = cu_seqlens_q, lengths
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     chosen = _backend.choose("packed_attention", impl, q.device, IMPLEMENTATIONS)
     if chosen == "reference":
         host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
@@ -102,3 +133,49 @@ def packed_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, return_key_mass, chosen
         )
     return (out, mass) if return_key_mass else out
+
+
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, key_size: Tensor | None, key_bias: Tensor | None,
+    prefix_len: Tensor | None, lengths: Tensor | None, lengths_k: Tensor | None,
+) -> None:
+    op = "packed_attention"
+    _check.plain_tensors(
+        op, q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_size=key_size, key_bias=key_bias, prefix_len=prefix_len
+    )
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 3:
+        raise ValueError(f"{op}: got {shapes}; each must be [tokens, heads, width] (flatten [B, N, H, d] with Packed.from_padded)")
+    if q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2] or q.shape[2] == 0:
+        raise ValueError(f"{op}: got {shapes}; q and k must share their width (at least 1), k and v their tokens and heads")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{op}: {q.shape[1]} query heads and {k.shape[1]} key heads; the key heads must divide the query heads")
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
+        raise TypeError(f"{op}: q is {q.dtype}, k is {k.dtype} and v is {v.dtype}; cast them to one dtype")
+    if any(x.dtype not in _check.FLOATS for x in (q, k, v)):
+        raise TypeError(f"{op}: q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; they must be float32, bfloat16, float16 or float64")
+    segments = cu_q.shape[0] - 1 if cu_q.ndim == 1 else -1
+    for name, index in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if index is not None and (index.ndim != 1 or index.shape[0] == 0 or index.dtype not in (torch.int32, torch.int64)):
+            raise ValueError(f"{op}: {name} is {index.dtype} {tuple(index.shape)}; it must be int32 [S+1]: 0, then where each segment ends")
+    if cu_k is not None and cu_k.shape != cu_q.shape:
+        raise ValueError(f"{op}: cu_seqlens_q describes {segments} segments and cu_seqlens_k {cu_k.shape[0] - 1}; every segment needs both")
+    if cu_k is None and k.shape[0] != q.shape[0]:
+        raise ValueError(f"{op}: got {shapes}; other keys than queries (cross attention) need cu_seqlens_k")
+    _check.vector(op, "prefix_len", prefix_len, segments, integer=True)
+    for name, counts in (("lengths", lengths), ("lengths_k", lengths_k)):
+        _check.vector(op, name, counts, segments, integer=True)
+        if counts is not None and counts.device.type != "cpu":
+            raise ValueError(f"{op}: {name} is on {counts.device}; it is for the host and must be on the CPU (Packed.lengths is)")
+    if key_size is not None:
+        if key_size.shape != (k.shape[0],):
+            raise ValueError(f"{op}: key_size has shape {tuple(key_size.shape)}; it must have shape ({k.shape[0]},)")
+        if key_size.requires_grad:
+            raise ValueError(f"{op}: key_size has no gradient here; pass key_bias=key_size.log(), or key_size.detach()")
+    if key_bias is not None and key_bias.shape not in ((k.shape[0],), (q.shape[1], k.shape[0])):
+        raise ValueError(
+            f"{op}: key_bias has shape {tuple(key_bias.shape)}; it must be [Tk] = ({k.shape[0]},) or [H, Tk] = ({q.shape[1]}, {k.shape[0]}). "
+            "Biases for pairs of query and key, and free masks, are refused: use torch.nn.attention.flex_attention"
+        )
+    if key_bias is not None and not key_bias.is_floating_point():
+        raise TypeError(f"{op}: key_bias is {key_bias.dtype}; it must be floating point (a mask: 0 and -inf)")

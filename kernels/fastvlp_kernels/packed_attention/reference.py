@@ -8,7 +8,7 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor, lengths_k: Tensor, key_size: Tensor | None, key_bias: Tensor | None,
     prefix_len: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiable; computes in the dtype of q. Returns out [Tq, H, d] and the mass [Tk]: the probabilities summed over queries and heads."""
+    """out [Tq, H, e] and the mass [Tk], probabilities summed over queries and heads. Differentiable; computes in the dtype of q."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     outs, masses = [q.new_zeros(0, heads, v.shape[2])], [q.new_zeros(0)]
     q_start = k_start = 0
