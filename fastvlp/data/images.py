@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 1 << 26  # 67 megapixels, 200 MB decoded
+FORMATS = ("WEBP", "JPEG", "PNG", "GIF", "BMP", "TIFF")  # of the contents, whatever the extension says
 WHITE = (255, 255, 255)
 
 
@@ -38,7 +39,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, wanted: int | None = None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes and of odd metadata; the size is checked below
-            image = pil.open(io.BytesIO(data))
+            image = pil.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 raise Unusable("image has too many pixels")
             if wanted is not None:

@@ -137,7 +137,10 @@ def parse(text: bytes | None, metadata: bytes | None) -> Labels:
 
 def _is_text(caption: str) -> bool:
     """Neither NULs (UTF-16 read as UTF-8) nor lone surrogates (broken escapes in JSON)."""
-    return "\0" not in caption and not any("\ud800" <= character <= "\udfff" for character in caption)
+    try:
+        return b"\0" not in caption.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
 
 
 def samples(shards: Shards, max_pixels: int = MAX_PIXELS, on_skip: Callable[[str, str], None] | None = None) -> Iterator[Sample]:

@@ -133,10 +133,11 @@ def scan(path: str) -> Shard:
                 if not stem or not dot:
                     continue
                 this = f"{folder}/{stem}" if folder else stem
-                if this != key:
+                extension = extension.lower()
+                if this != key or extension in parts:  # a key may come twice, as in the shipped data
                     close(key, parts)
                     key, parts = this, {}
-                parts.setdefault(extension.lower(), (offset, size))
+                parts[extension] = offset, size
     except OSError as error:
         problems.append(("shard cannot be opened", f"{path}: {error.strerror or error}"))
     except BrokenTar as error:

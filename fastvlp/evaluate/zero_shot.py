@@ -42,8 +42,8 @@ def zero_shot(model: Encoder, shards: Shards, classes: Sequence[str], templates:
     strangers = Counter(name for name in found.classes if name not in places)
     if strangers:
         some = ", ".join("no class" if name is None else repr(name) for name, _ in strangers.most_common(5))
-        raise ValueError(f"{sum(strangers.values())} of {len(found.classes)} samples have a class that is not among the {len(classes)} given "
-                         f"({some}); give the list of classes these shards were made with")
+        raise ValueError(f"{sum(strangers.values())} of {len(found.classes)} samples have a class that is not among the {len(classes)} "
+                         f"given ({some}); give the list of classes these shards were made with")
     targets = torch.tensor([places[name] for name in found.classes if name is not None])
     rank = ranks(found.images, class_features(model, classes, templates, batch_size), targets, batch_size)
     return {**{f"top{k}": (rank < k).double().mean().item() for k in (1, 5)},
@@ -54,5 +54,6 @@ def class_features(model: Encoder, classes: Sequence[str], templates: Sequence[s
     """Normalised mean over the templates of the features of each class: float32 [classes, D]."""
     if not templates:
         raise ValueError("there are no templates; ('{}',) is the bare name")
-    mean = torch.stack([encode_texts(model, [template.replace("{}", name) for name in classes], batch_size) for template in templates]).mean(0)
+    prompts = [[template.replace("{}", name) for name in classes] for template in templates]
+    mean = torch.stack([encode_texts(model, texts, batch_size) for texts in prompts]).mean(0)
     return torch.nn.functional.normalize(mean, dim=-1)
