@@ -1,0 +1,4 @@
+"""Contrastive losses: drop-in for open_clip's, exact across processes, and without the batch x batch matrix."""
+
+from .clip import ClipLoss as ClipLoss
+from .siglip import SigLipLoss as SigLipLoss

@@ -1,0 +1,80 @@
+"""The symmetric softmax loss of CLIP."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch import distributed as dist
+
+from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+
+from .base import ContrastiveLoss
+from .gather import SoftmaxGather
+from .inputs import Batch
+from .ring import SoftmaxRing
+
+
+class ClipLoss(ContrastiveLoss):
+    """Softmax cross-entropy over all pairs, images to texts and texts to images (Radford et al. 2021, arXiv:2103.00020).
+
+    With S = logit_scale * image_features @ text_features.T over the N pairs of the whole batch, the loss is
+    1/(2N) * sum_i (logsumexp_j S_ij + logsumexp_j S_ji - 2 S_ii). S is never stored, and one product gives both directions.
+
+    Takes the arguments and the call of ``open_clip.ClipLoss`` 3.3. Where it differs:
+
+    * On one process and on many, the mean over processes of the returned losses is the loss of the whole batch, and once DDP has
+      averaged, every gradient (features, logit_scale) is that of one process with the whole batch; local batches may differ in size.
+      open_clip with its defaults gives the towers 1/world_size of their gradient, and with ``local_loss`` but without
+      ``gather_with_grad`` another direction; only ``gather_with_grad=True`` is right there.
+    * ``local_loss``, ``gather_with_grad`` and ``cache_labels`` are accepted and change nothing: nothing is computed twice (open_clip
+      forms the product for each direction and moves both towers), and there are no labels.
+    * ``logit_bias`` cancels in a softmax: its gradient is exactly 0.
+    * Where torch.distributed runs, the batch is that of ``group``, also when ``rank`` and ``world_size`` are left out; for a loss of this
+      process alone, give it a group of one process.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels: see above.
+        rank, world_size: of this process, in the group or in the world; checked against the group if given.
+        use_horovod: must be False.
+        strategy: "gather": the texts of all processes at once, memory O(N * D). "ring": block after block from neighbour to neighbour,
+            the next one in flight while this one is computed, memory O(b * D) for b local pairs.
+        group: the processes that share a batch; None: all. When it is a part of the processes that DDP averages over, the objective
+            is the mean over groups, each with the weight of its number of processes.
+
+    Raises:
+        ValueError: ``strategy`` is unknown, or ``use_horovod`` is True.
+    """
+
+    name = "ClipLoss"
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        strategy: str = "gather",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(rank, world_size, strategy, group)
+        if use_horovod:
+            raise ValueError("ClipLoss: use_horovod=True is not supported; start the processes with torchrun and leave use_horovod=False")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.use_horovod = use_horovod
+
+    def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        row, column, positive = similarity_logsumexp(image, text, scale, offset=0)
+        return _with_bias(((row - positive) + (column - positive)).mean() / 2, bias)
+
+    def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
+        function = SoftmaxRing if self.strategy == "ring" else SoftmaxGather
+        return _with_bias(function.apply(image, text, scale, batch, trains), bias)
+
+
+def _with_bias(loss: Tensor, bias: Tensor | None) -> Tensor:
+    """The loss, with the zero gradient that the bias has (DDP looks for one), and its NaN or infinity."""
+    return loss if bias is None else loss + 0.0 * bias

@@ -1,0 +1,85 @@
+"""The losses with every process's texts gathered: one block [b, N] per process, column statistics reduced in O(N).
+
+Only the texts travel, in the dtype of the products, and their gradients back. Memory: O(N * D).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .blocks import sigmoid_block, softmax_block, softmax_block_backward
+from .inputs import Batch
+
+
+def gather_texts(text: Tensor, batch: Batch) -> Tensor:
+    """All texts [N, D] of the batch in the dtype of the products."""
+    return batch.members.gather_rows(text.to(batch.dtype).contiguous(), batch.sizes)
+
+
+def return_gradient(of_texts: Tensor, batch: Batch) -> Tensor:
+    """This process's rows of the sum over processes of ``of_texts`` [N, D]; the parts travel in the dtype of the products.
+
+    Not in float16, whose range is too small for sums.
+    """
+    travels = batch.sums if batch.dtype == torch.float16 else batch.dtype
+    return batch.members.scatter_sum(of_texts.to(travels), batch.sizes, batch.sums)
+
+
+class SoftmaxGather(torch.autograd.Function):
+    """The softmax loss: row statistics are complete at once, column statistics after two reductions of N numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, batch: Batch, trains: list[bool]) -> Tensor:
+        rank = batch.members.rank
+        ctx.dtypes = image.dtype, text.dtype
+        image, texts = image.to(batch.dtype), gather_texts(text, batch)
+        row, column, positive = softmax_block(image, texts, scale, batch.start(rank))
+        column = batch.members.logsumexp(column)
+        ctx.save_for_backward(image, texts, scale, row, column)
+        ctx.batch, ctx.trains = batch, trains
+        return ((row - positive) + (column.split(batch.sizes)[rank] - positive)).sum() * (batch.factor / 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image, texts, scale, row, column = ctx.saved_tensors
+        batch: Batch = ctx.batch
+        rank = batch.members.rank
+        weights = batch.members.gather(gradient * (batch.factor / 2))
+        of_columns = torch.cat([weight.expand(size) for weight, size in zip(weights, batch.sizes, strict=True)])
+        of_image, of_texts, of_scale = softmax_block_backward(
+            image, texts, scale, batch.start(rank), row, column, weights[rank].expand(len(row)), of_columns, ctx.trains
+        )
+        if of_image is not None:
+            of_image = of_image.to(ctx.dtypes[0])
+        of_text = None if of_texts is None else return_gradient(of_texts, batch).to(ctx.dtypes[1])
+        return of_image, of_text, of_scale, None, None
+
+
+class SigmoidGather(torch.autograd.Function):
+    """The sigmoid loss: gradients are made in the forward; those of the texts are weighted and summed over processes in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: Batch, trains: list[bool]) -> Tensor:
+        ctx.dtypes = image.dtype, text.dtype
+        image, texts = image.to(batch.dtype), gather_texts(text, batch)
+        loss, *gradients = sigmoid_block(image, texts, scale, bias, batch.start(batch.members.rank), trains)
+        ctx.save_for_backward(*gradients)
+        ctx.batch = batch
+        return loss * batch.factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_image, of_texts, of_scale, of_bias = ctx.saved_tensors
+        batch: Batch = ctx.batch
+        factor = gradient * batch.factor
+        if of_image is not None:
+            of_image = (of_image * factor).to(ctx.dtypes[0])
+        of_text = None if of_texts is None else return_gradient(of_texts * factor, batch).to(ctx.dtypes[1])
+        scalars = (None if part is None else part * factor for part in (of_scale, of_bias))
+        return of_image, of_text, *scalars, None, None

@@ -1,0 +1,125 @@
+"""What a loss asks of its inputs, and how the members of a batch agree that all of them may start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvlp_kernels import _check
+
+from .members import Members
+
+KINDS = ("ClipLoss gather", "ClipLoss ring", "SigLipLoss gather", "SigLipLoss ring")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of pairs spread over its members.
+
+    Attributes:
+        members: the processes. sizes: how many pairs each of them has.
+        dtype: of the operands of matrix products, and of features on their way.
+        sums: of statistics and accumulated gradients: float32 (float64 for float64).
+    """
+
+    members: Members
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    sums: torch.dtype
+
+    def start(self, rank: int) -> int:
+        """The place of ``rank``'s first pair in the whole batch."""
+        return sum(self.sizes[:rank])
+
+    @property
+    def factor(self) -> float:
+        """W / N: by it a sum over this process's pairs becomes its share, so that the mean of the shares is the mean over pairs."""
+        return self.members.size / sum(self.sizes)
+
+
+def check(loss: str, image: Tensor, text: Tensor) -> None:
+    """Refuse features that are not two floating-point matrices of one shape on one device.
+
+    Raises:
+        TypeError: not a tensor, a DTensor, or of a dtype that is not floating point.
+        ValueError: the shapes, widths, batch sizes or devices do not fit, or there are no pairs.
+    """
+    features = {"image_features": image, "text_features": text}
+    for name, tensor in features.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{loss}: {name} is {type(tensor).__name__}; it must be a tensor [batch, width]")
+    _check.plain_tensors(loss, **features)
+    for name, tensor in features.items():
+        if tensor.dtype not in _check.FLOATS:
+            raise TypeError(f"{loss}: {name} is {tensor.dtype}; features must be float32, bfloat16 or float16 (or float64 on the CPU)")
+        if tensor.ndim != 2:
+            raise ValueError(f"{loss}: {name} has shape {tuple(tensor.shape)}; it must be a matrix [batch, width]")
+    if image.shape[1] != text.shape[1] or image.shape[1] == 0:
+        raise ValueError(f"{loss}: images have {image.shape[1]} features and texts {text.shape[1]}; project both towers to one width")
+    if len(image) != len(text):
+        raise ValueError(f"{loss}: {len(image)} images but {len(text)} texts; row i of both must be the same pair")
+    if len(image) == 0:
+        raise ValueError(f"{loss}: the batch is empty; every process needs at least one pair (drop the last batch, or repeat a sample)")
+
+
+def align(loss: str, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The features in one dtype: as they are, or, where the towers differ under autocast, cast to its dtype.
+
+    Raises:
+        TypeError: the dtypes differ outside autocast.
+    """
+    if image.dtype == text.dtype:
+        return image, text
+    device = image.device.type
+    if not torch.is_autocast_enabled(device):
+        raise TypeError(f"{loss}: image_features are {image.dtype}, text_features {text.dtype}; cast one of them, or use autocast")
+    dtype = torch.get_autocast_dtype(device)
+    return image.to(dtype), text.to(dtype)
+
+
+def told_sizes(loss: str, local_sizes: Sequence[int], members: Members, pairs: int) -> tuple[int, ...]:
+    """``local_sizes`` as the number of pairs of each member.
+
+    Raises:
+        ValueError: not one positive number per member, or not this member's own at its place.
+    """
+    sizes = tuple(int(size) for size in local_sizes)
+    if len(sizes) != members.size:
+        raise ValueError(f"{loss}: local_sizes has {len(sizes)} numbers; give one for each process of the group, {members.size}")
+    if min(sizes) < 1:
+        raise ValueError(f"{loss}: local_sizes is {list(sizes)}; every process needs at least one pair")
+    if sizes[members.rank] != pairs:
+        raise ValueError(f"{loss}: local_sizes is {list(sizes)}, but rank {members.rank} of the group was called with {pairs} pairs")
+    return sizes
+
+
+def asked_sizes(loss: str, strategy: str, batch: Tensor, dtype: torch.dtype, trains: Sequence[bool], members: Members) -> tuple[int, ...]:
+    """The number of pairs of each member, by one collective over six integers, which also makes sure that all do the same.
+
+    Raises:
+        RuntimeError: another member refused its input.
+        ValueError: the members differ in width, dtype, loss or strategy, or in what needs a gradient.
+    """
+    wanted = sum(1 << place for place, wants in enumerate(trains) if wants)
+    everyone = _tell(members, [1, *batch.shape, _check.FLOATS.index(dtype), wanted, KINDS.index(f"{loss} {strategy}")])
+    for rank, numbers in enumerate(everyone):
+        if not numbers[0]:
+            raise RuntimeError(f"{loss}: stopped, because rank {rank} of the group refused its input; that process's own error says why")
+    names = ("width of the features", "dtype of the features, or of autocast", "inputs that need a gradient", "loss or strategy")
+    for place, name in enumerate(names, start=2):
+        for rank, numbers in enumerate(everyone):
+            if numbers[place] != everyone[0][place]:
+                raise ValueError(f"{loss}: ranks 0 and {rank} of the group differ in the {name}; all processes must call the loss alike")
+    return tuple(numbers[1] for numbers in everyone)
+
+
+def tell_refusal(members: Members) -> None:
+    """Take this process's part in ``asked_sizes`` when it cannot go on, so that the others stop too instead of waiting."""
+    _tell(members, [0] * 6)
+
+
+def _tell(members: Members, numbers: list[int]) -> list[list[int]]:
+    return members.gather(torch.tensor(numbers, device=members.control_device())).tolist()

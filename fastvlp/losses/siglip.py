@@ -1,0 +1,70 @@
+"""The pairwise sigmoid loss of SigLIP."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch import distributed as dist
+
+from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid
+
+from .base import ContrastiveLoss
+from .gather import SigmoidGather
+from .inputs import Batch
+from .ring import SigmoidRing
+
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+
+class SigLipLoss(ContrastiveLoss):
+    """Sigmoid cross-entropy of every pair of the batch (Zhai et al. 2023, arXiv:2303.15343).
+
+    With S = logit_scale * image_features @ text_features.T + logit_bias over the N pairs of the whole batch, and z_ij = 1 for i = j and
+    -1 otherwise, the loss is 1/N * sum_ij softplus(-z_ij * S_ij). S is never stored; loss and gradients come from one sweep over it.
+
+    Takes the arguments and the call of ``open_clip.SigLipLoss`` 3.3. Where it differs:
+
+    * The mean over processes of the returned losses is the loss of the whole batch, and once DDP has averaged, every gradient
+      (features, logit_scale, logit_bias) is that of one process with the whole batch; also for local batches of different sizes.
+    * Memory does not grow with the number of processes (``strategy="ring"``); open_clip keeps the logits of all blocks.
+    * ``cache_labels`` and ``dist_impl`` are accepted and change nothing: there are no labels, and ``strategy`` says what travels.
+      open_clip's "reduce" and "gather" compute the own block twice.
+    * Where torch.distributed runs, the batch is that of ``group``, also when ``rank`` and ``world_size`` are left out; for a loss of this
+      process alone, give it a group of one process.
+
+    Args:
+        cache_labels, dist_impl: see above; dist_impl is None, "bidir", "shift", "reduce" or "gather".
+        rank, world_size: of this process, in the group or in the world; checked against the group if given.
+        strategy: "gather": the texts of all processes at once, memory O(N * D). "ring": block after block from neighbour to neighbour,
+            the next one in flight while this one is computed, memory O(b * D) for b local pairs; all processes must then give their
+            losses the same weight.
+        group: the processes that share a batch; None: all. When it is a part of the processes that DDP averages over, the objective
+            is the mean over groups, each with the weight of its number of processes.
+
+    Raises:
+        ValueError: ``strategy`` or ``dist_impl`` is unknown.
+    """
+
+    name = "SigLipLoss"
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        strategy: str = "gather",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(rank, world_size, strategy, group)
+        if dist_impl is not None and dist_impl not in DIST_IMPLS:
+            raise ValueError(f"SigLipLoss: dist_impl={dist_impl!r} is unknown; allowed: None, {', '.join(DIST_IMPLS)}")
+        self.cache_labels = cache_labels
+        self.dist_impl = dist_impl or "bidir"
+
+    def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return pairwise_sigmoid(image, text, scale, 0.0 if bias is None else bias, offset=0) / len(image)
+
+    def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
+        function = SigmoidRing if self.strategy == "ring" else SigmoidGather
+        return function.apply(image, text, scale, scale.new_zeros(()) if bias is None else bias, batch, trains)
