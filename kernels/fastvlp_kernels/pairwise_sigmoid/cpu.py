@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fastvlp_kernels._inputs import sum_dtype
 
-# A tile of logits, its scratch twin, and the blocks of features and gradients beside them (2 MB each at width 512) stay in a
-# 32 MB cache; smaller tiles lower the rate of the products.
+# A tile of logits, its scratch, and the blocks of features and gradients beside it (2 MB each at width 512) stay in a 32 MB cache;
+# smaller tiles lower the rate of the products.
 TILE = 1024
-# 2**126 is finite in float32, and beyond it softplus(u) = u and sigmoid(u) = 1 to the last bit.
-LARGEST_EXPONENT = 126.0
+# Beyond 2**LIMIT softplus(u) = u and sigmoid(u) = 1 to the last bit, and products of four (1 + 2**LIMIT) do not overflow.
+LIMIT = {torch.float32: 30.0, torch.float64: 126.0}
 LN2 = math.log(2)
 
 
@@ -51,7 +51,9 @@ def forward(
     )
     row_bias, col_bias, row_weight, col_weight = (v if v is None else v.to(accumulate) for v in (row_bias, col_bias, row_weight, col_weight))
 
+    limit, weighted = LIMIT[accumulate], row_weight is not None or col_weight is not None
     buffers = x.new_empty(2, min(M, TILE) * min(N, TILE), dtype=accumulate)
+    half_buffer = x.new_empty(0 if weighted else buffers.shape[1] // 2, dtype=accumulate)
     dx_buffer = x.new_empty(min(M, TILE) if make_gy and not need_x else 0, D, dtype=accumulate)
     for i in range(0, M, TILE):
         rows = slice(i, min(i + TILE, M))
@@ -78,16 +80,18 @@ def forward(
 
             weights = [None if w is None else w[part] for w, part in ((row_weight, rows), (col_weight, cols))]
             sums = [drow_weight[rows] if need_row_weight else None, dcol_weight[cols] if need_col_weight else None]
-            # log(1 + 2^u) in two parts; the first is zero unless 2^u would overflow.
-            torch.sub(tile, LARGEST_EXPONENT, out=scratch).clamp_min_(0).mul_(LN2)
-            _add_losses(scratch, *weights, loss, *sums)
-            tile.clamp_max_(LARGEST_EXPONENT).exp2_()
-            torch.log1p(tile, out=scratch)
-            _add_losses(scratch, *weights, loss, *sums)
+            if tile.device.type != "cpu" or tile.amax() > limit:
+                _add_losses(torch.sub(tile, limit, out=scratch).clamp_min_(0).mul_(LN2), *weights, loss, *sums)
+                tile.clamp_max_(limit)
+            tile.exp2_()
+            if weighted:
+                _add_losses(torch.log1p(tile, out=scratch), *weights, loss, *sums)
+            torch.add(tile, 1, out=scratch)
+            if not weighted:
+                loss += _sum_log1p(tile.flatten(), scratch.flatten(), half_buffer)
             if not make_coefficients:
                 continue
 
-            torch.add(tile, 1, out=scratch)
             tile.div_(scratch)
             diagonal.neg_()
             if same is not None and not exclude:
@@ -122,6 +126,16 @@ def _same_ids(row_ids: Tensor | None, col_ids: Tensor | None, rows: slice, cols:
     if offset is not None:
         same.diagonal(offset + rows.start - cols.start).fill_(False)
     return same
+
+
+def _sum_log1p(e: Tensor, one_plus_e: Tensor, buffer: Tensor) -> Tensor:
+    """Sum of log(1 + e) with one logarithm for four elements: (1 + a)(1 + b) - 1 = a (1 + b) + b keeps every digit of small a and b."""
+    quarter = len(e) // 4
+    half = 2 * quarter
+    pairs = torch.addcmul(e[:half], e[half : 2 * half], one_plus_e[:half], out=buffer[:half])
+    a, b = pairs.view(2, quarter)
+    fours = torch.addcmul(a, a, b, out=a).add_(b)
+    return fours.log1p_().sum() + e[2 * half :].log1p().sum()
 
 
 def _add_losses(
