@@ -73,7 +73,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         if value in arguments and not isinstance(value, bool):
             return value
         near = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
-        raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(map(str, arguments))}" + (f" (did you mean {near[0]}?)" if near else ""))
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(map(str, arguments))}{hint}")
     if origin is tuple:
         return _tuple(arguments, value, path)
     if origin is dict:
@@ -81,7 +82,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path} is {value!r}; a mapping is needed")
         return {str(key): convert(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(typing.cast(type, hint), value, path)
+        return build(typing.cast(type, hint), value, path)
     return _scalar(hint, value, path)
 
 

@@ -17,8 +17,8 @@ EPILOG = """examples:
 
 exit codes: 0 done, 1 failed while running, 2 wrong usage or settings, 130 stopped by Ctrl-C (143 by SIGTERM) with a checkpoint
 """
-TRAIN = """Train a two-tower model. RECIPE is a name that `fastvlp recipes` lists or the path of a YAML file; without one the default recipe runs.
-A run that was interrupted continues when the same command is given again."""
+TRAIN = """Train a two-tower model. RECIPE is a name that `fastvlp recipes` lists or the path of a YAML file; without one the default
+recipe runs. A run that was interrupted continues when the same command is given again."""
 TRAIN_EPILOG = """examples:
   fastvlp train
   fastvlp train mini run.name=long schedule.steps=5000 eval.every=500
@@ -36,7 +36,8 @@ EVAL_EPILOG = """examples:
   fastvlp eval runs/mini --data mini:val-emoji --classes mini:emoji
   fastvlp eval runs/mini --data 'shards/val-*.tar' --classes names.txt --template 'a photo of a {}' --json
 
-the samples of --data name their class in the field "class" of their .json; CHECKPOINT is a run, one of its checkpoints, or a model directory
+the samples of --data name their class in the field "class" of their .json
+CHECKPOINT is a run, one of its checkpoints, or a model directory
 """
 
 
@@ -46,13 +47,15 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser("fastvlp", description="Vision-language pre-training made cheap.", epilog=EPILOG, formatter_class=raw)
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model", description=TRAIN, epilog=TRAIN_EPILOG, formatter_class=raw)
-    train.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help="recipe, then changes such as optim.lr=1e-3 (values are YAML)")
-    train.add_argument("--resume", metavar="auto|PATH|none", help="continue from the run's last checkpoint (auto, the default), from PATH, or start over")
+    train.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help="recipe, then changes such as optim.lr=1e-3 (YAML values)")
+    train.add_argument("--resume", metavar="auto|PATH|none",
+                       help="continue from the run's last checkpoint (auto, the default), from PATH, or start over")
     score = commands.add_parser("eval", help="score a model on shards", description=EVAL, epilog=EVAL_EPILOG, formatter_class=raw)
     score.add_argument("checkpoint", metavar="CHECKPOINT", help="a run directory, a checkpoint or a model directory")
-    score.add_argument("--data", required=True, nargs="+", metavar="SHARDS", help="paths, globs, brace ranges or mini:val-emoji, mini:val-openclipart")
-    score.add_argument("--classes", metavar="FILE", help="class names, one a line or as JSON; mini:emoji for those of the shipped emoji")
-    score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be given several times")
+    score.add_argument("--data", required=True, nargs="+", metavar="SHARDS",
+                       help="paths, globs, brace ranges, or mini:val-emoji, mini:val-openclipart")
+    score.add_argument("--classes", metavar="FILE", help="class names, one a line or as JSON; mini:emoji for the shipped emoji's")
+    score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be repeated")
     score.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     commands.add_parser("recipes", help="list the recipes that ship")
     commands.add_parser("env", help="versions, devices, and what computes each operator")

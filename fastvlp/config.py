@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from fastvlp._schema import ConfigError, build, keys, unknown
@@ -335,11 +335,9 @@ def _check_key(key: str) -> None:
 
 def _paths(cls: type, prefix: str = "") -> Iterator[str]:
     """All dotted keys of a dataclass, sections included."""
-    import typing
-
     hints = typing.get_type_hints(cls)
     for name in keys(cls):
         yield prefix + name
         hint = next((h for h in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(h)), None)
         if hint is not None and typing.get_origin(hints[name]) is not tuple:
-            yield from _paths(hint, f"{prefix}{name}.")
+            yield from _paths(typing.cast(type, hint), f"{prefix}{name}.")

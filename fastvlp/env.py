@@ -10,10 +10,11 @@ import platform
 
 import torch
 
+import fastvlp
 import fastvlp_kernels
 from fastvlp_kernels._backend import explain
 
-PACKAGES = ("fastvlp", "torch", "triton", "numpy", "tokenizers", "safetensors", "pillow", "pyyaml", "matplotlib", "tensorboard", "wandb",
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "pillow", "pyyaml", "matplotlib", "tensorboard", "wandb",
             "cupy", "flash-attn", "xformers", "open_clip_torch", "timm")
 
 
@@ -41,15 +42,19 @@ def version(package: str) -> str | None:
 
 def report() -> str:
     """The whole report as text, to be pasted into an issue."""
-    lines = [f"python      {platform.python_version()}, {platform.platform()}"]
+    lines = [f"python          {platform.python_version()}, {platform.platform()}"]
+    lines.append(f"fastvlp         {fastvlp.__version__}")
     lines += [f"{package:<16}{version(package) or '-'}" for package in PACKAGES]
-    lines.append(f"\nCPU             {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()})")
+    capability = torch.backends.cpu.get_cpu_capability()
+    lines.append(f"\nCPU             {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads ({capability})")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            device = torch.cuda.get_device_properties(index)
-            lines.append(f"cuda:{index}          {device.name}, {device.total_memory / 2**30:.0f} GiB, sm_{device.major}{device.minor}")
+            properties = torch.cuda.get_device_properties(index)
+            architecture = f"sm_{properties.major}{properties.minor}"
+            lines.append(f"cuda:{index}          {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {architecture}")
     else:
-        lines.append(f"CUDA            no device ({'torch ' + torch.__version__ + ' is a CPU build' if torch.version.cuda is None else 'none found'})")
+        reason = f"torch {torch.__version__} is a CPU build" if torch.version.cuda is None else "torch finds none"
+        lines.append(f"CUDA            no device ({reason})")
     for name in ("FASTVLP_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         if name in os.environ:
             lines.append(f"{name}={os.environ[name]}")

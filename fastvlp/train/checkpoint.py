@@ -99,9 +99,10 @@ def latest(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | None
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of the random generators of Python, NumPy and torch in this process."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
     return {"python": [version, list(words), gauss], "torch": torch.get_rng_state(),
-            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+            "numpy": {**numpy, "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))}},
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
@@ -109,8 +110,8 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put the generators back where ``random_state`` found them."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    numpy = state["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

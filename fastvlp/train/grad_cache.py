@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from fastvlp.models import TwoTower
 from fastvlp.train.batches import MicroBatches
 from fastvlp_kernels.packed import Packed
 
@@ -15,7 +16,7 @@ from fastvlp_kernels.packed import Packed
 class Towers(nn.Module):
     """What one synchronised step needs from a two-tower model, as one ``forward`` that DistributedDataParallel can wrap."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: TwoTower) -> None:
         super().__init__()
         self.model = model
 
@@ -25,7 +26,7 @@ class Towers(nn.Module):
         return model.encode_image(images), model.encode_text(texts), model.scale(), model.logit_bias
 
 
-def backward(towers: nn.Module, model: nn.Module, batch: MicroBatches, criterion: Callable[..., Tensor],
+def backward(towers: nn.Module, model: TwoTower, batch: MicroBatches, criterion: Callable[..., Tensor],
              amp: Callable[[], AbstractContextManager], scale_loss: Callable[[Tensor], Tensor]) -> Tensor:
     """Accumulate the gradients of ``criterion`` over the whole batch into the parameters.
 
@@ -49,30 +50,36 @@ def backward(towers: nn.Module, model: nn.Module, batch: MicroBatches, criterion
         return loss.detach()
 
     with torch.no_grad(), amp():
-        cached = [torch.cat([model.encode_image(packed) for packed in batch.images]),
-                  torch.cat([model.encode_text(packed) for packed in batch.texts]), model.scale(), model.logit_bias]
-    leaves = [None if value is None else value.detach().requires_grad_() for value in cached]
-    image, text, scale, bias = leaves
+        image = torch.cat([model.encode_image(packed) for packed in batch.images]).requires_grad_()
+        text = torch.cat([model.encode_text(packed) for packed in batch.texts]).requires_grad_()
+    scale = model.scale().detach().requires_grad_()
+    bias = None if model.logit_bias is None else model.logit_bias.detach().requires_grad_()
     with amp():
         loss = criterion(image[batch.image_rows], text[batch.text_rows], scale, bias)
     scale_loss(loss).backward()
 
-    image_gradients = image.grad.split([len(packed.lengths) for packed in batch.images])
-    text_gradients = text.grad.split([len(packed.lengths) for packed in batch.texts])
-    for encode, parts, gradients in ((model.encode_image, batch.images, image_gradients), (model.encode_text, batch.texts, text_gradients)):
-        for packed, gradient in zip(parts[:-1], gradients, strict=False):
-            with amp():
-                features = encode(packed)
-            _backward([features], [gradient])
+    image_gradients = _gradient(image).split([len(packed) for packed in batch.images])
+    text_gradients = _gradient(text).split([len(packed) for packed in batch.texts])
+    for packed, gradient in zip(batch.images[:-1], image_gradients, strict=False):
+        with amp():
+            features = model.encode_image(packed)
+        _backward([features], [gradient])
+    for packed, gradient in zip(batch.texts[:-1], text_gradients, strict=False):
+        with amp():
+            features = model.encode_text(packed)
+        _backward([features], [gradient])
     with amp():
         last = towers(batch.images[-1], batch.texts[-1])
-    _backward(last, [image_gradients[-1], text_gradients[-1], scale.grad, None if bias is None else bias.grad])
+    _backward(last, [image_gradients[-1], text_gradients[-1], _gradient(scale), None if bias is None else _gradient(bias)])
     return loss.detach()
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _backward(outputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
     """Backward of the outputs that carry a graph; a frozen tower has none."""
-    pairs = [(output, torch.zeros_like(output) if gradient is None else gradient)
-             for output, gradient in zip(outputs, gradients, strict=True) if output is not None and output.requires_grad]
+    pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if output is not None and output.requires_grad]
     if pairs:
         torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])

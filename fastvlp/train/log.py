@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastvlp.config import Config, ConfigError, to_dict
+from fastvlp.config import Config, to_dict
 
 
 class Writer(Protocol):
@@ -19,7 +20,10 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line. Lines of steps after ``start`` are dropped first: a resumed run writes them again."""
+    """One JSON object a line; what is not finite is written as null.
+
+    Lines of steps after ``start`` are dropped first: a resumed run writes them again.
+    """
 
     def __init__(self, path: Path, start: int) -> None:
         kept = [line for line in lines(path) if line["step"] <= start] if start else []
@@ -29,7 +33,8 @@ class JsonLines:
         self.file = path.open("a", buffering=1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -39,10 +44,8 @@ class TensorBoard:
     """Scalars for ``tensorboard --logdir runs``."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ConfigError("run.log names tensorboard, which is not installed: pip install 'fastvlp[log]'") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -58,10 +61,8 @@ class WandB:
     """A run on Weights & Biases, named and resumed by the run's name."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        try:
-            import wandb
-        except ModuleNotFoundError as error:
-            raise ConfigError("run.log names wandb, which is not installed: pip install 'fastvlp[log]'") from error
+        import wandb
+
         self.run = wandb.init(project="fastvlp", name=config.run.name, id=config.run.name, resume="allow", dir=str(folder),
                               config=to_dict(config))
 
@@ -78,8 +79,8 @@ class Log:
     def __init__(self, folder: Path, config: Config, start: int, enabled: bool) -> None:
         self.writers: list[Writer] = []
         if enabled:
-            makers = {"tensorboard": lambda: TensorBoard(folder), "wandb": lambda: WandB(folder, config)}
-            self.writers = [JsonLines(folder / "log.jsonl", start), *(makers[name]() for name in config.run.log)]
+            self.writers.append(JsonLines(folder / "log.jsonl", start))
+            self.writers += [TensorBoard(folder) if name == "tensorboard" else WandB(folder, config) for name in config.run.log]
 
     def write(self, step: int, **values: Any) -> None:
         """One line about the state after ``step`` steps."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fastvlp import losses
 from fastvlp.config import Config, ConfigError, dump, to_dict
-from fastvlp.data import Stream, load_tokenizer
+from fastvlp.data import Batch, Stream, expand, load_tokenizer
+from fastvlp.evaluate import load_classes
 from fastvlp.models import TwoTower
 from fastvlp.train import checkpoint, distributed, report, resume, schedule
 from fastvlp.train.interrupt import Interrupted, StopRequest
@@ -38,8 +41,7 @@ def train(config: Config) -> dict[str, Any]:
     with StopRequest() as stop, distributed.join(config.run.device) as world:
         if world.device.type == "cpu":
             keep_freed_memory()
-        if config.data.batch_size < world.size:
-            raise ConfigError(f"data.batch_size is {config.data.batch_size} for {world.size} processes; each needs at least one pair")
+        _check(config, world)
         folder = Path(config.run.dir) / config.run.name
         progress = Progress(config.steps, config.train.print_every, enabled=world.rank == 0)
         state = resume.find(config, folder, progress.say)
@@ -56,9 +58,9 @@ def train(config: Config) -> dict[str, Any]:
             _prepare(folder, config, trainer.counters.step)
         log = Log(folder, config, trainer.counters.step, enabled=world.rank == 0)
         progress.say(_headline(config, trainer))
-        last = config.schedule.stages[-1].image_size
-        if last != config.model.image.image_size:
-            progress.say(f"note: the last stage trains at {last} pixels, evaluation uses model.image.image_size={config.model.image.image_size}")
+        trained, evaluated = config.schedule.stages[-1].image_size, config.model.image.image_size
+        if trained != evaluated:
+            progress.say(f"note: the last stage trains at {trained} pixels, evaluation uses model.image.image_size={evaluated}")
         try:
             skipped, startup_seconds = _fit(config, trainer, folder, log, progress, stop, began)
             if world.rank > 0:
@@ -73,18 +75,13 @@ def build_trainer(config: Config, world: distributed.World) -> Trainer:
     """The model with fresh weights (the same on every process), its loss and its optimizer.
 
     Raises:
-        ConfigError: the tokenizer does not fit the text tower, a stage the image tower, or the bias the loss.
+        ConfigError: the tokenizer does not fit the text tower, or the bias the loss.
     """
     torch.manual_seed(config.run.seed)
     tokenizer = load_tokenizer(config.data.tokenizer, config.model.text.context_length)
     if tokenizer.vocab_size > config.model.text.vocab_size:
         raise ConfigError(f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens and model.text.vocab_size is "
                           f"{config.model.text.vocab_size}; set model.text.vocab_size={tokenizer.vocab_size}")
-    reach = config.model.image.grid * config.model.image.patch_size
-    largest = max(stage.image_size for stage in config.schedule.stages)
-    if largest > reach:
-        raise ConfigError(f"a stage has image_size {largest} and the image tower reaches {reach} pixels (grid {config.model.image.grid} x "
-                          f"patch_size {config.model.image.patch_size}); raise model.image.grid or lower the stage")
     if config.loss.name == "clip" and config.model.init_bias is not None:
         raise ConfigError("model.init_bias is set, and loss.name=clip has no bias; set model.init_bias=null or loss.name=siglip")
     model = TwoTower(config.model)
@@ -92,6 +89,25 @@ def build_trainer(config: Config, world: distributed.World) -> Trainer:
     model.to(world.device)
     loss = losses.ClipLoss if config.loss.name == "clip" else losses.SigLipLoss
     return Trainer(config, model, loss(rank=world.rank, world_size=world.size, strategy=config.loss.strategy), world)
+
+
+def _check(config: Config, world: distributed.World) -> None:
+    """Refuse now what would fail later: a batch too small, pictures too large, shards or classes or packages that are not there."""
+    if config.data.batch_size < world.size:
+        raise ConfigError(f"data.batch_size is {config.data.batch_size} for {world.size} processes; each needs at least one pair")
+    reach = config.model.image.grid * config.model.image.patch_size
+    largest = max(stage.image_size for stage in config.schedule.stages)
+    if largest > reach:
+        raise ConfigError(f"a stage has image_size {largest} and the image tower reaches {reach} pixels (grid {config.model.image.grid} x "
+                          f"patch_size {config.model.image.patch_size}); raise model.image.grid or lower the stage")
+    for shards in (config.data.train, config.eval.zero_shot, config.eval.retrieval):
+        if shards:
+            expand(shards)
+    if config.eval.classes is not None:
+        load_classes(config.eval.classes)
+    for name in config.run.log:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"run.log names {name}, which is not installed: pip install 'fastvlp[log]'")
 
 
 def _fit(config: Config, trainer: Trainer, folder: Path, log: Log, progress: Progress, stop: StopRequest,
@@ -102,12 +118,13 @@ def _fit(config: Config, trainer: Trainer, folder: Path, log: Log, progress: Pro
     def on_skip(reason: str, name: str) -> None:
         log.write(counters.step, skipped=reason, sample=name)
 
+    assert trainer.model.tokenizer is not None  # build_trainer gave it one
     stream = Stream(config.data.train, trainer.model.tokenizer, batch_size=config.data.batch_size,
                     patch_size=config.model.image.patch_size, context_length=config.model.text.context_length, seed=config.run.seed,
                     stage_at=lambda step: schedule.stage_at(config, step), workers=config.data.workers, rank=world.rank,
                     world_size=world.size, start=counters.step, on_skip=on_skip)
     startup_seconds = 0.0
-    with contextlib.closing(iter(stream)) as pairs:
+    with contextlib.closing(cast(Generator[Batch, None, None], iter(stream))) as pairs:
         while counters.step < config.steps:
             batch = next(pairs)
             if not startup_seconds:

@@ -13,7 +13,8 @@ _POSITIONS = ("rows", "columns", "places")  # tables of positions in fastvlp.mod
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; norms, biases, scalars and embeddings (tables of tokens and positions) do not. Frozen parameters are left out."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             free = parameter.ndim < 2 or id(parameter) in tables or name.rpartition(".")[2] in _POSITIONS

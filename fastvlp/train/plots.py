@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import numpy as np
 
 from fastvlp.train.log import lines, series
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CELL, FRAME, TEXT = 100, 3, 2.5  # pixels of a cell and of its frame; width of the texts in inches of CELL pixels
+GREEN = (44, 160, 44)
 
 
 def available() -> bool:
@@ -23,7 +31,7 @@ def curves(log: Path, target: Path) -> None:
 
     records = lines(log)
     panels = [("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm"), ("images_per_second", "images per second")]
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="tight")
     FigureCanvasAgg(figure)
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         steps, values = series(records, name)
@@ -57,27 +65,36 @@ def smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
     return result
 
 
-def retrieval_sheet(queries: Sequence[str], ranked: Sequence[Sequence[Tensor]], hits: Sequence[int | None], target: Path) -> None:
+def retrieval_sheet(queries: Sequence[str], ranked: Sequence[Sequence[Image.Image]], hits: Sequence[int | None], target: Path) -> None:
     """One row per query: its text and its pictures by falling similarity, as a PNG.
 
     Args:
-        ranked: for each query the best pictures, uint8 [h, w, 3], the same number for each.
-        hits: place of the query's own picture among them, which gets a frame, or None.
+        ranked: for each query the best pictures, the same number for each.
+        hits: place of the query's own picture among them, which gets a green frame, or None.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, columns = len(queries), len(ranked[0])
-    figure = Figure(figsize=(3 + 1.3 * columns, 1.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(rows, columns + 1, width_ratios=[2.3] + [1] * columns)
-    for row, (query, pictures, hit) in enumerate(zip(queries, ranked, hits, strict=True)):
-        label = figure.add_subplot(grid[row, 0])
-        label.axis("off")
-        label.text(0.98, 0.5, query if len(query) < 60 else query[:57] + "...", ha="right", va="center", wrap=True, parse_math=False)
+    sheet = np.full((rows * CELL, columns * CELL, 3), 255, np.uint8)
+    for row, (pictures, hit) in enumerate(zip(ranked, hits, strict=True)):
         for column, picture in enumerate(pictures):
-            axes = figure.add_subplot(grid[row, column + 1], xticks=[], yticks=[])
-            axes.imshow(picture.numpy())
-            for side in axes.spines.values():
-                side.set(visible=column == hit, color="tab:green", linewidth=3)
-    figure.savefig(target, dpi=90)
+            cell = sheet[row * CELL:(row + 1) * CELL, column * CELL:(column + 1) * CELL]
+            if column == hit:
+                cell[1:-1, 1:-1] = GREEN
+                cell[1 + FRAME:-1 - FRAME, 1 + FRAME:-1 - FRAME] = 255
+            inside = picture.copy()
+            inside.thumbnail((CELL - 2 * FRAME - 4,) * 2)
+            top, left = (CELL - inside.height) // 2, (CELL - inside.width) // 2
+            cell[top:top + inside.height, left:left + inside.width] = np.asarray(inside)
+
+    width, height = TEXT + columns, rows
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((TEXT / width, 0, columns / width, 1))
+    axes.imshow(sheet)
+    axes.axis("off")
+    for row, query in enumerate(queries):
+        figure.text(0.95 * TEXT / width, 1 - (row + 0.5) / rows, textwrap.fill(textwrap.shorten(query, 90, placeholder=" ..."), 30),
+                    ha="right", va="center", fontsize=9, parse_math=False)
+    figure.savefig(target, dpi=CELL)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from fastvlp import evaluate
+from fastvlp import __version__, evaluate
 from fastvlp.config import Config
-from fastvlp.env import version
 from fastvlp.models import TwoTower
 from fastvlp.train import plots
 from fastvlp.train.log import Log
@@ -29,7 +28,7 @@ def measure(config: Config, model: TwoTower) -> dict[str, dict[str, float]]:
     was_training = model.training
     model.eval()
     if config.eval.zero_shot:
-        classes = evaluate.load_classes(config.eval.classes)
+        classes = evaluate.load_classes(config.eval.classes or "")
         scores["zero_shot"] = evaluate.zero_shot(model, config.eval.zero_shot, classes, config.eval.templates, config.eval.batch_size)
     if config.eval.retrieval:
         scores["retrieval"] = evaluate.retrieval(model, config.eval.retrieval, config.eval.batch_size)
@@ -40,7 +39,8 @@ def measure(config: Config, model: TwoTower) -> dict[str, dict[str, float]]:
 def log_scores(config: Config, model: TwoTower, step: int, log: Log, progress: Progress) -> dict[str, dict[str, float]]:
     """Measure, log and show the scores after ``step`` steps."""
     scores = measure(config, model)
-    log.write(step, **{f"{measure}_{name}": value for measure, values in scores.items() for name, value in values.items() if name != "n"})
+    log.write(step, **{f"{measure}_{name}": value for measure, values in scores.items() for name, value in values.items()
+                        if name not in ("n", "skipped")})
     for line in table(scores):
         progress.say(line)
     return scores
@@ -93,7 +93,7 @@ def finish(config: Config, trainer: Trainer, folder: Path, log: Log, progress: P
         "plot_seconds": time.perf_counter() - began, "images_per_second": counters.samples / seconds if seconds else None,
         "tokens_per_second": (counters.image_tokens + counters.text_tokens) / seconds if seconds else None,
         **scores, "nonfinite_steps": counters.nonfinite, "skipped_samples": skipped, "processes": trainer.world.size,
-        "device": str(trainer.world.device), "threads": torch.get_num_threads(), "torch": torch.__version__, "fastvlp": version("fastvlp"),
+        "device": str(trainer.world.device), "threads": torch.get_num_threads(), "torch": torch.__version__, "fastvlp": __version__,
     }
     temporary = folder / f".{RESULTS}.partial"
     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -119,4 +119,5 @@ def _sheet(config: Config, model: TwoTower, target: Path) -> None:
     best = (features.texts[chosen] @ features.images.T).topk(min(COLUMNS, len(features.images))).indices
     hits = [row.index(own) if own in row else None for row, own in zip(best.tolist(), features.owner[chosen].tolist(), strict=True)]
     pictures = features.pictures(sorted(set(best.flatten().tolist())))
-    plots.retrieval_sheet([features.captions[i] for i in chosen.tolist()], [[pictures[i] for i in row] for row in best.tolist()], hits, target)
+    queries, ranked = [features.captions[i] for i in chosen.tolist()], [[pictures[i] for i in row] for row in best.tolist()]
+    plots.retrieval_sheet(queries, ranked, hits, target)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastvlp.config import Config
 from fastvlp.data import Batch
+from fastvlp.models import TwoTower
 from fastvlp.train import batches, checkpoint, distributed, grad_cache, schedule
 from fastvlp.train.ema import Ema
 from fastvlp.train.optim import build_optimizer
@@ -48,7 +49,7 @@ class Trainer:
         model: two towers on ``world.device``. criterion: takes (image features, text features, scale, bias, local_sizes=...).
     """
 
-    def __init__(self, config: Config, model: nn.Module, criterion: nn.Module, world: distributed.World) -> None:
+    def __init__(self, config: Config, model: TwoTower, criterion: nn.Module, world: distributed.World) -> None:
         self.config, self.model, self.criterion, self.world = config, model, criterion, world
         self.optimizer = build_optimizer(model, config.optim)
         self.ema = Ema(model, config.train.ema) if config.train.ema is not None else None
@@ -149,7 +150,7 @@ class Trainer:
     def _gradient_norm(self) -> Tensor:
         """Norm of the whole gradient before clipping, 0-d."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         if self.config.optim.grad_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.grad_clip, norm, foreach=True)
         return norm
