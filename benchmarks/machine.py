@@ -49,6 +49,12 @@ def device_name(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
+def environment() -> dict[str, str]:
+    """The environment of a process that imports this checkout, installed or not."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def commit() -> str:
     """The commit of the checkout, with ``+`` where tracked code differs from it; empty outside a repository."""
     git = ["git", "-C", str(ROOT)]

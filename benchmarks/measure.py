@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.machine import ROOT, synchronise
+from benchmarks.machine import ROOT, environment, synchronise
 from benchmarks.registry import Case, Mode, Problem, Provider, Task
 
 # How much larger than eager's our error against float64 may be, relative to the norm of the result; below each dtype's own rounding.
@@ -83,8 +83,10 @@ def check_parity(case: Case, problem: Problem, tasks: Mapping[str, Task]) -> tup
     comparable = [p for p in case.providers if p.name in tasks and p.same_function]
     found = {p.name: errors(tasks[p.name], exact) for p in comparable}
     eager = found[next(p.name for p in comparable if p.kind == "eager")]
-    worst, left_out = {}, {}
+    worst: dict[str, float] = {}
+    left_out: dict[str, str] = {}
     for provider in comparable:
+        worst[provider.name] = max(found[provider.name].values())
         for name, error in found[provider.name].items():
             allowed = eager[name] + TOLERANCE[dtype] if provider.kind == "ours" else DIFFERENT[dtype]
             if error <= allowed:
@@ -92,8 +94,7 @@ def check_parity(case: Case, problem: Problem, tasks: Mapping[str, Task]) -> tup
             message = f"{name} is off by {error:.2e} of its norm (allowed: {allowed:.2e}, eager: {eager[name]:.2e})"
             if provider.kind != "rival":
                 raise ParityError(f"{case.op}, {problem.shape.name}, {provider.name}: {message}; nothing was timed")
-            left_out[provider.name] = f"wrong: {message}"
-        worst[provider.name] = max(found[provider.name].values())
+            left_out.setdefault(provider.name, f"wrong: {message}")
     return worst, left_out
 
 
@@ -159,7 +160,7 @@ def extra_bytes(case: Case, problem: Problem, provider: Provider, task: Task, mo
         del kept
         return peak - before
     command = [sys.executable, "-m", "benchmarks.memory", case.op, problem.shape.name, provider.name, mode]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
     peak = json.loads(done.stdout.splitlines()[-1])["extra_bytes"]

@@ -137,7 +137,8 @@ def train(folder: Path, minutes: float, seed: int, tokenizer: str, batch_size: i
     from open_clip.loss import ClipLoss
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.2, betas=(0.9, 0.98))
-    loss_fn, budget, step, seen, curve = ClipLoss(), minutes * 60, 0, 0, []
+    loss_fn, budget, step, seen = ClipLoss(), minutes * 60, 0, 0
+    curve: list[dict[str, float]] = []
     start, paused = time.perf_counter(), 0.0
     while not curve or curve[-1]["seconds"] < budget:
         for index in torch.randperm(len(images)).split(batch_size)[:-1]:

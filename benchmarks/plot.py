@@ -45,7 +45,8 @@ def _bars(content: dict[str, Any], path: Path) -> None:
         time.barh(names, medians, xerr=spread, color=colours)
         time.set(xlabel="ms (median, 20th to 80th percentile)", title=shape)
         memory.barh(names, [row["extra_mb"] or 0 for row in some], color=colours)
-        memory.set(xlabel="extra memory, MB" if any(row["extra_mb"] is not None for row in some) else "extra memory (unmeasured)", title=shape)
+        measured = any(row["extra_mb"] is not None for row in some)
+        memory.set(xlabel="extra memory, MB" if measured else "extra memory (unmeasured)", title=shape)
         for axis in (time, memory):
             axis.invert_yaxis()
     figure.savefig(path, dpi=120)

@@ -105,7 +105,8 @@ def towers(results: Results) -> str:
             continue
         ratio = results[device]["towers"]["facts"][shape]["token_ratio"]
         faster = ours["ratio_eager"]
-        lines.append([device, shape, _ms(ours), _ms(_best(rows, "eager")), _ms(_best(rows, "rival")), f"{ratio:.2f}", f"{faster:.2f}x", f"{faster / ratio:.0%}"])
+        times = [_ms(ours), _ms(_best(rows, "eager")), _ms(_best(rows, "rival"))]
+        lines.append([device, shape, *times, f"{ratio:.2f}", f"{faster:.2f}x", f"{faster / ratio:.0%}"])
     return _table(header, lines)
 
 
@@ -126,7 +127,8 @@ def operators(results: Results) -> str:
 
 def mini(results: Results) -> str:
     """Time to accuracy on the shipped data set."""
-    header = ("device", "system", "seeds", "training minutes", "top-1 %", "of each seed", "top-5 %", "clip-art R@10 %", "images/s", "parameters of the towers")
+    header = ("device", "system", "seeds", "training minutes", "top-1 %", "of each seed", "top-5 %", "clip-art R@10 %", "images/s",
+              "parameters of the towers")  # fmt: skip
     lines = []
     for device, files in results.items():
         for system in files.get("mini", {}).get("systems", []):
@@ -136,8 +138,14 @@ def mini(results: Results) -> str:
                 f"{100 * system['i2t_r10']:.1f}", f"{system['images_per_second']:.0f}", f"{system['tower_parameters'] / 1e6:.2f} M",
             ])  # fmt: skip
     if not lines:
-        lines = [["CPU", "open_clip", UNMEASURED, *[""] * 7], ["CPU", "fastvlp", UNMEASURED, *[""] * 7]]
-    return _table(header, lines)
+        lines = [["CPU", system, UNMEASURED, *[""] * (len(header) - 3)] for system in ("open_clip", "fastvlp")]
+    reached = ["", *(f"{device}: {', '.join(_reached(system) for system in files['mini']['systems'])}.\n"
+                     for device, files in results.items() if "mini" in files)]  # fmt: skip
+    return _table(header, lines) + ("\n".join(reached) if len(reached) > 1 else "")
+
+
+def _reached(system: dict[str, Any]) -> str:
+    return f"{system['system']} {100 * system['top1']:.1f} % top-1 after {system['train_seconds'] / 60:.1f} minutes"
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -153,7 +161,8 @@ def render(text: str, results: Results, source: str) -> str:
     """
     begun, closed = len(re.findall(r"<!-- begin: ", text)), len(_BLOCK.findall(text))
     if begun != closed:
-        raise ValueError(f"{source}: {begun} tables begin and {closed} of them end; every <!-- begin: NAME --> line needs its <!-- end: NAME -->")
+        need = "every <!-- begin: NAME --> line needs its <!-- end: NAME -->"
+        raise ValueError(f"{source}: {begun} tables begin and {closed} of them end; {need}")
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]

@@ -78,7 +78,7 @@ def _implementation(name: str) -> Iterator[None]:
             os.environ["FASTVLP_IMPL"] = before
 
 
-def ours(loss_class: Callable[[], Callable[..., Tensor]], impl: str) -> Provider:
+def ours(loss_class: Callable[[], Callable[[], Callable[..., Tensor]]], impl: str) -> Provider:
     """Our drop-in loss with the implementation forced."""
 
     def build(problem: Problem) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from benchmarks.registry import Case, Mode, Problem, Provider, Shape, Task, always, needs, needs_compiler
 
 CAPTION, PADDED_CAPTION = 8.5, 24  # tokens of a mini caption with its start and end, and what open_clip pads it to
+
+Size = tuple[str, Sequence[int], int, bool]  # name, lengths, heads, causal
 
 
 def _captions(count: int) -> list[int]:
@@ -28,10 +31,14 @@ def _mixed(count: int, low: int, high: int) -> list[int]:
 def shapes(device: str, quick: bool) -> list[Shape]:
     """Captions and images of the default recipe on CPUs, those of ViT-B/16 in TARGETS on GPUs."""
     if quick:
-        sizes: list[tuple[str, Sequence[int], int, bool]] = [("16 captions", _captions(16), 2, True), ("8 x 5-20", _mixed(8, 5, 20), 2, False)]
+        sizes: list[Size] = [("16 captions", _captions(16), 2, True), ("8 x 5-20", _mixed(8, 5, 20), 2, False)]
         dtype = torch.float32
     elif device == "cuda":
-        sizes = [("256 x 50", [50] * 256, 12, False), ("256 x 197", [197] * 256, 12, False), ("256 x 16-256", _mixed(256, 16, 256), 12, False)]
+        sizes = [
+            ("256 x 50", [50] * 256, 12, False),
+            ("256 x 197", [197] * 256, 12, False),
+            ("256 x 16-256", _mixed(256, 16, 256), 12, False),
+        ]
         dtype = torch.bfloat16
     else:
         captions = _captions(256)
@@ -79,10 +86,11 @@ def _ours(impl: str) -> Callable[[Problem], Task]:
         from fastvlp_kernels import packed_attention
 
         own, lengths = _leaves(problem), problem.inputs["lengths"]
+        q, k, v = own.values()
         cu_seqlens, longest, causal = problem.inputs["cu_seqlens"], int(lengths.max()), problem.shape.values["causal"]
 
         def forward() -> Tensor:
-            out = packed_attention(*own.values(), cu_seqlens, max_seqlen_q=longest, causal=causal, lengths=lengths, impl=impl)
+            out = packed_attention(q, k, v, cu_seqlens, max_seqlen_q=longest, causal=causal, lengths=lengths, impl=impl)
             assert isinstance(out, Tensor)
             return out
 
@@ -106,12 +114,13 @@ def _padded(compiled: bool) -> Callable[[Problem], Task]:
         # A causal query of a real token sees no padding, which lies behind it: no mask is needed.
         keys = None if causal or mask.all() else mask[:, None, None, :]
         own = {name: pad(problem.inputs[name]).requires_grad_() for name in ("q", "k", "v")}
+        q, k, v = own.values()
         attend = torch.compile(F.scaled_dot_product_attention, dynamic=False) if compiled else F.scaled_dot_product_attention
 
         def canonical(results: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.transpose(1, 2)[mask] for name, tensor in results.items()}
 
-        return Task(lambda: attend(*own.values(), attn_mask=keys, is_causal=causal), own, pad(problem.inputs["upstream"]), canonical)
+        return Task(lambda: attend(q, k, v, attn_mask=keys, is_causal=causal), own, pad(problem.inputs["upstream"]), canonical)
 
     return build
 
@@ -123,27 +132,25 @@ def _loop(problem: Problem) -> Task:
 
     def forward() -> Tensor:
         parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in own.values()), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*part, is_causal=causal) for part in parts], 1).transpose(0, 1)
+        return torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=causal) for q, k, v in parts], 1).transpose(0, 1)
 
     return Task(forward, own, problem.inputs["upstream"])
 
 
 def _flash(problem: Problem) -> Task:
-    from flash_attn import flash_attn_varlen_func
-
+    attend = importlib.import_module("flash_attn").flash_attn_varlen_func
     own, longest, cu = _leaves(problem), int(problem.inputs["lengths"].max()), problem.inputs["cu_seqlens"]
     causal = problem.shape.values["causal"]
-    return Task(lambda: flash_attn_varlen_func(*own.values(), cu, cu, longest, longest, causal=causal), own, problem.inputs["upstream"])
+    return Task(lambda: attend(*own.values(), cu, cu, longest, longest, causal=causal), own, problem.inputs["upstream"])
 
 
 def _xformers(problem: Problem) -> Task:
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    own, bias = _leaves(problem), BlockDiagonalMask.from_seqlens(problem.inputs["lengths"].tolist())
+    attend = importlib.import_module("xformers.ops").memory_efficient_attention
+    mask = importlib.import_module("xformers.ops.fmha.attn_bias").BlockDiagonalMask
+    own, bias = _leaves(problem), mask.from_seqlens(problem.inputs["lengths"].tolist())
     if problem.shape.values["causal"]:
         bias = bias.make_causal()
-    return Task(lambda: memory_efficient_attention(*(x[None] for x in own.values()), attn_bias=bias)[0], own, problem.inputs["upstream"])
+    return Task(lambda: attend(*(x[None] for x in own.values()), attn_bias=bias)[0], own, problem.inputs["upstream"])
 
 
 def work(problem: Problem, mode: Mode) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -54,8 +55,7 @@ def _our_loss() -> Any:
 
 def _siglip_kernel(problem: Problem) -> Task:
     """siglip-kernel takes the logarithm of the scale; its gradient is brought back by d/dscale = d/dlog / scale."""
-    from siglip_kernel import fused_siglip_loss
-
+    loss = importlib.import_module("siglip_kernel").fused_siglip_loss
     own = contrastive.leaves(problem)
     scale = own.pop("scale").detach()
     own["scale"] = scale.log().requires_grad_()
@@ -63,7 +63,7 @@ def _siglip_kernel(problem: Problem) -> Task:
     def canonical(results: dict[str, Tensor]) -> dict[str, Tensor]:
         return results | {"scale": results["scale"] / scale}
 
-    return Task(lambda: fused_siglip_loss(own["x"], own["y"], own["scale"], own["bias"]), own, canonical=canonical)
+    return Task(lambda: loss(own["x"], own["y"], own["scale"], own["bias"]), own, canonical=canonical)
 
 
 CASE = Case(

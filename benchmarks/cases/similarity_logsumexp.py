@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -62,25 +63,21 @@ def _without_scale(problem: Problem) -> dict[str, Tensor]:
 
 def _memeff(problem: Problem) -> Task:
     """memeff takes the temperature as a number: no gradient of the scale."""
-    from memeff import MemoryEfficientCLIPLoss
-
-    own, loss = _without_scale(problem), MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    own = _without_scale(problem)
+    loss = importlib.import_module("memeff").MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
     return Task(lambda: loss(own["x"], own["y"]), own)
 
 
 def _inf_cl(problem: Problem) -> Task:
-    from inf_cl import cal_flash_loss
-
+    one_way = importlib.import_module("inf_cl").cal_flash_loss
     own = contrastive.leaves(problem)
     x, y, scale = own.values()
-    return Task(lambda: (cal_flash_loss(x, y, scale=scale).mean() + cal_flash_loss(y, x, scale=scale).mean()) / 2, own)
+    return Task(lambda: (one_way(x, y, scale=scale).mean() + one_way(y, x, scale=scale).mean()) / 2, own)
 
 
 def _liger(problem: Problem) -> Task:
     """Two fused linear cross entropies, the columns of one being the rows of the other."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    own, loss = contrastive.leaves(problem), LigerFusedLinearCrossEntropyLoss()
+    own, loss = contrastive.leaves(problem), importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
     x, y, scale = own.values()
     labels = torch.arange(len(x), device=x.device)
 

@@ -1,0 +1,137 @@
+"""Both towers on packed tokens of the shipped data, against the padded twin of the same weights and against open_clip's towers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import open_clip_baseline as rival
+from benchmarks.registry import Case, Mode, Problem, Provider, Shape, Task, needs
+
+SIDE, CONTEXT, PATCH = rival.SIDE, rival.CONTEXT, 16
+
+
+def shapes(device: str, quick: bool) -> list[Shape]:
+    """Pairs of the training data: pictures alone, captions alone, both."""
+    count = 16 if quick else 256
+    towers = {"pictures": ("image",), "captions": ("text",), "pairs": ("image", "text")}
+    return [Shape(f"{count} {name}", torch.float32, {"count": count, "towers": both}) for name, both in towers.items()]
+
+
+def problem(shape: Shape, device: torch.device) -> Problem:
+    """A batch of the training stream, with the pictures' own aspect ratios at 64 pixels, nothing dropped, and a model of the default size.
+
+    The token ratio weighs a tower's tokens by its layers: tokens padded / tokens real, over all layers that they pass.
+    """
+    from fastvlp.data import Stage, Stream, load_tokenizer
+    from fastvlp.models import TwoTower
+    from fastvlp.train.batches import split
+
+    count, towers = shape.values["count"], shape.values["towers"]
+    seed = int(torch.randint(2**31, ()))
+    batch = next(iter(Stream("mini:train", load_tokenizer("mini"), count, PATCH, CONTEXT, seed=seed, stage_at=Stage(SIDE))))
+    micro = split(batch, Stage(SIDE), PATCH, None, None, device)
+    model = TwoTower().to(device)
+    packed = {"image": micro.images[0], "text": micro.texts[0]}
+    padded = {name: x.to_padded() for name, x in packed.items()}
+    places, _ = packed["image"].replace(x=packed["image"].pos).to_padded()
+    ids, mask = padded["text"]
+    room = CONTEXT - ids.shape[1]
+    padded["text"] = (F.pad(ids, (0, room)), F.pad(mask, (0, room)))
+    depth = {"image": model.config.image.depth, "text": model.config.text.depth}
+    ratio = sum(depth[t] * padded[t][1].numel() for t in towers) / sum(depth[t] * packed[t].total for t in towers)
+    inputs = {"model": model, "packed": packed, "padded": padded, "places": places}
+    inputs["upstream"] = torch.randn(count, len(towers) * model.config.embed_dim, device=device)
+    return Problem(shape, device, inputs, {"token_ratio": ratio})
+
+
+def _encode_padded(model: Any, problem: Problem) -> Tensor:
+    from fastvlp.models.padded import encode_image, encode_text
+
+    patches, mask = problem.inputs["padded"]["image"]
+    encode = {
+        "image": lambda: encode_image(model.image, patches, problem.inputs["places"], mask),
+        "text": lambda: encode_text(model.text, *problem.inputs["padded"]["text"]),
+    }
+    return torch.cat([encode[tower]() for tower in problem.shape.values["towers"]], 1)
+
+
+def _parameters(model: nn.Module, towers: Iterable[str]) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if name.split(".")[0] in towers}
+
+
+def _per_tower(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All gradients of a tower as one vector."""
+    towers = dict.fromkeys(name.split(".")[0] for name in results if name != "value")
+    gradients = {t: torch.cat([x.flatten() for name, x in results.items() if name.startswith(f"{t}.")]) for t in towers}
+    return {"value": results["value"]} | gradients
+
+
+def exact(problem: Problem) -> dict[str, Tensor]:
+    """The padded towers in float64."""
+    model = copy.deepcopy(problem.inputs["model"]).double()
+    leaves = _parameters(model, problem.shape.values["towers"])
+    value = _encode_padded(model, problem)
+    gradients = torch.autograd.grad(value, list(leaves.values()), problem.inputs["upstream"].double())
+    return _per_tower({"value": value.detach()} | dict(zip(leaves, gradients, strict=True)))
+
+
+def _task(encode: Callable[[Any, Problem], Tensor]) -> Callable[[Problem], Task]:
+    def build(problem: Problem) -> Task:
+        model = problem.inputs["model"]
+        leaves = _parameters(model, problem.shape.values["towers"])
+        return Task(lambda: encode(model, problem), leaves, problem.inputs["upstream"], _per_tower)
+
+    return build
+
+
+def _encode_packed(model: Any, problem: Problem) -> Tensor:
+    encode = {"image": model.encode_image, "text": model.encode_text}
+    return torch.cat([encode[tower](problem.inputs["packed"][tower], normalize=False) for tower in problem.shape.values["towers"]], 1)
+
+
+def _open_clip(problem: Problem) -> Task:
+    """open_clip's towers of that width and depth: square pictures with a class token, captions padded to 24, our vocabulary."""
+    model: Any = rival.make_model(problem.inputs["model"].config.text.vocab_size).to(problem.device)
+    towers, count = problem.shape.values["towers"], problem.shape.values["count"]
+    pictures = torch.randint(256, (count, 3, SIDE, SIDE), dtype=torch.uint8, device=problem.device)
+    ids = problem.inputs["padded"]["text"][0]
+    encode = {"image": lambda: model.encode_image(rival.normalise(pictures)), "text": lambda: model.encode_text(ids)}
+    parameters = {"image." + name.removeprefix("visual.") if name.startswith("visual.") else "text." + name: p
+                  for name, p in model.named_parameters() if not name.startswith("logit_")}  # fmt: skip
+    leaves = {name: p for name, p in parameters.items() if name.split(".")[0] in towers}
+    return Task(lambda: torch.cat([encode[t]() for t in towers], 1), leaves, problem.inputs["upstream"], _per_tower)
+
+
+def work(problem: Problem, mode: Mode) -> tuple[float, float]:
+    """24 C C n + 4 C n n operations per layer and segment forward, twice that again backward; weights and pixels are read once."""
+    config, passes = problem.inputs["model"].config, 3 if mode == "forward+backward" else 1
+    flops = 0.0
+    for tower in problem.shape.values["towers"]:
+        c, depth = getattr(config, tower).width, getattr(config, tower).depth
+        n = problem.inputs["packed"][tower].lengths.double()
+        flops += depth * (24 * c * c * n + 4 * c * n**2).sum().item()
+    weights = sum(p.nbytes for p in _parameters(problem.inputs["model"], problem.shape.values["towers"]).values())
+    return passes * flops, float(passes * weights)
+
+
+CASE = Case(
+    op="towers",
+    about="image and text tower of width 192 on the shipped data, packed against padded with the same weights",
+    formula="features of 256 pictures and captions, and the gradients of all parameters",
+    limit="the tokens padded / the tokens real",
+    shapes=shapes,
+    problem=problem,
+    exact=exact,
+    work=work,
+    providers=(
+        Provider("packed", "ours", _task(_encode_packed), "fastvlp"),
+        Provider("padded", "eager", _task(_encode_padded), "fastvlp"),
+        Provider("open_clip", "rival", _open_clip, "open_clip_torch", needs("open_clip"), same_function=False),
+    ),
+)

@@ -1,0 +1,76 @@
+"""The cases: their exact answers against autograd on dense float64 matrices, and their counts of work."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.cases import contrastive
+from benchmarks.registry import OPS, Shape, find
+
+CPU = torch.device("cpu")
+
+
+def dense(op: str, x, y, scale, bias=None):
+    logits = scale * x @ y.T
+    if op == "similarity_logsumexp":
+        return (logits.logsumexp(1) + logits.logsumexp(0)).mean() / 2 - logits.diagonal().mean()
+    signs = 2 * torch.eye(len(x), dtype=x.dtype) - 1
+    return F.softplus(-signs * (logits + bias)).sum() / len(x)
+
+
+@pytest.mark.parametrize("op", ["similarity_logsumexp", "pairwise_sigmoid"])
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_the_exact_losses_equal_autograd_on_the_dense_matrix(op, chunk, monkeypatch):
+    monkeypatch.setattr(contrastive, "CHUNK", chunk)
+    case = find(op)
+    problem = case.problem(Shape("B=37 D=12", torch.float32, {"b": 37, "d": 12}), CPU)
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in problem.inputs.items()}
+    value = dense(op, *leaves.values())
+    expected = {"value": value} | dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+    found = case.exact(problem)
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_exact_attention_equals_torch_segment_by_segment():
+    case = find("packed_attention")
+    for shape in case.shapes("cpu", True):
+        problem = case.problem(shape, CPU)
+        parts = [problem.inputs[name].double().split(shape.values["lengths"]) for name in ("q", "k", "v")]
+        outputs = [
+            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), is_causal=shape.values["causal"]).transpose(0, 1)
+            for part in zip(*parts, strict=True)
+        ]
+        torch.testing.assert_close(case.exact(problem)["value"], torch.cat(outputs), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", ["similarity_logsumexp", "pairwise_sigmoid", "packed_attention"])
+def test_inputs_are_random_every_time(op):
+    case = find(op)
+    first, second = (next(iter(case.problem(case.shapes("cpu", True)[0], CPU).inputs.values())) for _ in range(2))
+    assert first.shape == second.shape and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_shapes_have_names_of_their_own_and_one_eager_provider_comes_first(op, device):
+    case = find(op)
+    names = [shape.name for quick in (False, True) for shape in case.shapes(device, quick)]
+    assert len(set(names)) == len(names)
+    assert [case.find_shape(name, device).name for name in names] == names
+    providers = [provider.name for provider in case.providers]
+    assert len(set(providers)) == len(providers) and case.find_provider(providers[-1]).name == providers[-1]
+    assert {"ours", "eager"} <= {provider.kind for provider in case.providers}
+
+
+def test_work_is_that_of_the_targets():
+    # TARGETS: CLIP B=32,768 D=768 with recomputation is 4 units, 8.3 ms at 790 TFLOP/s; SigLIP B=65,536 D=768 3 units, 25 ms.
+    for op, b, milliseconds in (("similarity_logsumexp", 32768, 8.3), ("pairwise_sigmoid", 65536, 25.0)):
+        shape = Shape("", torch.bfloat16, {"b": b, "d": 768})
+        flops, moved = contrastive.work(type("P", (), {"shape": shape})(), "forward+backward",
+                                        {"forward": 1, "forward+backward": 4 if b == 32768 else 3})  # fmt: skip
+        assert math.isclose(1e3 * flops / 790e12, milliseconds, rel_tol=0.02), op
+        assert moved == 4 * b * 768 * 2
