@@ -75,7 +75,7 @@ def as_pixels(image: Image.Image | np.ndarray | Tensor, image_size: int, patch_s
         TypeError, ValueError: anything else.
     """
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        image = torch.tensor(image)
     if not isinstance(image, Tensor):
         pil = _pil()
         if not isinstance(image, pil.Image):

@@ -173,8 +173,8 @@ def tar_members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
             if kind in (b"0", b"\0", b"7"):
                 yield override.get("path") or longer or _name(header), begin, size
             longer, override = None, {}
-    if at < end or at == 0:
-        raise BrokenTar("shard is cut short" if at else "shard is empty")
+    if at < end or end == 0:
+        raise BrokenTar("shard is cut short" if end else "shard is empty")
 
 
 def _size(header: bytes) -> int:

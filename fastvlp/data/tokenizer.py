@@ -1,13 +1,7 @@
-"""Captions to token ids, by the name of a tokenizer or from a tokenizer.json file.
-
-Train one on the captions of shards:
-
-    python -m fastvlp.data.tokenizer mini:train --vocab-size 4096 --output fastvlp/data/mini/tokenizer.json
-"""
+"""Captions to token ids, by the name of a tokenizer or from a tokenizer.json file."""
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import importlib.util
 import os
@@ -144,21 +138,3 @@ def _tokenizers() -> ModuleType:
     except ImportError as error:
         raise ImportError("captions need the tokenizers library: pip install 'fastvlp[train]'") from error
     return tokenizers
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Train a tokenizer on all captions of shards."""
-    from fastvlp.data.samples import captions
-
-    parser = argparse.ArgumentParser(prog="python -m fastvlp.data.tokenizer", description=main.__doc__)
-    parser.add_argument("shards", nargs="+", help="training shards: paths, globs, brace ranges or mini:train")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--output", default="tokenizer.json")
-    options = parser.parse_args(arguments)
-    tokenizer = train_tokenizer(captions(options.shards), options.vocab_size)
-    tokenizer.save(options.output)
-    print(f"{options.output}: {tokenizer.vocab_size} tokens")
-
-
-if __name__ == "__main__":
-    main()

@@ -110,15 +110,19 @@ def _batches(stream: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
 
 
 def ranks(queries: Tensor, keys: Tensor, targets: Tensor, batch_size: int) -> Tensor:
-    """How many keys are at least as similar to each query as its target is, the target itself not counted: int64 [Q], 0 is best.
+    """How many keys are more similar to each query than its target is: int64 [Q], 0 is best.
 
-    A tie counts against the model, so features that are all equal score nothing. Memory: batch_size x K similarities at a time.
+    Among equally similar keys the one listed first counts as more similar; a similarity that is not a number counts against the model.
+    Memory: batch_size x K similarities at a time.
 
     Args:
         queries: [Q, D]. keys: [K, D]. targets: int64 [Q], the right key of each query.
     """
     found = []
+    place = torch.arange(len(keys))
     for query, target in zip(queries.split(batch_size), targets.split(batch_size), strict=True):
         similarity = query @ keys.T
-        found.append((similarity >= similarity.gather(1, target[:, None])).sum(1) - 1)
+        own = similarity.gather(1, target[:, None])
+        behind = (similarity < own) | ((similarity == own) & (place > target[:, None]))
+        found.append((~behind).sum(1) - 1)
     return torch.cat(found)

@@ -11,8 +11,8 @@ RECALLS = (1, 5, 10)
 def retrieval(model: Encoder, shards: Shards, batch_size: int = 256) -> dict[str, float]:
     """Recall at 1, 5 and 10, both ways, among all samples of the shards.
 
-    Each picture is paired with its first caption. The share of queries whose own partner is among the k most similar; partners that
-    tie with others count as the last of them. Samples of equal captions are not merged: only one's own partner is a hit.
+    Each picture is paired with its first caption. Recall at k: the share of queries whose own partner is among the k most similar; of
+    equally similar ones the first listed counts as nearer. Samples of equal captions are not merged: only one's own partner is a hit.
 
     Args:
         model: see ``fastvlp.evaluate.features``.

@@ -16,8 +16,8 @@ def zero_shot(model: Encoder, shards: Shards, classes: Sequence[str], templates:
               batch_size: int = 256) -> dict[str, float]:
     """Top-1 and top-5 accuracy on samples that name their class ("class" in the JSON).
 
-    A class is embedded as the normalised mean of the normalised features of its name in each template (Radford et al. 2021). Classes that
-    tie with the right one count as better.
+    A class is embedded as the normalised mean of the normalised features of its name in each template (Radford et al. 2021). Of
+    equally similar classes the first listed counts as nearer.
 
     Args:
         model: see ``fastvlp.evaluate.features``.
