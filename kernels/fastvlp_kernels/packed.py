@@ -47,7 +47,7 @@ class Packed:
         """
         counts = _lengths(lengths)
         if x.ndim == 0 or int(counts.sum()) != x.shape[0]:
-            raise ValueError(f"Packed: the lengths sum to {int(counts.sum())}, x has shape {tuple(x.shape)}; its rows are all segments' tokens")
+            raise ValueError(f"Packed: the lengths sum to {int(counts.sum())}, x has shape {tuple(x.shape)}; its rows are the tokens")
         total = x.shape[0]
         for name, extra, shape in (("size", size, (total,)), ("pos", pos, (total, 3))):
             if extra is not None and tuple(extra.shape) != shape:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastvlp.packing import Packer, microbatches, pack
 
 streams = st.integers(1, 300).flatmap(
-    lambda budget: st.tuples(st.just(budget), st.lists(st.integers(1, budget), max_size=200), st.integers(1, 40))
+    lambda budget: st.tuples(st.just(budget), st.lists(st.integers(1, budget), max_size=80), st.integers(1, 40))
 )
 
 
@@ -30,7 +30,7 @@ def images(count: int, sides: tuple[int, int], patch: int, seed: int = 0) -> lis
 
 
 @given(streams)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_index_once_and_no_bin_over_budget(stream):
     budget, lengths, open_bins = stream
     for bins in (pack(lengths, budget, open_bins), microbatches(lengths, budget)):

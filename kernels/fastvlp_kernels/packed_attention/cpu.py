@@ -13,6 +13,7 @@ from .runs import Order, Run, plan
 SCORES = {"cpu": 1 << 19}  # scores held at once: on a CPU what its cache takes
 SCORES_ELSEWHERE = 1 << 26
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_softmax_backward = torch.ops.aten._softmax_backward_data.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -32,21 +33,23 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor, lengths_k: Tensor, key_size: Tensor | None, key_bias: Tensor | None,
     prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [Tq, H, e], lse [Tq * H] (the log of each query's denominator in the order of the runs; inf without keys), mass [Tk] or [0]."""
+    """out [Tq, H, e], lse [Tq * H] in the order of the runs (where the fused kernel makes and needs it, else 0), mass [Tk] or [0]."""
     runs, order = _plan(q, k, lengths_q, lengths_k)
     x = _arrange(_Inputs(q, k, v, _bias(key_size, key_bias, k), prefix_len, causal, scale), order)
     outs, lses, masses = [], [], []
     for run in runs:
-        if _flashes(x, run) and not with_mass:
+        fused = _flashes(x, run)
+        if with_mass or not fused:
+            out, mass = _dense(x, run)
+            masses += [mass] if with_mass else []
+            lse = out.new_zeros(out.shape[:3], dtype=sum_dtype(q.dtype))
+        if fused:
             out, lse = _flash(*_operands(x, run), 0.0, causal, scale=scale)
-        else:
-            out, lse, mass = _dense(x, run)
-            masses.append(mass)
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.flatten())
     out = _join(outs, q, q.shape[0], q.shape[1], v.shape[2])
     lse = _join(lses, q.new_empty(0, dtype=sum_dtype(q.dtype)), q.shape[0] * q.shape[1])
-    mass = _join(masses, q.new_empty(0, dtype=torch.float32), k.shape[0] if with_mass else 0)
+    mass = _join(masses, q.new_empty(0, dtype=torch.float32), 0)
     if order is not None:
         out = _scatter(out, order.q)
         mass = _scatter(mass, order.k) if with_mass else mass
@@ -67,11 +70,11 @@ def backward(
     parts: tuple[list[Tensor], ...] = ([], [], [], [])
     for run in runs:
         g, o = _view(grad, run.queries, run.count), _view(out, run.queries, run.count)
-        denominators = lse[run.queries.start * heads : run.queries.stop * heads].view(run.count, heads, run.n)
-        if _flashes(x, run) and not needs[3]:
-            grads = _flash_backward(g, *_operands(x, run), o, denominators, 0.0, causal, scale=scale)
+        if _flashes(x, run):
+            log_sums = lse[run.queries.start * heads : run.queries.stop * heads].view(run.count, heads, run.n)
+            grads = _flash_backward(g, *_operands(x, run), o, log_sums, 0.0, causal, scale=scale)
         else:
-            grads = _dense_backward(g, x, run, denominators, needs)
+            grads = _dense_backward(g, x, run, needs)
         for index, part in enumerate(grads):
             if not needs[index]:
                 continue
@@ -103,7 +106,7 @@ def _plan(q: Tensor, k: Tensor, lengths_q: Tensor, lengths_k: Tensor) -> tuple[t
 
 
 def _bias(key_size: Tensor | None, key_bias: Tensor | None, k: Tensor) -> Tensor | None:
-    bias = None if key_bias is None else key_bias.to(sum_dtype(k.dtype)).reshape(-1, k.shape[0])
+    bias = None if key_bias is None else torch.atleast_2d(key_bias.to(sum_dtype(k.dtype)))
     if key_size is None:
         return bias
     log_size = key_size.to(sum_dtype(k.dtype)).log()[None]
@@ -132,7 +135,8 @@ def _join(parts: list[Tensor], like: Tensor, *shape: int) -> Tensor:
 
 def _view(x: Tensor, tokens: slice, count: int) -> Tensor:
     """[count, H, n, d] of the segments in ``tokens``."""
-    return x[tokens].unflatten(0, (count, (tokens.stop - tokens.start) // count)).transpose(1, 2)
+    n, (row, head, feature) = (tokens.stop - tokens.start) // count, x.stride()
+    return x.as_strided((count, x.shape[1], n, x.shape[2]), (n * row, head, row, feature), x.storage_offset() + tokens.start * row)
 
 
 def _operands(x: _Inputs, run: Run) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +155,8 @@ def _flashes(x: _Inputs, run: Run) -> bool:
 
 def _pieces(run: Run, heads: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """(segments, rows) of a run whose scores fit the cache."""
+    if run.n == 0 or run.m == 0:
+        return
     limit = SCORES.get(device.type, SCORES_ELSEWHERE)
     segments = max(1, limit // (heads * run.n * run.m))
     rows = run.n if segments > 1 else min(run.n, max(1, limit // (heads * run.m)))
@@ -159,8 +165,8 @@ def _pieces(run: Run, heads: int, device: torch.device) -> Iterator[tuple[slice,
             yield slice(first, min(first + segments, run.count)), slice(row, min(row + rows, run.n))
 
 
-def _scores(q: Tensor, k: Tensor, x: _Inputs, run: Run, segments: slice, rows: slice) -> Tensor:
-    """scale * q k^T + bias for some segments and rows of a run: [segments, H, rows, m], -inf where a key is not seen."""
+def _probabilities(q: Tensor, k: Tensor, x: _Inputs, run: Run, segments: slice, rows: slice) -> Tensor:
+    """softmax(scale * q k^T + bias) for some segments and rows of a run: [segments, H, rows, m]; 0 for a query that sees no key."""
     scores = torch.matmul(q, k.transpose(2, 3)).mul_(x.scale)
     if x.bias is not None:
         scores += x.bias[:, run.keys].unflatten(1, (run.count, run.m))[:, segments].transpose(0, 1)[:, :, None]
@@ -171,52 +177,53 @@ def _scores(q: Tensor, k: Tensor, x: _Inputs, run: Run, segments: slice, rows: s
             first = run.segment + segments.start
             hidden = hidden & (place >= x.prefix_len[first : first + scores.shape[0], None, None, None])
         scores.masked_fill_(hidden, -torch.inf)
-    return scores
+    probabilities = torch.softmax(scores, 3)
+    if x.bias is not None or (x.causal and run.m < run.n):
+        probabilities.masked_fill_(torch.isneginf(scores).all(3, keepdim=True), 0)
+    return probabilities
 
 
-def _dense(x: _Inputs, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """out [count, H, n, e] with the memory of [count, n, H, e], lse [count, H, n], mass [count * m]."""
-    dtype, heads = sum_dtype(x.q.dtype), x.q.shape[1]
-    out = x.q.new_zeros(run.count, run.n, heads, x.v.shape[2]).transpose(1, 2)
-    lse = x.q.new_full((run.count, heads, run.n), torch.inf, dtype=dtype)
+def _dense(x: _Inputs, run: Run) -> tuple[Tensor, Tensor]:
+    """out [count, H, n, e] with the memory of [count, n, H, e]; mass [count * m]."""
+    out = x.q.new_zeros(run.count, run.n, x.q.shape[1], x.v.shape[2]).transpose(1, 2)
     mass = x.q.new_zeros(run.count, run.m, dtype=torch.float32)
-    if run.n == 0 or run.m == 0:
-        return out, lse, mass.flatten()
-    q, k, v = _operands(x, run)
-    for segments, rows in _pieces(run, heads, q.device):
-        p = _scores(q[segments, :, rows].to(dtype), k[segments].to(dtype), x, run, segments, rows)
-        denominator = torch.logsumexp(p, 3)
-        denominator.masked_fill_(denominator == -torch.inf, torch.inf)
-        lse[segments, :, rows] = denominator
-        p.sub_(denominator[..., None]).exp_()
-        out[segments, :, rows] = torch.matmul(p, v[segments].to(dtype)).to(out.dtype)
+    operands = _operands(x, run)
+    for segments, rows in _pieces(run, out.shape[1], out.device):
+        q, k, v = _batch(operands, x.q.dtype, segments, rows)
+        p = _probabilities(q, k, x, run, segments, rows)
+        out[segments, :, rows] = torch.matmul(p, v).to(out.dtype)
         mass[segments] += p.sum((1, 2))
-    return out, lse, mass.flatten()
+    return out, mass.flatten()
 
 
-def _dense_backward(grad: Tensor, x: _Inputs, run: Run, lse: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _dense_backward(grad: Tensor, x: _Inputs, run: Run, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq [count, H, n, d], dk and dv [count, H, m, d] with the memory of [count, tokens, H, d]; dbias [count * m, H]."""
     dtype, heads = sum_dtype(x.q.dtype), x.q.shape[1]
-    q, k, v = _operands(x, run)
-    dq = torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    dk, dv = (torch.zeros_like(t.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2) for t in (k, v))
-    dbias = lse.new_zeros(run.count, run.m, heads)
-    if run.n == 0 or run.m == 0:
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.flatten(0, 1)
-    for segments, rows in _pieces(run, heads, q.device):
-        g, qs, ks = grad[segments, :, rows].to(dtype), q[segments, :, rows].to(dtype), k[segments].to(dtype)
-        p = _scores(qs, ks, x, run, segments, rows).sub_(lse[segments, :, rows, None]).exp_()
+    operands = _operands(x, run)
+    dq, dk, dv = (torch.zeros_like(t.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2) for t in operands)
+    dbias = x.q.new_zeros(run.count, run.m, heads, dtype=dtype)
+    for segments, rows in _pieces(run, heads, grad.device):
+        q, k, v = _batch(operands, x.q.dtype, segments, rows)
+        g = grad[segments, :, rows].to(dtype).contiguous()
+        p = _probabilities(q, k, x, run, segments, rows)
         if needs[2]:
             dv[segments] += torch.matmul(p.transpose(2, 3), g)
         if not (needs[0] or needs[1] or needs[3]):
             continue
-        ds = torch.matmul(g, v[segments].to(dtype).transpose(2, 3)).mul_(p)
-        ds.sub_(p.mul_(ds.sum(3, keepdim=True)))
+        # Through p * (dp - sum(p * dp)), a query that sees one key has exactly no gradient.
+        ds = _softmax_backward(torch.matmul(g, v.transpose(2, 3)), p, 3, dtype)
         if needs[3]:
             dbias[segments] += ds.sum(2).transpose(1, 2)
         ds.mul_(x.scale)
         if needs[0]:
-            dq[segments, :, rows] = torch.matmul(ds, ks).to(dq.dtype)
+            dq[segments, :, rows] = torch.matmul(ds, k)
         if needs[1]:
-            dk[segments] += torch.matmul(ds.transpose(2, 3), qs)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.flatten(0, 1)
+            dk[segments] += torch.matmul(ds.transpose(2, 3), q)
+    return dq.to(x.q.dtype), dk.to(x.k.dtype), dv.to(x.v.dtype), dbias.flatten(0, 1)
+
+
+def _batch(operands: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, segments: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of one piece in the dtype of sums, each one batch of matrices."""
+    q, k, v = operands
+    q, k, v = (t.to(sum_dtype(dtype)).contiguous() for t in (q[segments, :, rows], k[segments], v[segments]))
+    return q, k, v

@@ -66,10 +66,17 @@ _packed_attention_backward.register_autograd(_refuse)
 
 def _host(cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> tuple[Tensor, Tensor]:
     """The lengths on the CPU, read from the device where the caller did not give them."""
-    host = cu_q.diff().cpu() if lengths is None else lengths
+    host = _read("cu_seqlens_q", cu_q) if lengths is None else lengths
     if lengths_k is not None:
         return host, lengths_k
-    return host, host if cu_k is cu_q else cu_k.diff().cpu()
+    return host, host if cu_k is cu_q else _read("cu_seqlens_k", cu_k)
+
+
+def _read(name: str, cu_seqlens: Tensor) -> Tensor:
+    starts = cu_seqlens.cpu()
+    if starts[0] != 0:
+        raise ValueError(f"packed_attention: {name} starts at {int(starts[0])}; it must start at 0")
+    return starts.diff()
 
 
 def packed_attention(
@@ -153,7 +160,7 @@ def _check_inputs(
     if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
         raise TypeError(f"{op}: q is {q.dtype}, k is {k.dtype} and v is {v.dtype}; cast them to one dtype")
     if any(x.dtype not in _check.FLOATS for x in (q, k, v)):
-        raise TypeError(f"{op}: q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; they must be float32, bfloat16, float16 or float64")
+        raise TypeError(f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; allowed: float32, bfloat16, float16, float64")
     segments = cu_q.shape[0] - 1 if cu_q.ndim == 1 else -1
     for name, index in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if index is not None and (index.ndim != 1 or index.shape[0] == 0 or index.dtype not in (torch.int32, torch.int64)):
@@ -174,7 +181,7 @@ def _check_inputs(
             raise ValueError(f"{op}: key_size has no gradient here; pass key_bias=key_size.log(), or key_size.detach()")
     if key_bias is not None and key_bias.shape not in ((k.shape[0],), (q.shape[1], k.shape[0])):
         raise ValueError(
-            f"{op}: key_bias has shape {tuple(key_bias.shape)}; it must be [Tk] = ({k.shape[0]},) or [H, Tk] = ({q.shape[1]}, {k.shape[0]}). "
+            f"{op}: key_bias is {tuple(key_bias.shape)}; it must be [Tk] = ({k.shape[0]},) or [H, Tk] = ({q.shape[1]}, {k.shape[0]}). "
             "Biases for pairs of query and key, and free masks, are refused: use torch.nn.attention.flex_attention"
         )
     if key_bias is not None and not key_bias.is_floating_point():

@@ -44,7 +44,7 @@ def plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> tuple[tuple[
         ValueError: different numbers of segments, or a negative length.
     """
     if len(lengths_q) != len(lengths_k):
-        raise ValueError(f"packed_attention: {len(lengths_q)} segments of queries, {len(lengths_k)} of keys; both must be given for every segment")
+        raise ValueError(f"packed_attention: {len(lengths_q)} segments of queries, {len(lengths_k)} of keys; every segment needs both")
     pairs = list(zip(lengths_q, lengths_k, strict=True))
     if any(n < 0 or m < 0 for n, m in pairs):
         raise ValueError("packed_attention: a segment has a negative length; cu_seqlens must start at 0 and never decrease")
