@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,8 +132,8 @@ def augmentations(seeds: np.ndarray, strength: float) -> tuple[np.ndarray, np.nd
     return place, np.concatenate([matrix, constant], 2).reshape(-1, 12)
 
 
-def augment(pixels: np.ndarray, place: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Apply one row of ``augmentations`` to uint8 [h, w, 3]; the size stays, what comes in from outside is white."""
+def augment(pixels: np.ndarray, place: Sequence[float], colour: Sequence[float]) -> np.ndarray:
+    """Apply one row of each result of ``augmentations`` to uint8 [h, w, 3]; the size stays, what comes in from outside is white."""
     pil = _pil()
     height, width = pixels.shape[:2]
     (left, right), (x0, x1) = _visible(width, place[0], place[1] * width)
@@ -163,7 +165,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _pil():  # noqa: ANN202
+def _pil() -> ModuleType:
     try:
         from PIL import Image
     except ImportError as error:

@@ -48,7 +48,10 @@ def expand(shards: Shards) -> list[str]:
             found += [path for pattern in NAMED[entry] for path in sorted(glob.glob(str(MINI / pattern)))]
             continue
         matches: list[str] = []
-        for pattern in _braces(os.path.expanduser(entry)):
+        if "://" in entry or entry.startswith("pipe:"):
+            raise FileNotFoundError(f"shards are read from local or mounted files, not from {entry!r}; copy or mount them first")
+        path = os.path.expanduser(entry)
+        for pattern in [path] if os.path.exists(path) else _braces(path):
             if os.path.isdir(pattern):
                 pattern = os.path.join(pattern, "*.tar")
             matches += sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]

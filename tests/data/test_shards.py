@@ -22,8 +22,9 @@ def _short(paths):
 
 
 def test_shard_lists(tmp_path):
-    _touch(tmp_path, "a-0008.tar", "a-0009.tar", "a-0010.tar", "b.tar", "notes.txt", "odd[1].tar", "sub/c.tar")
+    _touch(tmp_path, "a-0008.tar", "a-0009.tar", "a-0010.tar", "b.tar", "notes.txt", "odd[1].tar", "odd{1}.tar", "sub/c.tar")
     assert _short(expand(tmp_path / "b.tar")) == ["b.tar"]
+    assert _short(expand(tmp_path / "odd{1}.tar")) == ["odd{1}.tar"]
     assert _short(expand(f"{tmp_path}/a-*.tar")) == ["a-0008.tar", "a-0009.tar", "a-0010.tar"]
     assert _short(expand(f"{tmp_path}/a-{{0008..0010}}.tar")) == ["a-0008.tar", "a-0009.tar", "a-0010.tar"]
     assert _short(expand(f"{tmp_path}/{{b,sub/c}}.tar")) == ["b.tar", "c.tar"]
@@ -50,6 +51,12 @@ def test_a_list_that_matches_nothing_says_what_is_there(tmp_path, pattern):
         expand(pattern.format(tmp_path))
     assert pattern.format(tmp_path) in str(error.value) and str(tmp_path) in str(error.value)
     assert "7 .tar files: train-0.tar, train-1.tar" in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/{0000..0003}.tar", "https://host/x.tar", "pipe:cat x.tar"])
+def test_addresses_are_refused(address):
+    with pytest.raises(FileNotFoundError, match="local or mounted files, not from"):
+        expand(address)
 
 
 def test_empty_places(tmp_path):

@@ -1,6 +1,9 @@
 """The stream of batches: what it holds, and that its position survives restarts, workers, ranks and broken samples."""
 
 import itertools
+import os
+import pickle
+import signal
 import tarfile
 from collections import Counter
 
@@ -152,6 +155,26 @@ def test_broken_samples_are_counted_and_named_once(damaged, workers):
     assert ("broken tar header", f"{folder}/5.tar") in named and ("not an image", f"{folder}/3.tar: page3") in named
     assert ("shard cannot be opened", f"{folder}/6.tar: No such file or directory") in named
     assert len(set(named)) == len(named)
+
+
+def test_workers_outlive_ctrl_c(good):
+    """Ctrl-C reaches all processes of a terminal; the training process decides when the workers end."""
+    batches = iter(_stream(good, workers=2))
+    next(batches)
+    workers = torch.multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert [next(batches).index for _ in range(8)] == list(range(1, 9))
+    batches.close()
+
+
+def test_what_workers_get_can_be_pickled(good):
+    """Where processes are spawned and not forked."""
+    stream = _stream(good)
+    request = next(stream._requests())
+    copy = pickle.loads(pickle.dumps(stream._loader))
+    _assert_same(copy[request].batch(), stream._loader[request].batch())
 
 
 def test_skips_go_to_the_log(damaged, caplog):
