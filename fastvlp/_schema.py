@@ -55,7 +55,7 @@ def required(field: dataclasses.Field) -> bool:
 def unknown(key: str, allowed: Sequence[str], path: str = "") -> str:
     """The sentence about a key that does not exist."""
     prefix = f"{path}." if path else ""
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys{' of ' + path if path else ''}: {', '.join(allowed)}"
     return f"unknown key {prefix}{key}; {hint}"
 

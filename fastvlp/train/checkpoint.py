@@ -80,7 +80,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{file} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if not isinstance(state, dict) or "step" not in state or "config" not in state:
         raise CheckpointError(f"{file} is no training state of fastvlp")
     return state

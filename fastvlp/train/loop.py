@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
@@ -75,10 +76,13 @@ def build_trainer(config: Config, world: distributed.World) -> Trainer:
     """The model with fresh weights (the same on every process), its loss and its optimizer.
 
     Raises:
-        ConfigError: the tokenizer does not fit the text tower, or the bias the loss.
+        ConfigError: the tokenizer cannot be used or does not fit the text tower, or the bias the loss.
     """
     torch.manual_seed(config.run.seed)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.model.text.context_length)
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.text.context_length)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"data.tokenizer: {error}") from error
     if tokenizer.vocab_size > config.model.text.vocab_size:
         raise ConfigError(f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens and model.text.vocab_size is "
                           f"{config.model.text.vocab_size}; set model.text.vocab_size={tokenizer.vocab_size}")
@@ -95,16 +99,25 @@ def _check(config: Config, world: distributed.World) -> None:
     """Refuse now what would fail later: a batch too small, pictures too large, shards or classes or packages that are not there."""
     if config.data.batch_size < world.size:
         raise ConfigError(f"data.batch_size is {config.data.batch_size} for {world.size} processes; each needs at least one pair")
-    reach = config.model.image.grid * config.model.image.patch_size
+    image, text = config.model.image, config.model.text
+    reach = image.grid * image.patch_size
     largest = max(stage.image_size for stage in config.schedule.stages)
     if largest > reach:
-        raise ConfigError(f"a stage has image_size {largest} and the image tower reaches {reach} pixels (grid {config.model.image.grid} x "
-                          f"patch_size {config.model.image.patch_size}); raise model.image.grid or lower the stage")
+        raise ConfigError(f"a stage has image_size {largest} and the image tower reaches {reach} pixels (grid {image.grid} x "
+                          f"patch_size {image.patch_size}); raise model.image.grid or lower the stage")
+    patches = max(max(1, int(round(stage.image_size / image.patch_size) ** 2 * stage.keep + 0.5)) for stage in config.schedule.stages)
+    for name, budget, longest in (("image_tokens", config.train.image_tokens, patches),
+                                  ("text_tokens", config.train.text_tokens, text.context_length)):
+        if budget is not None and budget < longest:
+            raise ConfigError(f"train.{name} is {budget}, and one sample may have {longest} tokens; at least that is needed")
     for shards in (config.data.train, config.eval.zero_shot, config.eval.retrieval):
         if shards:
             expand(shards)
     if config.eval.classes is not None:
-        load_classes(config.eval.classes)
+        try:
+            load_classes(config.eval.classes)
+        except ValueError as error:
+            raise ConfigError(f"eval.classes: {error}") from error
     for name in config.run.log:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"run.log names {name}, which is not installed: pip install 'fastvlp[log]'")
@@ -115,14 +128,14 @@ def _fit(config: Config, trainer: Trainer, folder: Path, log: Log, progress: Pro
     """Train to the last step; returns the samples that were skipped, by reason, and the seconds before the first step."""
     world, counters = trainer.world, trainer.counters
 
-    def on_skip(reason: str, name: str) -> None:
+    def on_skip(reason: str, name: str) -> None:  # the other processes name theirs through logging
         log.write(counters.step, skipped=reason, sample=name)
 
     assert trainer.model.tokenizer is not None  # build_trainer gave it one
     stream = Stream(config.data.train, trainer.model.tokenizer, batch_size=config.data.batch_size,
                     patch_size=config.model.image.patch_size, context_length=config.model.text.context_length, seed=config.run.seed,
                     stage_at=lambda step: schedule.stage_at(config, step), workers=config.data.workers, rank=world.rank,
-                    world_size=world.size, start=counters.step, on_skip=on_skip)
+                    world_size=world.size, start=counters.step, on_skip=on_skip if world.rank == 0 else None)
     startup_seconds = 0.0
     with contextlib.closing(cast(Generator[Batch, None, None], iter(stream))) as pairs:
         while counters.step < config.steps:
@@ -152,7 +165,8 @@ def _fit(config: Config, trainer: Trainer, folder: Path, log: Log, progress: Pro
                     with trainer.evaluation_weights():
                         report.log_scores(config, trainer.model, counters.step, log, progress)
                 mark = time.perf_counter()
-        return dict(stream.skipped), startup_seconds
+        skipped = sum((Counter(counts) for counts in world.gather(dict(stream.skipped))), Counter())
+        return dict(skipped), startup_seconds
 
 
 def _save(trainer: Trainer, folder: Path) -> None:

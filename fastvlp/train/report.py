@@ -39,6 +39,8 @@ def measure(config: Config, model: TwoTower) -> dict[str, dict[str, float]]:
 def log_scores(config: Config, model: TwoTower, step: int, log: Log, progress: Progress) -> dict[str, dict[str, float]]:
     """Measure, log and show the scores after ``step`` steps."""
     scores = measure(config, model)
+    if not scores:
+        return scores
     log.write(step, **{f"{measure}_{name}": value for measure, values in scores.items() for name, value in values.items()
                         if name not in ("n", "skipped")})
     for line in table(scores):

@@ -1,0 +1,117 @@
+"""The live line, the plain lines, the log."""
+
+import io
+import json
+import sys
+import types
+
+import pytest
+
+from fastvlp import config
+from fastvlp.train import log, progress
+from fastvlp.train.log import JsonLines, Log, lines, series
+from fastvlp.train.memory import keep_freed_memory
+from fastvlp.train.plots import smooth
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_there_is_one_line_that_is_rewritten(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    shown = progress.Progress(100, every=10, stream=stream)
+    for step in range(1, 101):
+        now[0] += 0.05
+        shown.update(step, 0.05, images=32, tokens=1600, loss=1 / step)
+    shown.say("done")
+    text = stream.getvalue()
+    assert text.count("\n") == 2 and text.endswith("\ndone\n")
+    assert 40 <= text.count("\r") <= 51  # at most ten times a second, and the last step
+    assert "step 100/100  loss 0.010  640 images/s  32.0k tokens/s" in text and "ETA 0:00" in text
+
+
+def test_elsewhere_there_is_a_plain_line_every_so_many_seconds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    stream = io.StringIO()
+    shown = progress.Progress(101, every=10, stream=stream)
+    for step in range(1, 102):
+        now[0] += 0.5
+        shown.update(step, 0.5, images=10, tokens=20, loss=2.0, note="  1 skipped")
+    written = stream.getvalue().splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in written] == [1, 21, 41, 61, 81, 101]
+    assert written[2].startswith("step 41/101  loss 2.000  20 images/s  40 tokens/s") and written[2].endswith("ETA 0:30  1 skipped")
+    assert "\r" not in stream.getvalue()
+
+
+def test_other_ranks_say_nothing():
+    stream = io.StringIO()
+    shown = progress.Progress(1, 0, stream=stream, enabled=False)
+    shown.update(1, 1.0, 1, 1, 1.0)
+    shown.say("x")
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("number, unit, text", [(0, "", "0"), (999, "", "999"), (12345, "", "12.3k"), (2.5e6, "", "2.5M"), (1.5e9, "B", "1.5 GB"),
+                                                (12, "B", "12 B")])
+def test_numbers_for_people(number, unit, text):
+    assert progress.human(number, unit) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3661, "1:01:01")])
+def test_times_for_people(seconds, text):
+    assert progress.clock(seconds) == text
+
+
+def test_memory_is_that_of_this_process():
+    assert 50e6 < progress.memory_in_use() < 50e9
+
+
+def test_a_resumed_log_forgets_what_will_be_written_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": float(step)}) + "\n" for step in range(1, 8)) + '{"step": 8, "lo')
+    assert [line["step"] for line in lines(path)] == list(range(1, 8))
+    writer = JsonLines(path, start=5)
+    writer.write(6, {"loss": float("nan"), "lr": 0.5})
+    writer.close()
+    assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 6, "loss": None, "lr": 0.5}
+    assert series(lines(path), "loss") == ([1, 2, 3, 4, 5], [1.0, 2.0, 3.0, 4.0, 5.0])
+    JsonLines(path, start=0).close()
+    assert path.read_text() == ""
+
+
+def test_loggers_by_name_get_the_numbers(tmp_path, monkeypatch):
+    """Stand-ins with the interface of the two packages, which need not be installed."""
+    heard = []
+    board = types.ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = lambda folder: types.SimpleNamespace(
+        add_scalar=lambda name, value, step: heard.append(("board", name, value, step)), close=lambda: heard.append("board closed"))
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **options: types.SimpleNamespace(
+        log=lambda values, step: heard.append(("wandb", values, step)), finish=lambda: heard.append(options["name"]))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    made = config.from_dict({"schedule": {"steps": 3}, "run": {"name": "n", "log": ["tensorboard", "wandb"]}})
+    log_ = log.Log(tmp_path, made, 0, enabled=True)
+    log_.write(2, loss=0.5, sample="x")
+    log_.close()
+    assert heard == [("board", "loss", 0.5, 2), ("wandb", {"loss": 0.5}, 2), "board closed", "n"]
+    Log(tmp_path / "nowhere", made, 0, enabled=False).write(1, loss=1.0)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_smoothing_has_no_bias_at_its_start():
+    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert smooth([0.0, 1.0], keep=0.5) == pytest.approx([0.0, 2 / 3])
+
+
+def test_glibc_is_asked_to_keep_memory():
+    import platform
+
+    assert keep_freed_memory() == (platform.system() == "Linux" and platform.libc_ver()[0] == "glibc")
