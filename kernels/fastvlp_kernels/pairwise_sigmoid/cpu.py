@@ -1,6 +1,7 @@
 """The pairwise sigmoid loss in tiles of plain PyTorch, for the CPU and for any device without Triton."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def forward(
     exclude: bool,
     offset: int | None,
     dtype: torch.dtype,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """The loss and the gradients of it that ``needs`` names, in the order of the first eight arguments; others have no elements.
 
