@@ -98,7 +98,7 @@ class Members:
 
 
 class Transfer:
-    """Matrices on their way between neighbours."""
+    """Matrices on their way between neighbours. One that is dropped is waited for: a receive that ends early leaves its sender waiting."""
 
     def __init__(self, works: list[dist.Work], sent: list[Tensor], received: list[Tensor]) -> None:
         self._works = works
@@ -111,7 +111,11 @@ class Transfer:
         Raises:
             RuntimeError: a neighbour died, or did not answer within the process group's timeout.
         """
-        while self._works:
-            self._works.pop(0).wait()
+        works, self._works = self._works, []
+        for work in works:
+            work.wait()
         self._sent = []
         return self._received
+
+    def __del__(self) -> None:
+        self.wait()

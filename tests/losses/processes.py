@@ -61,16 +61,17 @@ class Processes:
             theirs.close()
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
-        """``function(rank, size, *arguments)`` in ``size`` processes of a new process group with this timeout in seconds.
+        """``function(rank, size, *arguments)`` in the first ``size`` living processes, a new group with this timeout in seconds.
 
         Returns:
             One result per rank: what the function returned, a ``Failed``, or None of a process that died.
         """
         store = Path(self._folder.name) / str(self._groups)
         self._groups += 1
-        for rank, pipe in enumerate(self._pipes[:size]):
+        pipes = self._pipes[:size]
+        for rank, pipe in enumerate(pipes):
             pipe.send((function, rank, size, os.fspath(store), timeout, arguments))
-        return [self._answer(pipe) for pipe in self._pipes[:size]]
+        return [self._answer(pipe) for pipe in pipes]
 
     def results(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``run``, where nobody may fail."""
@@ -80,19 +81,19 @@ class Processes:
                 raise AssertionError(answer.trace)
         return answers
 
-    @staticmethod
-    def _answer(pipe: Connection) -> Any:
+    def _answer(self, pipe: Connection) -> Any:
         try:
             return pipe.recv()
         except EOFError:
+            self._pipes.remove(pipe)
             return None
 
     def close(self) -> None:
         """End the processes."""
-        for worker, pipe in zip(self._workers, self._pipes, strict=True):
-            if worker.is_alive():
-                pipe.send(None)
-            worker.join(10)
+        for pipe in self._pipes:
+            pipe.send(None)
+        for worker in self._workers:
+            worker.join(20)
             if worker.is_alive():
                 worker.kill()
         self._folder.cleanup()

@@ -1,5 +1,7 @@
 """Losses on several processes give, after DDP's average, the loss and the gradients of the whole batch on one process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from batches import INPUTS, LOSSES, Batch, averaged, collect, dense, gradients
@@ -13,10 +15,11 @@ SIZES = {1: [(7,)], 2: [(5, 5), (6, 3)], 3: [(4, 4, 4), (1, 9, 4)], 4: [(3, 3, 3
 BOTH = [(loss, strategy) for loss in LOSSES for strategy in ("gather", "ring")]
 
 
-def assert_exact(shares, batch, tol):
+def assert_exact(shares, batch, tol, rounding=0.0):
     """Loss and gradients after DDP's average are within ``tol`` of float64 beyond the error of eager PyTorch.
 
-    Relative to their norm; scalars, which are sums of terms up to 1 that cancel, relative to 1 if that is more.
+    Relative to their norm; scalars, which are sums of terms up to 1 that cancel, relative to 1 if that is more. Gradients of features
+    may have one rounding more than eager's.
     """
     ours, exact = averaged(shares), batch.whole(torch.float64)
     eager = batch.whole(batch.dtype)
@@ -28,15 +31,15 @@ def assert_exact(shares, batch, tol):
             allowed = abs(eager[name].item() - exact[name].item()) + tol * max(1, abs(exact[name].item()))
             assert abs(found.item() - exact[name].item()) <= allowed, f"{name}: {found} instead of {exact[name]}, eager gives {eager[name]}"
         else:
-            assert_no_worse_than(found, eager[name], exact[name], tol, name)
+            assert_no_worse_than(found, eager[name], exact[name], tol + rounding, name)
 
 
 @pytest.mark.parametrize("loss,strategy", BOTH)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_equals_the_whole_batch(processes, loss, strategy, size, dtype):
-    """To 4 roundings of a log-sum-exp, which is about as large as the scale."""
-    tol = 4 * torch.finfo(dtype).eps * Batch.scale
+    """In float32 to four roundings of a log-sum-exp, which is about as large as the scale."""
+    tol = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps * Batch.scale
     for seed, sizes in enumerate(SIZES[size]):
         for told in (False, True):
             batch = Batch(loss, sizes, strategy, dtype=dtype, told=told, seed=seed)
@@ -49,23 +52,22 @@ def test_low_precision_is_no_worse_than_eager_on_one_process(processes, loss, st
     """Also for confident pairs (a softmax loss of 0.0005), whose gradients are small differences of large terms."""
     for scale, likeness in ((10.0, 0.5), (100.0, 0.45)):
         batch = Batch(loss, (40, 24, 33), strategy, width=48, scale=scale, likeness=likeness, dtype=dtype)
-        assert_exact(processes.results(3, gradients, batch), batch, 1e-6)
+        assert_exact(processes.results(3, gradients, batch), batch, 1e-5, rounding=torch.finfo(dtype).eps / 2)
 
 
 def under_autocast(rank, size, batch):
     with torch.autocast("cpu", torch.bfloat16):
-        return gradients(rank, size, batch)
+        loss, tensors = batch.call(rank)
+    loss.backward()
+    return collect(loss, tensors)
 
 
 @pytest.mark.parametrize("loss,strategy", BOTH)
 def test_autocast_takes_float32_features(processes, loss, strategy):
-    """Products of bfloat16 operands, everything else in float32: as exact as a float64 formula over rounded features."""
-    batch = Batch(loss, (20, 30), strategy, width=48)
-    rounded = Batch(loss, (20, 30), strategy, width=48, dtype=torch.bfloat16).whole(torch.float64)
-    ours = averaged(processes.results(2, under_autocast, batch))
-    eager = Batch(loss, (20, 30), strategy, width=48, dtype=torch.bfloat16).whole(torch.bfloat16)
-    for name in ("loss", "image", "text", "scale"):
-        assert_no_worse_than(ours[name], eager[name], rounded[name], 1e-6, name)
+    """Products of bfloat16 operands, everything else in float32: a float64 formula over rounded features is met as well."""
+    rounded = Batch(loss, (20, 30), strategy, width=48, dtype=torch.bfloat16)
+    shares = processes.results(2, under_autocast, replace(rounded, dtype=torch.float32))
+    assert_exact(shares, rounded, 1e-5, rounding=torch.finfo(torch.bfloat16).eps / 2)
 
 
 @pytest.mark.parametrize("loss,strategy", BOTH)

@@ -1,0 +1,178 @@
+"""Wrong inputs are refused in words, on all processes; a process that dies or stalls stops the others within the timeout."""
+
+import os
+import time
+
+import pytest
+import torch
+from batches import LOSSES, Batch
+from processes import Failed, Processes
+from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+from fastvlp.losses import ClipLoss, SigLipLoss, gather, ring
+
+BOTH = [(loss, strategy) for loss in LOSSES for strategy in ("gather", "ring")]
+GOOD = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+REFUSED = {
+    "width": ((GOOD, GOOD[:, :7], 10.0), ValueError, "8 features and texts 7; project both towers to one width"),
+    "batch": ((GOOD, GOOD[:3], 10.0), ValueError, "4 images but 3 texts"),
+    "integers": ((GOOD.long(), GOOD, 10.0), TypeError, "image_features is torch.int64; features must be float32"),
+    "dtypes": ((GOOD, GOOD.half(), 10.0), TypeError, "torch.float32, text_features torch.float16; cast one of them"),
+    "device": ((GOOD, GOOD.to("meta"), 10.0), ValueError, "image_features is on cpu but text_features is on meta"),
+    "no tensor": ((GOOD.numpy(), GOOD, 10.0), TypeError, "image_features is ndarray; it must be a tensor"),
+    "vector": ((GOOD[0], GOOD, 10.0), ValueError, "shape (8,); it must be a matrix"),
+    "empty": ((GOOD[:0], GOOD[:0], 10.0), ValueError, "the batch is empty; every process needs at least one pair"),
+    "scale": ((GOOD, GOOD, torch.ones(2)), ValueError, "logit_scale has shape (2,)"),
+    "bias": ((GOOD, GOOD, 10.0, torch.tensor(3)), TypeError, "logit_bias is a torch.int64 tensor"),
+    "sizes": ((GOOD, GOOD, 10.0), ValueError, "local_sizes is [5]"),
+}
+
+
+@pytest.mark.parametrize("module", LOSSES.values())
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_on_one_process(module, case):
+    arguments, error, words = REFUSED[case]
+    with pytest.raises(error) as caught:
+        module()(*arguments, local_sizes=[5] if case == "sizes" else None)
+    assert words in str(caught.value) and str(caught.value).startswith(module.__name__)
+
+
+def test_refused_constructors():
+    with pytest.raises(ValueError, match="strategy='tree' is unknown; allowed: gather, ring"):
+        ClipLoss(strategy="tree")
+    with pytest.raises(ValueError, match="dist_impl='tree' is unknown; allowed: None, bidir, shift, reduce, gather"):
+        SigLipLoss(dist_impl="tree")
+    with pytest.raises(ValueError, match="use_horovod=True is not supported; start the processes with torchrun"):
+        ClipLoss(use_horovod=True)
+    with pytest.raises(RuntimeError, match="world_size=2, but torch.distributed is not running"):
+        ClipLoss(world_size=2)(GOOD, GOOD, 10.0)
+
+
+def a_dtensor(rank, size):
+    mesh = init_device_mesh("cpu", (1,))
+    sharded = DTensor.from_local(GOOD, mesh, [Replicate()])
+    refused = []
+    for arguments in ((sharded, GOOD, 10.0), (GOOD, sharded, 10.0)):
+        with pytest.raises(TypeError) as caught:
+            ClipLoss()(*arguments)
+        refused.append(str(caught.value))
+    return refused
+
+
+def test_dtensors_are_refused_by_name(processes):
+    for message in processes.results(1, a_dtensor)[0]:
+        assert "is a DTensor" in message and ".to_local()" in message
+
+
+def call_with(rank, size, loss, options, arguments, trains=False):
+    image, text, *rest = arguments[rank]
+    return LOSSES[loss](**options[rank])(image.clone().requires_grad_(trains), text, *rest).item()
+
+
+@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("case", ["width", "integers", "empty", "scale"])
+def test_a_refusal_stops_all_processes(processes, loss, strategy, case):
+    arguments, error, words = REFUSED[case]
+    good = (GOOD, GOOD, 10.0)
+    options = [{"strategy": strategy}] * 3
+    first, wrong, last = processes.run(3, call_with, loss, options, [good, arguments, good])
+    assert wrong.kind == error.__name__ and words in wrong.message
+    for other in (first, last):
+        assert other.kind == "RuntimeError" and "rank 1 of the group refused its input" in other.message
+
+
+def frozen_on_one(rank, size):
+    image = GOOD.clone().requires_grad_(rank == 0)
+    return ClipLoss()(image, GOOD, 10.0).item()
+
+
+def wrong_calls(rank, size):
+    messages = []
+    for options, sizes in (({"world_size": 3}, None), ({"rank": 1 - rank, "world_size": 2}, None), ({}, [4]), ({}, [9, 9]), ({}, [4, 0])):
+        try:
+            SigLipLoss(**options)(GOOD if rank == 0 else GOOD[:3], GOOD if rank == 0 else GOOD[:3], 10.0, local_sizes=sizes)
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_processes_that_disagree_are_told(processes):
+    arguments = [(GOOD, GOOD, 10.0), (GOOD[:, :5], GOOD[:, :5], 10.0)]
+    for answer in processes.run(2, call_with, "clip", [{}, {}], arguments):
+        assert answer.kind == "ValueError" and "ranks 0 and 1 of the group differ in the width" in answer.message
+    options = [{"strategy": "gather"}, {"strategy": "ring"}]
+    for answer in processes.run(2, call_with, "clip", options, [(GOOD, GOOD, 10.0)] * 2):
+        assert answer.kind == "ValueError" and "differ in the loss or strategy" in answer.message
+    for answer in processes.run(2, frozen_on_one):
+        assert answer.kind == "ValueError" and "differ in the inputs that need a gradient" in answer.message
+    for rank, (size, place, count, own, empty) in enumerate(processes.results(2, wrong_calls)):
+        assert "world_size=3, but this process is rank" in size
+        assert f"rank={1 - rank}, world_size=2" in place
+        assert "has 1 numbers; give one for each process of the group, 2" in count
+        assert f"was called with {4 - rank} pairs" in own
+        assert "every process needs at least one pair" in empty
+
+
+def with_nan(rank, size, batch, name):
+    tensors = batch.share(rank)
+    if rank == size - 1:
+        with torch.no_grad():
+            tensors[name].view(-1)[0] = torch.nan
+    loss = LOSSES[batch.loss](strategy=batch.strategy)(*tensors.values())
+    loss.backward()
+    return loss.item(), {key: tensor.grad.isnan().any().item() for key, tensor in tensors.items() if tensor.grad is not None}
+
+
+@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("name", ["image", "text", "scale"])
+def test_nan_is_passed_on(processes, loss, strategy, name):
+    """The mean over processes of the loss is NaN, and so are gradients that the NaN touches in the formula."""
+    answers = processes.results(2, with_nan, Batch(loss, (3, 3), strategy), name)
+    assert torch.tensor([value for value, _ in answers]).isnan().any()
+    assert answers[1][1]["image"] and answers[1][1]["text"] and answers[1][1]["scale"]
+
+
+def interrupted(rank, size, batch, how, timeout):
+    """The last process dies, or stalls for longer than the timeout, while it computes a block; the others' seconds until their error."""
+    loss, _ = batch.call(rank)
+    loss.backward()
+    torch.distributed.barrier()
+    start = time.perf_counter()
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == size - 1:
+            for module in (gather, ring):
+                for name in ("softmax_block", "sigmoid_block"):
+                    patch.setattr(module, name, lambda *args: os._exit(1) if how == "dies" else time.sleep(timeout + 2))
+        try:
+            loss, _ = batch.call(rank)
+            loss.backward()
+        except RuntimeError:
+            return time.perf_counter() - start
+        except TypeError:
+            return None
+    raise AssertionError("the loss was computed without one of its processes")
+
+
+@pytest.fixture(scope="module")
+def mortals():
+    """Processes of which each test may lose one."""
+    pool = Processes(3 + len(BOTH) - 1)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("loss,strategy", BOTH)
+def test_a_process_that_dies_stops_the_others_at_once(mortals, loss, strategy):
+    batch = Batch(loss, (4, 4, 4), strategy, told=True)
+    *others, dead = mortals.run(3, interrupted, batch, "dies", 60, timeout=60)
+    assert dead is None
+    assert max(others) < 30
+
+
+@pytest.mark.parametrize("loss,strategy", BOTH)
+def test_a_process_that_stalls_stops_the_others_after_the_timeout(processes, loss, strategy):
+    batch = Batch(loss, (4, 4, 4), strategy, told=True)
+    *others, _ = processes.run(3, interrupted, batch, "stalls", 3, timeout=3)
+    assert not any(isinstance(other, Failed) for other in others), others
+    assert 0 < max(others) < 3 + 3
