@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 # Bytes of shared memory that one block may use, by compute capability (CUDA C++ programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,38 @@ def compile_for(
     used, spilled = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
     assert used is not None and spilled, f"ptxas reported neither registers nor spills:\n{said}"
     return Compiled(arch, int(used[1]), built.metadata.shared, sum(map(int, spilled)), ptx)
+
+
+class Recorder:
+    """Stands in for a @triton.jit kernel and notes its launches instead of running them."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def note(*args: Any, **kwargs: Any) -> None:
+            self.launches.append({**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs})
+
+        return note
+
+    def compile(self, arch: int, launch: int = -1) -> Compiled:
+        """Compile a noted launch for ``arch``, specialised as Triton would: None, 1 and multiples of 16 are known."""
+        values = dict(self.launches[launch])
+        options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+        signature, constexprs, aligned = {}, {}, []
+        fixed = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+        for name, value in values.items():
+            if name in fixed or value is None or (isinstance(value, int) and value == 1):
+                constexprs[name] = value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = POINTERS[value.dtype]
+                aligned.append(name)
+            else:
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                if value % 16 == 0:
+                    aligned.append(name)
+        return compile_for(self.kernel, signature, constexprs, arch, aligned=aligned, **options)
 
 
 def _ptxas(ptx: str) -> str:

@@ -1,0 +1,73 @@
+"""Products with float32 accumulation across calls, for gradients that are summed over waves of a workspace."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._triton import grouped_tile, upcast
+
+
+CONFIG = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def _product_kernel(
+    a_ptr, b_ptr, total_ptr, out_ptr, alpha_ptr,
+    M, N, K, width_b, stride_am, stride_ak, stride_b, stride_total, stride_out,
+    FIRST: tl.constexpr, LAST: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """total (+)= a @ b, and out = alpha * total at the end. a is read in whole blocks; up to a block of K it holds zeros."""
+    i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    offs_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    p_a = a_ptr + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
+    p_b = b_ptr + offs_k[:, None] * stride_b + offs_n[None, :]
+    inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    p_total = total_ptr + offs_m[:, None] * stride_total + offs_n[None, :] if total_ptr is not None else None
+    if FIRST:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        acc = tl.load(p_total, mask=inside, other=0.0)
+    for k in range(0, K, BLOCK_K):
+        b_a = tl.load(p_a)
+        b_b = tl.load(p_b, mask=(offs_k < K - k)[:, None] & (offs_n < width_b)[None, :], other=0.0)
+        if UPCAST:
+            b_a = b_a.to(tl.float32)
+            b_b = b_b.to(tl.float32)
+        acc = tl.dot(b_a, b_b, acc)
+        p_a += BLOCK_K * stride_ak
+        p_b += BLOCK_K * stride_b
+    if LAST:
+        p_out = out_ptr + offs_m[:, None] * stride_out + offs_n[None, :]
+        tl.store(p_out, (acc * tl.load(alpha_ptr)).to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(p_total, acc, mask=inside)
+
+
+def multiply(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor, total: Tensor | None = None, first: bool = True, last: bool = True) -> None:
+    """total (+)= a @ b in float32 and, in the ``last`` call, out = alpha * total.
+
+    Args:
+        a: [M, K], a view of a workspace whose sides are multiples of 128 and which holds zeros up to the next multiple of 64
+            of K; either stride may be 1.
+        b: [K, N or more, a multiple of 64] with unit column stride. alpha: 0-d float32. out: [M, N], any floating dtype.
+        total: float32 [M, N], needed unless the only call is the first and the last.
+    """
+    N = out.shape[1]
+    if a.dtype == torch.float32:
+        product = torch.mm(a, b[:, :N])
+        if not first:
+            product += total
+        if last:
+            out.copy_(product * alpha)
+        else:
+            total.copy_(product)
+        return
+    grid = (triton.cdiv(a.shape[0], CONFIG["BLOCK_M"]) * triton.cdiv(N, CONFIG["BLOCK_N"]),)
+    _product_kernel[grid](
+        a, b, total, out, alpha, a.shape[0], N, a.shape[1], b.shape[1], a.stride(0), a.stride(1), b.stride(0),
+        0 if total is None else total.stride(0), out.stride(0), FIRST=first, LAST=last, UPCAST=upcast(), **CONFIG,
+    )  # fmt: skip

@@ -1,0 +1,336 @@
+"""similarity_logsumexp on GPUs: tiles of S live in registers; log-sum-exps come from per-tile partial sums, without atomics.
+
+Forward, one product: a tile of S leaves a maximum and a sum per row and per column; a second kernel merges them.
+Backward, three products: a wave of rows of dS is recomputed into a workspace in the operands' dtype, then multiplied with y
+and, transposed, with x, accumulating in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._product import multiply
+from .._triton import dot_tile, grouped_tile, operand, precision, same_ids, upcast
+from .arguments import Grads, Inputs, Needs, ResultGrads, Results
+
+# exp(S - t) with one t per tile loses nothing that counts while maxima (or log-sum-exps) lie within this of t.
+SPREAD = tl.constexpr(50.0)
+EXCLUDE, ONLY, BOTH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+MODES = {"exclude": 1, "only": 2, "both": 3}
+PARTIAL_BYTES = 64 << 20
+WORKSPACE_BYTES = 256 << 20
+
+
+def config(dtype: torch.dtype, positives: bool) -> dict[str, int]:
+    """Block sizes and launch options of the tile kernels. Two sums in one sweep (``positives``) keep two tiles in registers."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64 if positives else 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def _finite(maximum):
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def _tile(
+    x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, rows, cols, stride_x, stride_y, D,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Products [BLOCK_M, BLOCK_N], the same as S, and row and column scales (1 where there are none)."""
+    products = dot_tile(x_ptr, y_ptr, rows, cols, stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+    b_row_scale = tl.full((BLOCK_M,), 1.0, tl.float32)
+    b_col_scale = tl.full((BLOCK_N,), 1.0, tl.float32)
+    S = products * tl.load(scale_ptr)
+    if row_scale_ptr is not None:
+        b_row_scale = tl.load(row_scale_ptr + rows)
+        S *= b_row_scale[:, None]
+    if col_scale_ptr is not None:
+        b_col_scale = tl.load(col_scale_ptr + cols)
+        S *= b_col_scale[None, :]
+    if row_bias_ptr is not None:
+        S += tl.load(row_bias_ptr + rows)[:, None]
+    if col_bias_ptr is not None:
+        S += tl.load(col_bias_ptr + cols)[None, :]
+    return products, S, b_row_scale, b_col_scale
+
+
+@triton.jit
+def _store_partials(S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row, o_col, in_row, in_col):
+    """Per row and per column of a tile: a maximum and the sum of exp(S - maximum), from one exp where one maximum serves the tile."""
+    row_max = tl.max(S, 1)
+    col_max = tl.max(S, 0)
+    highest = tl.max(row_max, 0)
+    lowest = tl.minimum(tl.min(row_max, 0), tl.min(col_max, 0))
+    if highest - lowest <= SPREAD:
+        E = tl.exp(S - highest)
+        row_sum = tl.sum(E, 1)
+        col_sum = tl.sum(E, 0)
+        row_max = tl.zeros_like(row_max) + highest
+        col_max = tl.zeros_like(col_max) + highest
+    else:
+        row_sum = tl.sum(tl.exp(S - _finite(row_max)[:, None]), 1)
+        col_sum = tl.sum(tl.exp(S - _finite(col_max)[None, :]), 0)
+    tl.store(row_max_ptr + o_row, row_max, mask=in_row)
+    tl.store(row_sum_ptr + o_row, row_sum, mask=in_row)
+    tl.store(col_max_ptr + o_col, col_max, mask=in_col)
+    tl.store(col_sum_ptr + o_col, col_sum, mask=in_col)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
+    row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
+    pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr,
+    M, N, D, offset, stride_x, stride_y,
+    MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    t_m, t_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    first_m, first_n = i_m.to(tl.int64) * BLOCK_M, i_n.to(tl.int64) * BLOCK_N
+    in_row, in_col = t_m < (M - first_m).to(tl.int32), t_n < (N - first_n).to(tl.int32)
+    rows, cols = tl.minimum(first_m + t_m, M - 1), tl.minimum(first_n + t_n, N - 1)
+    products, S, b_row_scale, b_col_scale = _tile(
+        x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, rows, cols, stride_x, stride_y, D,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+    )  # fmt: skip
+    if positive_ptr is not None:
+        diagonal = first_m + offset - first_n
+        if (diagonal < BLOCK_N) & (diagonal > -BLOCK_M):
+            partner = t_m + diagonal.to(tl.int32)
+            here = in_row & (partner >= 0) & (partner < BLOCK_N) & (partner < (N - first_n).to(tl.int32))
+            tl.store(positive_ptr + rows, tl.sum(tl.where(partner[:, None] == t_n[None, :], S, 0.0), 1), mask=here)
+    S = tl.where(in_row[:, None] & in_col[None, :], S, -float("inf"))
+    o_row = i_n.to(tl.int64) * M + rows
+    o_col = i_m.to(tl.int64) * N + cols
+    if MODE > 0:
+        same = same_ids(tl.load(row_ids_ptr + rows), tl.load(col_ids_ptr + cols))
+        if MODE == BOTH:
+            alike = tl.where(same, S, -float("inf"))
+            _store_partials(alike, pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, o_row, o_col, in_row, in_col)
+        elif MODE == ONLY:
+            S = tl.where(same, S, -float("inf"))
+        else:
+            S = tl.where(same, -float("inf"), S)
+    _store_partials(S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row, o_col, in_row, in_col)
+
+
+@triton.jit
+def _merge_kernel(part_max_ptr, part_sum_ptr, max_ptr, sum_ptr, lse_ptr, parts, length, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """Merge ``parts`` rows of partial (maximum, sum) [parts, length] into the running ones, and give their log-sum-exp."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < length
+    high = tl.load(max_ptr + offs, mask=inside, other=-float("inf"))
+    total = tl.load(sum_ptr + offs, mask=inside, other=0.0)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        where = part.to(tl.int64)[:, None] * length + offs[None, :]
+        given = (part < parts)[:, None] & inside[None, :]
+        b_max = tl.load(part_max_ptr + where, mask=given, other=-float("inf"))
+        b_sum = tl.load(part_sum_ptr + where, mask=given, other=0.0)
+        highest = tl.maximum(high, tl.max(b_max, 0))
+        shift = _finite(highest)
+        total = total * tl.exp(high - shift) + tl.sum(b_sum * tl.exp(b_max - shift[None, :]), 0)
+        high = highest
+    tl.store(max_ptr + offs, high, mask=inside)
+    tl.store(sum_ptr + offs, total, mask=inside)
+    tl.store(lse_ptr + offs, high + tl.log(total), mask=inside)
+
+
+@triton.jit
+def _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols):
+    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col, from one exp where one shift serves the tile."""
+    dS = tl.zeros_like(S)
+    if g_row_ptr is not None and g_col_ptr is not None:
+        row_lse, col_lse = tl.load(row_lse_ptr + rows), tl.load(col_lse_ptr + cols)
+        g_row, g_col = tl.load(g_row_ptr + rows), tl.load(g_col_ptr + cols)
+        shift = tl.maximum(tl.max(row_lse, 0), tl.max(col_lse, 0))
+        if shift - tl.minimum(tl.min(row_lse, 0), tl.min(col_lse, 0)) <= SPREAD:
+            u = tl.exp(shift - row_lse) * g_row
+            v = tl.exp(shift - col_lse) * g_col
+            dS = tl.exp(S - shift) * (u[:, None] + v[None, :])
+        else:
+            dS = tl.exp(S - row_lse[:, None]) * g_row[:, None] + tl.exp(S - col_lse[None, :]) * g_col[None, :]
+    elif g_row_ptr is not None:
+        dS = tl.exp(S - tl.load(row_lse_ptr + rows)[:, None]) * tl.load(g_row_ptr + rows)[:, None]
+    elif g_col_ptr is not None:
+        dS = tl.exp(S - tl.load(col_lse_ptr + cols)[None, :]) * tl.load(g_col_ptr + cols)[None, :]
+    return dS
+
+
+@triton.jit
+def _backward_kernel(
+    x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
+    row_lse_ptr, col_lse_ptr, pos_row_lse_ptr, pos_col_lse_ptr,
+    g_row_ptr, g_col_ptr, g_pos_row_ptr, g_pos_col_ptr, g_positive_ptr, norm_ptr,
+    G_ptr, row_sum_ptr, col_sum_ptr, row_along_ptr, col_along_ptr,
+    M, N, D, offset, stride_x, stride_y, stride_G,
+    MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of dS. G [whole tiles, whole tiles] = dS * row_scale * col_scale / norm, and sums of dS and of dS * products that gradients of vectors need."""
+    i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    t_m, t_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    first_m, first_n = i_m.to(tl.int64) * BLOCK_M, i_n.to(tl.int64) * BLOCK_N
+    in_row, in_col = t_m < (M - first_m).to(tl.int32), t_n < (N - first_n).to(tl.int32)
+    rows, cols = tl.minimum(first_m + t_m, M - 1), tl.minimum(first_n + t_n, N - 1)
+    products, S, b_row_scale, b_col_scale = _tile(
+        x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, rows, cols, stride_x, stride_y, D,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+    )  # fmt: skip
+    if MODE > 0:
+        same = same_ids(tl.load(row_ids_ptr + rows), tl.load(col_ids_ptr + cols))
+        if MODE == BOTH:
+            dS = _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+            dS += _flow(tl.where(same, S, -float("inf")), pos_row_lse_ptr, pos_col_lse_ptr, g_pos_row_ptr, g_pos_col_ptr, rows, cols)
+        elif MODE == ONLY:
+            dS = _flow(tl.where(same, S, -float("inf")), row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+        else:
+            dS = _flow(tl.where(same, -float("inf"), S), row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+    else:
+        dS = _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+    if g_positive_ptr is not None:
+        diagonal = first_m + offset - first_n
+        if (diagonal < BLOCK_N) & (diagonal > -BLOCK_M):
+            hit = (t_m + diagonal.to(tl.int32))[:, None] == t_n[None, :]
+            dS += tl.where(hit, tl.load(g_positive_ptr + rows)[:, None], 0.0)
+    dS = tl.where(in_row[:, None] & in_col[None, :], dS, 0.0)
+    o_row = i_n.to(tl.int64) * M + rows
+    o_col = i_m.to(tl.int64) * N + cols
+    if row_sum_ptr is not None:
+        tl.store(row_sum_ptr + o_row, tl.sum(dS, 1), mask=in_row)
+    if col_sum_ptr is not None:
+        tl.store(col_sum_ptr + o_col, tl.sum(dS, 0), mask=in_col)
+    if row_along_ptr is not None:
+        tl.store(row_along_ptr + o_row, tl.sum(dS * products * b_col_scale[None, :], 1), mask=in_row)
+    if col_along_ptr is not None:
+        tl.store(col_along_ptr + o_col, tl.sum(dS * products * b_row_scale[:, None], 0), mask=in_col)
+    if G_ptr is not None:
+        factor = 1.0 / tl.load(norm_ptr)
+        G = dS * (b_row_scale * factor)[:, None] * b_col_scale[None, :]
+        p_G = G_ptr + (first_m + t_m)[:, None] * stride_G + (first_n + t_n)[None, :]
+        tl.store(p_G, G.to(G_ptr.dtype.element_ty))
+
+
+def _vectors(a: Inputs) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Contiguous (bias, scale, ids) of the rows and of the columns."""
+    rows, cols = (a.row_bias, a.row_scale, a.row_ids), (a.col_bias, a.col_scale, a.col_ids)
+    return tuple([None if v is None else v.contiguous() for v in side] for side in (rows, cols))
+
+
+def _waves(length: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+class _Running:
+    """Running (maximum, sum) per row or column on the device."""
+
+    def __init__(self, length: int, like: Tensor) -> None:
+        self.maximum = torch.full((length,), -torch.inf, dtype=torch.float32, device=like.device)
+        self.total = torch.zeros_like(self.maximum)
+        self.lse = torch.empty_like(self.maximum)
+
+    def merge(self, where: slice, part_max: Tensor, part_sum: Tensor) -> None:
+        parts, length = part_max.shape
+        _merge_kernel[(triton.cdiv(length, 128),)](
+            part_max, part_sum, self.maximum[where], self.total[where], self.lse[where], parts, length, BLOCK_P=16, BLOCK=128
+        )
+
+
+def forward(a: Inputs) -> Results:
+    """Log-sum-exps of the rows and columns of S, and its offset diagonal."""
+    x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
+    (M, D), N = x.shape, y.shape[0]
+    options = config(a.dtype, a.both)
+    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
+    rows_v, cols_v = _vectors(a)
+    sweeps = [(_Running(M, x), _Running(N, x)) for _ in range(2 if a.both else 1)]
+    positive = torch.zeros(0 if a.offset is None else M, dtype=torch.float32, device=x.device)
+    per_row = 8 * (triton.cdiv(N, BLOCK_N) + triton.cdiv(N, BLOCK_M)) * len(sweeps)
+    wave = max(BLOCK_M, PARTIAL_BYTES // per_row // BLOCK_M * BLOCK_M)
+    with torch.cuda.device_of(x):
+        for rows in _waves(M, wave):
+            m = rows.stop - rows.start
+            tiles_m, tiles_n = triton.cdiv(m, BLOCK_M), triton.cdiv(N, BLOCK_N)
+            partials = [x.new_empty(shape, dtype=torch.float32) for _ in sweeps for shape in [(2, tiles_n, m), (2, tiles_m, N)]]
+            halves: list[Tensor | None] = [half for part in partials for half in part.unbind()]
+            row_bias, row_scale, row_ids = (v if v is None else v[rows] for v in rows_v)
+            _forward_kernel[(tiles_m * tiles_n,)](
+                x[rows], y, a.scale, row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
+                *halves, *[None] * (8 - len(halves)), None if a.offset is None else positive[rows],
+                m, N, D, (a.offset or 0) + rows.start, x.stride(0), y.stride(0),
+                MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
+            )  # fmt: skip
+            for (row, col), row_part, col_part in zip(sweeps, partials[::2], partials[1::2], strict=True):
+                row.merge(rows, *row_part.unbind())
+                col.merge(slice(None), *col_part.unbind())
+    lses = [side.lse for sweep in sweeps for side in sweep]
+    return Results(lses[0], lses[1], *(lses[2:] or (x.new_empty(0, dtype=torch.float32) for _ in range(2))), positive)
+
+
+def _norm(g: ResultGrads, a: Inputs) -> Tensor:
+    """What dS * row_scale * col_scale is divided by before it is rounded, so that float16 neither overflows nor underflows."""
+    one = torch.ones((), dtype=torch.float32, device=a.x.device)
+    if a.dtype == torch.float32:
+        return one
+    norm = torch.stack([grad.abs().max() for grad in g if grad is not None]).max()
+    for factors in (a.row_scale, a.col_scale):
+        norm = norm if factors is None else norm * factors.abs().max()
+    norm = norm / 4096 if a.dtype == torch.float16 else norm
+    return torch.where(norm > 0, norm, one)
+
+
+def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads:
+    """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
+    g = ResultGrads(*(None if grad is None else grad.contiguous() for grad in g))
+    x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
+    (M, D), N = x.shape, y.shape[0]
+    options = config(a.dtype, a.both)
+    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
+    rows_v, cols_v = _vectors(a)
+    row_lse, col_lse, pos_row_lse, pos_col_lse = (lse.masked_fill(lse == -torch.inf, torch.inf) for lse in results[:4])
+    norm = _norm(g, a)
+    alpha = a.scale * norm
+    tiles_n = triton.cdiv(N, BLOCK_N)
+    # A ninth of the rows at most, so that the workspace is never a large part of S.
+    most = min(WORKSPACE_BYTES // (N * x.element_size()), M // 9)
+    wave = max(BLOCK_M, most // BLOCK_M * BLOCK_M)
+    waves = _waves(M, wave)
+
+    def new(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape if wanted else 0, dtype=dtype, device=x.device)
+
+    d_x, d_y = new(needs.x, *a.x.shape, dtype=a.x.dtype), new(needs.y, *a.y.shape, dtype=a.y.dtype)
+    row_sum, row_along = new(needs.row_bias, M), new(needs.scale or needs.row_scale, M)
+    col_sum, col_along = new(needs.col_bias, N), new(needs.col_scale, N)
+    total = torch.empty(a.y.shape if needs.y and len(waves) > 1 else 0, dtype=torch.float32, device=x.device)
+    shape = (triton.cdiv(min(wave, M), 128) * 128, triton.cdiv(N, 128) * 128)
+    G = torch.empty(shape if needs.x or needs.y else 0, dtype=a.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        for rows in waves:
+            m = rows.stop - rows.start
+            tiles_m = triton.cdiv(m, BLOCK_M)
+            wanted = ((row_sum, tiles_n, m), (col_sum, tiles_m, N), (row_along, tiles_n, m), (col_along, tiles_m, N))
+            partials = [x.new_empty(parts, length, dtype=torch.float32) if len(out) else None for out, parts, length in wanted]
+            row_bias, row_scale, row_ids = (v if v is None else v[rows] for v in rows_v)
+            g_row, g_pos_row, g_positive = (v if v is None else v[rows] for v in (g.row, g.row_positives, g.positive))
+            _backward_kernel[(tiles_m * tiles_n,)](
+                x[rows], y, a.scale, row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
+                row_lse[rows], col_lse, pos_row_lse[rows], pos_col_lse, g_row, g.col, g_pos_row, g.col_positives, g_positive, norm,
+                G if len(G) else None, *partials, m, N, D, (a.offset or 0) + rows.start, x.stride(0), y.stride(0), shape[1],
+                MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
+            )  # fmt: skip
+            for part, out, where in zip(partials, (row_sum, col_sum, row_along, col_along), (rows, slice(None)) * 2, strict=True):
+                if part is not None:
+                    out[where] += part.sum(0)
+            if needs.x:
+                multiply(G[:m, :N], y, alpha, d_x[rows])
+            if needs.y:
+                multiply(G[:m, :N].T, x[rows], alpha, d_y, total, first=rows.start == 0, last=rows.stop == M)
+    along = row_along if a.row_scale is None else row_along * a.row_scale
+    d_scale = along.sum() if needs.scale else new(False)
+    d_row_scale = row_along * a.scale if needs.row_scale else new(False)
+    return Grads(d_x, d_y, d_scale, row_sum, col_sum, d_row_scale, col_along * a.scale)

@@ -1,0 +1,191 @@
+"""The Triton kernels of similarity_logsumexp: interpreted on the CPU, and compiled for GPUs that are not here."""
+
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvlp_kernels._testing import error, forbid_large_tensors
+from fastvlp_kernels.similarity_logsumexp import ResultGrads, similarity_logsumexp
+from fastvlp_kernels.similarity_logsumexp.arguments import Inputs, Needs, Results
+from tests.kernels.aot import SHARED_LIMIT, Recorder
+from tests.kernels.interpreter import interpreted
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+VECTORS = ("row_bias", "col_bias", "row_scale", "col_scale")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _features(M: int, N: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return tuple(F.normalize(torch.randn(size, D, generator=random), dim=1) for size in (M, N))
+
+
+def _compare(leaves: list[Tensor], weight: float = 1.0, used: tuple[int, ...] = (0, 1, 2, 3, 4), tol: float = 1e-5, **options) -> None:
+    """Results and gradients of the kernels against the dense reference in float64 on the same (rounded) inputs."""
+    dtype = options.get("compute_dtype") or leaves[0].dtype
+    vectors = [options.pop(name) for name in VECTORS if name in options]
+    names = VECTORS[: len(vectors)]
+    kinds = []
+    for kind in ("triton", "reference"):
+        exact = kind == "reference"
+        inputs = [t.detach().double() if exact else t.detach() for t in (*leaves, *vectors)]
+        if exact:
+            inputs[:2] = [t.to(dtype).double() for t in inputs[:2]]
+        inputs = [t.requires_grad_(old.requires_grad) for t, old in zip(inputs, (*leaves, *vectors), strict=True)]
+        rest = {**options, "compute_dtype": None} if exact else options
+        results = similarity_logsumexp(*inputs[:3], impl=kind, **dict(zip(names, inputs[3:], strict=True)), **rest)
+        random = torch.Generator().manual_seed(1)
+        parts = [(torch.where(r.isfinite(), r, 0.0).double() * torch.randn(r.shape, generator=random)).sum() for r in results]
+        total = weight * sum(part for k, part in enumerate(parts) if k in used)
+        wanted = [t for t in inputs if t.requires_grad]
+        kinds.append((results, torch.autograd.grad(total, wanted)))
+    for mine, want in zip(kinds[0][0], kinds[1][0], strict=True):
+        there = want.isfinite()
+        assert torch.equal(there, mine.isfinite())
+        assert mine.dtype == torch.float32 and max(error(mine[there], want[there])) < 2e-6
+    for mine, want in zip(kinds[0][1], kinds[1][1], strict=True):
+        # Coefficients are rounded to the operands' dtype before their products, features' gradients once more after.
+        assert error(mine, want)[0] < (tol if mine.ndim < 2 or dtype == torch.float32 else {torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype])
+
+
+def kernels_against_float64(dtype_name: str) -> None:
+    """Blocks as they run on a GPU, several waves, odd sizes, uninitialised memory full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    dtype = DTYPES[dtype_name]
+    x, y = (t.to(dtype).requires_grad_() for t in _features(300, 207, 72))
+    scale = torch.tensor([20.0], requires_grad=True)
+    random = torch.Generator().manual_seed(3)
+    vectors = {name: (torch.rand(n, generator=random) + 0.5).requires_grad_() for name, n in zip(VECTORS, (300, 207, 300, 207), strict=True)}
+    ids = {"row_ids": torch.arange(300) % 90 - 1, "col_ids": torch.arange(207) % 80 - 1}
+    _compare([x, y, scale], offset=0)
+    _compare([x, y, scale], offset=-40, ids="both", **vectors, **ids)
+    small = [t[:70].detach().T.contiguous().T.requires_grad_() for t in (x, y)]
+    for mode in ("exclude", "only"):
+        pairs = {name: value[:70] for name, value in ids.items()}
+        _compare([*small, scale], offset=150, ids=mode, **pairs, **{name: v[:70].detach().requires_grad_() for name, v in vectors.items()})
+    for used in ((0,), (1,)):
+        _compare([small[0].detach(), small[1], scale], used=used)
+        _compare([small[0], small[1].detach(), scale.detach()], used=used)
+    _compare([small[0].detach(), small[1].detach(), scale])
+    one = [t[:1, :1].detach().requires_grad_() for t in small]
+    _compare([*one, scale.detach()], offset=0)
+
+
+def extreme_logits() -> None:
+    direction = F.normalize(torch.randn(24, generator=torch.Generator().manual_seed(4)), dim=0)
+    x, y = _features(140, 150, 24)
+    x = F.normalize(0.05 * x + torch.where(torch.arange(140)[:, None] < 70, -direction, direction), dim=1).requires_grad_()
+    y = F.normalize(0.05 * y + direction, dim=1).requires_grad_()
+    _compare([x, y, torch.tensor(100.0, requires_grad=True)], offset=0, tol=2e-5)
+    # The mean over a batch of 65,536 with float16 products.
+    _compare([x, y, torch.tensor(30.0, requires_grad=True)], weight=1 / 131072, offset=0, compute_dtype=torch.float16, tol=2e-5)
+    # Rows further apart than 2^31 elements; only the pages that are touched exist.
+    far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((3, 64), (2**30, 1)).copy_(torch.randn(3, 64) / 8)
+    row, _ = similarity_logsumexp(far, far, 2.0, impl="triton")
+    assert torch.equal(row, similarity_logsumexp(far.clone(), far.clone(), 2.0, impl="triton")[0])
+
+
+def confident_pairs() -> None:
+    x, y = _features(256, 256, 64)
+    x = F.normalize(y + 0.1 * x, dim=1)
+    grads = []
+    for dtype, impl in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, y)] + [torch.tensor(30.0, requires_grad=True)]
+        row, col, positive = similarity_logsumexp(*leaves, offset=0, impl=impl)
+        loss = (row + col - 2 * positive).mean() / 2
+        assert float(loss.detach()) < 0.01
+        grads.append(torch.autograd.grad(loss, leaves))
+    for mine, want in zip(*grads, strict=True):
+        assert error(mine, want)[0] < 5e-3
+
+
+def no_large_tensors() -> None:
+    x, y = (t.bfloat16().requires_grad_() for t in _features(1280, 1280, 16))
+    with forbid_large_tensors(1280 * 1280 // 8):
+        row, col, positive = similarity_logsumexp(x, y, 10.0, offset=0, impl="triton")
+        (row + col - positive).sum().backward()
+    assert x.grad.isfinite().all() and y.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_interpreted(dtype):
+    interpreted(kernels_against_float64, dtype)
+
+
+def test_interpreted_extremes():
+    interpreted(extreme_logits)
+
+
+def test_interpreted_memory_and_cancellation():
+    interpreted(confident_pairs)
+    interpreted(no_large_tensors)
+
+
+def test_products_of_float32_obey_pytorch():
+    from fastvlp_kernels._triton import precision
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert precision() == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+CASES = {
+    "clip": {"offset": 0},
+    "ids": {"offset": 0, "ids": "exclude"},
+    "both": {"offset": 0, "ids": "both"},
+    "everything": {"offset": 0, "ids": "both", "vectors": True},
+}
+
+
+def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, case: dict) -> dict[str, Recorder]:
+    """The launches of a forward and a backward at M = 4096, N = 2048, not run."""
+    module, product = import_module("fastvlp_kernels.similarity_logsumexp.triton"), import_module("fastvlp_kernels._product")
+    names = {"_forward_kernel": module, "_merge_kernel": module, "_backward_kernel": module, "_product_kernel": product}
+    recorders = {name: Recorder(getattr(where, name)) for name, where in names.items()}
+    for name, where in names.items():
+        monkeypatch.setattr(where, name, recorders[name])
+    M, N = 4096, 2048
+    x, y = torch.zeros(M, width, dtype=dtype), torch.zeros(N, width, dtype=dtype)
+    sides = [(torch.zeros(n), torch.ones(n)) for n in (M, N)] if "vectors" in case else [(None, None)] * 2
+    pairs = [torch.zeros(n, dtype=torch.int64) if "ids" in case else None for n in (M, N)]
+    inputs = Inputs(x, y, torch.ones(()), sides[0][0], sides[1][0], sides[0][1], sides[1][1], *pairs, case.get("ids", "exclude"), 0, dtype)
+    results = module.forward(inputs)
+    grads = ResultGrads(*(torch.ones(len(r)) if r.numel() else None for r in results))
+    module.backward(grads, inputs, Results(*results), Needs(*[True] * 3, *["vectors" in case] * 4))
+    return recorders
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize(("dtype", "case"), [("bfloat16", name) for name in CASES] + [("float16", "clip"), ("float32", "clip")])
+def test_compiled_ahead_of_time(arch, dtype, case, monkeypatch):
+    recorders = _launches(monkeypatch, DTYPES[dtype], 512, CASES[case])
+    names = ["_forward_kernel", "_backward_kernel"] + (["_merge_kernel"] if (dtype, case) == ("float32", "clip") else [])
+    for name in names:
+        _assert_fits(name, recorders[name].compile(arch), dtype)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("width", [512, 640])
+def test_products_compiled_ahead_of_time(arch, width, monkeypatch):
+    recorder = _launches(monkeypatch, torch.bfloat16, width, CASES["clip"])["_product_kernel"]
+    # One wave: into the gradient of x; into the sum for y at first, in the middle, at last.
+    for launch in (0, 1, 3, -1):
+        _assert_fits("_product_kernel", recorder.compile(arch, launch), "bfloat16")
+
+
+def _assert_fits(name, compiled, dtype):
+    print(f"{name} sm_{compiled.arch}: {compiled.registers} registers, {compiled.shared} bytes shared, {compiled.spills} bytes spilled")
+    assert compiled.spills == 0
+    assert compiled.shared <= SHARED_LIMIT[compiled.arch]
+    assert not compiled.holds("atom") and not compiled.holds("red")
+    if name != "_merge_kernel" and dtype != "float32":
+        assert compiled.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[compiled.arch])
