@@ -36,7 +36,7 @@ class Batch:
 
     Attributes:
         images: uint8 [h, w, 3] RGB, ragged; h and w are multiples of the patch size.
-        texts: int64 [n] token ids with start and end tokens, at most ``context_length`` long.
+        texts: int64 [n] token ids (start and end tokens if the tokenizer has them), at most ``context_length`` long.
         ids: int64 [B], a stable hash of the class (or, without a class, of the first caption), never negative: pairs of equal id show
             the same thing.
         keys: the samples' names.

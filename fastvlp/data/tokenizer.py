@@ -19,7 +19,7 @@ MINI = Path(__file__).parent / "mini" / "tokenizer.json"
 
 
 class Tokenizer:
-    """Encodes one caption at a time, with the start and end tokens that its file defines.
+    """Encodes one caption at a time, with the start and end tokens that its file defines; without any, an empty caption is token 0.
 
     Attributes:
         vocab_size: number of ids, special ones included.
@@ -47,7 +47,7 @@ class Tokenizer:
             if room < 1:
                 raise ValueError(f"context_length is {limit}; start, end and one token need at least {limit - room + 1}")
             body = self._body(text)[:room]
-        return [*self.start, *body, *self.end]
+        return [*self.start, *body, *self.end] or [0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer.json that ``load_tokenizer`` and the tokenizers library read."""
@@ -82,8 +82,11 @@ def load_tokenizer(name: str | os.PathLike[str], context_length: int | None = No
         raise ValueError(f"{path} is not a tokenizer.json that the tokenizers library reads: {error}") from error
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2) -> Tokenizer:
-    """Byte-level BPE on lowercase NFC text; runs of white space, underscores and commas count as one space."""
+def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2, ends: bool = True) -> Tokenizer:
+    """Byte-level BPE on lowercase NFC text; runs of white space, underscores and commas count as one space.
+
+    ``ends``: put a start and an end token around captions. A bidirectional tower that takes the mean of its tokens needs neither.
+    """
     library = _tokenizers()
     core = library.Tokenizer(library.models.BPE())
     core.normalizer = library.normalizers.Sequence([
@@ -97,7 +100,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequen
     alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
     core.train_from_iterator(captions, library.trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=[START, END], initial_alphabet=alphabet, show_progress=False))
-    core.post_processor = _ends(library, core.token_to_id(START), core.token_to_id(END))
+    if ends:
+        core.post_processor = _ends(library, core.token_to_id(START), core.token_to_id(END))
     return Tokenizer(core)
 
 
