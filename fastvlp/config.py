@@ -53,12 +53,14 @@ class DataConfig:
         train: shards: paths, globs, brace ranges {0000..0003}, or mini:train for the data set that ships.
         tokenizer: "mini", "clip", or the path of a tokenizer.json.
         batch_size: pairs per step over all processes; this defines the contrastive objective. workers: loading processes per process.
+        max_captions: a sample's caption is drawn from its first so many (null: from all).
     """
 
     train: tuple[str, ...] = ("mini:train",)
     tokenizer: str = "mini"
     batch_size: int = 256
     workers: int = 1
+    max_captions: int | None = None
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -67,6 +69,8 @@ class DataConfig:
             raise ValueError(f"batch_size is {self.batch_size}; a contrastive batch needs at least 2 pairs")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; 0 loads in the training process itself")
+        if self.max_captions is not None and self.max_captions < 1:
+            raise ValueError(f"max_captions is {self.max_captions}; it is at least 1, or null for all")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,8 @@ def _fit(config: Config, trainer: Trainer, folder: Path, log: Log, progress: Pro
     stream = Stream(config.data.train, trainer.model.tokenizer, batch_size=config.data.batch_size,
                     patch_size=config.model.image.patch_size, context_length=config.model.text.context_length, seed=config.run.seed,
                     stage_at=lambda step: schedule.stage_at(config, step), workers=config.data.workers, rank=world.rank,
-                    world_size=world.size, start=counters.step, on_skip=on_skip if world.rank == 0 else None)
+                    world_size=world.size, start=counters.step, max_captions=config.data.max_captions,
+                    on_skip=on_skip if world.rank == 0 else None)
     startup_seconds = 0.0
     with contextlib.closing(cast(Generator[Batch, None, None], iter(stream))) as pairs:
         while counters.step < config.steps:
