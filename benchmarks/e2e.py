@@ -11,7 +11,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe, environment
+from benchmarks.machine import describe, environment, load
 from benchmarks.rivals import version
 from benchmarks.run import write_text
 
@@ -101,7 +100,7 @@ def measure(part: Part) -> dict[str, Any]:
     Raises:
         RuntimeError: its process failed.
     """
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    before = load()
     distribution = "open_clip_torch" if part.system == RIVAL else "fastvlp"
     about = describe(torch.device("cpu")) | {"version": version(distribution) or "source"}
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +112,7 @@ def measure(part: Part) -> dict[str, Any]:
         wall = time.perf_counter() - start
         found = part.read(Path(folder))
     found["tower_parameters"] = sum(found["parameters"].values())
-    return {"part": part.name, "system": part.system, "seed": part.seed, "wall_seconds": wall, "load_before": load} | found | about
+    return {"part": part.name, "system": part.system, "seed": part.seed, "wall_seconds": wall, "load_before": before} | found | about
 
 
 def summarise(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -49,6 +49,11 @@ def device_name(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
+def load() -> float | None:
+    """Processes that wanted to run over the last minute; timings with more than a small fraction of the cores in use are not clean."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def environment() -> dict[str, str]:
     """The environment of a process that imports this checkout, installed or not."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]

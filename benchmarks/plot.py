@@ -62,6 +62,8 @@ def _accuracy(content: dict[str, Any], path: Path) -> None:
         marker = "." if len(points) > 1 else "o"
         axis.plot([point["seconds"] / 60 for point in points], [100 * point["top1"] for point in points], marker=marker, label=part["part"])
     axis.set(xlabel="training minutes", ylabel="zero-shot top-1, %", title=f"time to accuracy, mini set, {content['machine']['device']}")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
     axis.legend()
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

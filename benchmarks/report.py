@@ -85,8 +85,8 @@ def operator(op: str) -> Callable[[Results], str]:
                 continue
             lines.append([
                 device, shape, _ms(ours), _ms(eager), _ms(_best(rows, "compiled")), _ms(rival, name=True),
-                f"{ours['ratio_rival']:.2f}x" if rival else "", f"{ours['ratio_eager']:.2f}x", f"{ours['share_of_limit']:.0%}",
-                _number(ours["extra_mb"]), _number(eager["extra_mb"]) if eager else "",
+                f"{ours['ratio_rival']:.2f}x" if rival else "", f"{ours['ratio_eager']:.2f}x" if eager else "",
+                f"{ours['share_of_limit']:.0%}", _number(ours["extra_mb"]), _number(eager["extra_mb"]) if eager else "",
                 f"{ours['error']:.1e}", f"{eager['error']:.1e}" if eager else "",
             ])  # fmt: skip
         return _table(header, lines)

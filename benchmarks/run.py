@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import Limits, describe, measure_limits
+from benchmarks.machine import Limits, cores, describe, load, measure_limits
 from benchmarks.measure import FULL, QUICK, Budget, Clock, check_parity, extra_bytes, paired_ratio, percentile, results, sample
 from benchmarks.registry import Case, Mode, Problem, Provider, Task
 from benchmarks.rivals import version
@@ -32,11 +32,11 @@ def split_providers(case: Case, device: torch.device) -> tuple[list[Provider], d
     return [p for p in case.providers if not reasons[p.name]], {name: reason for name, reason in reasons.items() if reason}
 
 
-def _best_rival(providers: Iterable[Provider], medians: dict[str, float]) -> str:
-    """The fastest rival package; where none ran, the fastest of eager and torch.compile."""
+def _best_rival(providers: Iterable[Provider], medians: dict[str, float]) -> str | None:
+    """The fastest rival package; where none ran, the fastest of eager and torch.compile; None where nobody else ran."""
     others = [p for p in providers if p.kind != "ours"]
     packages = [p.name for p in others if p.kind == "rival"]
-    return min(packages or [p.name for p in others], key=lambda name: medians[name])
+    return min(packages or [p.name for p in others], key=lambda name: medians[name], default=None)
 
 
 def measure_mode(
@@ -46,7 +46,7 @@ def measure_mode(
     providers = [p for p in case.providers if p.name in tasks]
     taken = sample({name: lambda task=task: results(task, mode) for name, task in tasks.items()}, clock, budget)  # type: ignore[misc]
     medians = {name: percentile(seconds, 50) for name, seconds in taken.items()}
-    rival, eager = _best_rival(providers, medians), next(p.name for p in providers if p.kind == "eager")
+    rival, eager = _best_rival(providers, medians), next((p.name for p in providers if p.kind == "eager"), None)
     flops, moved = case.work(problem, mode)
     floor = limits.seconds(flops, moved, problem.shape.dtype)
     rows = []
@@ -57,8 +57,8 @@ def measure_mode(
             "op": case.op, "provider": provider.name, "kind": provider.kind, "mode": mode, "shape": problem.shape.name,
             "dtype": str(problem.shape.dtype).removeprefix("torch."),
             "p20_ms": 1e3 * percentile(seconds, 20), "p50_ms": 1e3 * median, "p80_ms": 1e3 * percentile(seconds, 80),
-            "samples": len(seconds), "rival": rival, "ratio_rival": paired_ratio(taken[rival], seconds),
-            "ratio_eager": paired_ratio(taken[eager], seconds), "tflops": flops / median / 1e12, "share_of_limit": floor / median,
+            "samples": len(seconds), "rival": rival, "ratio_rival": rival and paired_ratio(taken[rival], seconds),
+            "ratio_eager": eager and paired_ratio(taken[eager], seconds), "tflops": flops / median / 1e12, "share_of_limit": floor / median,
             "extra_mb": None if extra is None else extra / 1e6, "version": version(provider.distribution) or "source",
         })  # fmt: skip
     return rows
@@ -72,6 +72,9 @@ def run_case(case: Case, device: torch.device, quick: bool, say: Callable[[str],
     """
     providers, absent = split_providers(case, device)
     shapes = case.shapes(device.type, quick)
+    busy = load()
+    if device.type == "cpu" and busy is not None and busy > 0.3 * cores():
+        say(f"the machine is busy (load {busy:.1f}, {cores()} cores): these times will not be clean")
     limits = measure_limits(device, {shape.dtype for shape in shapes}, quick)
     rates = {str(dtype).removeprefix("torch."): rate / 1e12 for dtype, rate in limits.flops.items()}
     say(f"{case.op}: limits {', '.join(f'{rate:.3g} TFLOP/s {name}' for name, rate in rates.items())}, copy {limits.copy / 1e9:.3g} GB/s")
@@ -93,7 +96,7 @@ def run_case(case: Case, device: torch.device, quick: bool, say: Callable[[str],
             for row in measured:
                 rows.append(row | {"error": worst.get(row["provider"])} | about)
                 say("  " + line(rows[-1]))
-    described = {"limits": {"tflops": rates, "copy_gb_s": limits.copy / 1e9}, "absent": absent, "facts": facts}
+    described = {"limits": {"tflops": rates, "copy_gb_s": limits.copy / 1e9}, "absent": absent, "facts": facts, "load_before": busy}
     return {"op": case.op, "about": case.about, "machine": about, **described, "rows": rows}
 
 
@@ -102,7 +105,8 @@ def line(row: Row) -> str:
     extra = "" if row["extra_mb"] is None else f"{row['extra_mb']:9.1f} MB"
     error = "" if row["error"] is None else f"  error {row['error']:.1e}"
     times = f"{row['p50_ms']:10.3f} ms ({row['p20_ms']:.3f}-{row['p80_ms']:.3f})"
-    share = f"{row['share_of_limit']:4.0%} of limit  {row['ratio_rival']:5.2f}x of {row['rival']}"
+    ratio = f"{row['ratio_rival']:5.2f}x of {row['rival']}" if row["rival"] else ""
+    share = f"{row['share_of_limit']:4.0%} of limit  {ratio}"
     return f"{row['shape']:<22} {row['mode']:<17} {row['provider']:<14} {times:<34} {share} {extra}{error}"
 
 

@@ -14,7 +14,7 @@ from toys import CPU, EAGER, SHAPE, square, toy
 
 from benchmarks import measure, registry
 from benchmarks.machine import ROOT, Limits, commit, device_name, environment, measure_limits
-from benchmarks.registry import Problem, Provider
+from benchmarks.registry import Problem, Provider, Task
 
 
 def parity(*providers: Provider):
@@ -83,6 +83,22 @@ def test_a_wrong_eager_aborts_too():
 def test_a_rival_that_computes_something_else_is_left_out_with_the_reason():
     worst, left_out = parity(EAGER, Provider("ours", "ours", square()), Provider("rival", "rival", square(1.01)))
     assert list(left_out) == ["rival"] and left_out["rival"].startswith("wrong: value is off by 1.00e-02")
+
+
+def test_who_runs_out_of_memory_is_left_out_but_ours_may_not():
+    def build(problem: Problem) -> Task:
+        def forward() -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return Task(forward, {})
+
+    ours = Provider("ours", "ours", square())
+    worst, left_out = parity(Provider("eager", "eager", build), ours)
+    assert left_out == {"eager": "out of memory"} and list(worst) == ["ours"]
+    with pytest.raises(measure.ParityError, match="ours: value is off by 1.00e-02"):
+        parity(Provider("eager", "eager", build), Provider("ours", "ours", square(1.01)))
+    with pytest.raises(torch.OutOfMemoryError):
+        parity(EAGER, Provider("ours", "ours", build))
 
 
 def test_forward_alone_records_no_graph():
