@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from .members import Members
 STRATEGIES = ("gather", "ring")
 
 
-class ContrastiveLoss(nn.Module):
+class ContrastiveLoss(nn.Module, ABC):
     """A loss over all pairs of a batch that may be spread over processes; subclasses give the mathematics."""
 
     name: str
@@ -95,8 +96,10 @@ class ContrastiveLoss(nn.Module):
             )
         return members
 
+    @abstractmethod
     def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The loss of a batch that is all here, one operator."""
 
+    @abstractmethod
     def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
-        raise NotImplementedError
+        """This process's share of a loss over several; ``trains``: which of the four need a gradient."""

@@ -36,7 +36,7 @@ class ClipLoss(ContrastiveLoss):
         rank, world_size: of this process, in the group or in the world; checked against the group if given.
         use_horovod: must be False.
         strategy: "gather": the texts of all processes at once, memory O(N * D). "ring": block after block from neighbour to neighbour,
-            the next one in flight while this one is computed, memory O(b * D) for b local pairs.
+            the next one in flight while this one is computed, memory O(b * D) for b local pairs, and one number per pair of the batch.
         group: the processes that share a batch; None: all. When it is a part of the processes that DDP averages over, the objective
             is the mean over groups, each with the weight of its number of processes.
 

@@ -60,7 +60,7 @@ class Processes:
         for _, theirs in pairs:
             theirs.close()
 
-    def run(self, size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
         """``function(rank, size, *arguments)`` in the first ``size`` living processes, a new group with this timeout in seconds.
 
         Returns:

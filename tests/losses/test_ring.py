@@ -40,26 +40,26 @@ def timed(rank, size, batch, hop, work):
         patch.setattr(members.Members, "shift", lambda *args: Delayed(shift(*args), hop))
         for name in BLOCKS:
             patch.setattr(ring, name, slow(getattr(ring, name)))
-        times = []
-        for _ in range(4):  # the first call in a process loads what later ones find loaded
-            torch.distributed.barrier()
-            start = time.perf_counter()
-            loss, _ = batch.call(rank)
-            middle = time.perf_counter()
-            loss.backward()
-            times.append((middle - start, time.perf_counter() - middle))
-        return times
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        loss, _ = batch.call(rank)
+        middle = time.perf_counter()
+        loss.backward()
+        return middle - start, time.perf_counter() - middle
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("hop,work", [(0.3, 0.3), (0.3, 0.1), (0.1, 0.3)], ids=["balanced", "slow-hops", "slow-blocks"])
 def test_hops_hide_behind_work(processes, loss, hop, work):
     """W blocks take at most 1.2 * W * max(hop, work), forward, and backward too where it is a trip; load on the machine only adds."""
-    times = torch.tensor(processes.results(4, timed, Batch(loss, (3, 3, 3, 3), "ring", told=True), hop, work))
-    forward, backward = times.amax(0).amin(0).tolist()  # the slowest process, the best of several rounds
     allowed = 1.2 * 4 * max(hop, work)
-    assert 3 * max(hop, work) < forward <= allowed
-    assert backward <= (allowed if loss == "clip" else 1.2 * hop)
+    limits = allowed, allowed if loss == "clip" else 1.2 * hop
+    rounds = []
+    while len(rounds) < 5 and not any(forward <= limits[0] and backward <= limits[1] for forward, backward in rounds):
+        times = processes.results(4, timed, Batch(loss, (3, 3, 3, 3), "ring", told=True), hop, work)
+        rounds.append([max(part) for part in zip(*times, strict=True)])
+    forward, backward = rounds[-1]
+    assert 3 * max(hop, work) < forward <= limits[0] and backward <= limits[1], f"(forward, backward) were {rounds}, allowed {limits}"
 
 
 def largest_tensor(rank, size, batch):
