@@ -72,12 +72,11 @@ def make_tokenizer(name: str) -> tuple[Tokenize, int]:
     def tokenize(texts: Sequence[str]) -> Tensor:
         out = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
         for row, text in zip(out, texts, strict=True):
-            ids = torch.tensor(tokenizer.encode(text))
-            # open_clip pools at the largest id: rotate the ids so that the end token has it.
-            row[: len(ids)] = (ids - ids[-1] - 1) % size
+            ids = [*tokenizer.encode(text, CONTEXT - 1), size]  # open_clip pools at the largest id: an end token of its own
+            row[: len(ids)] = torch.tensor(ids)
         return out
 
-    return tokenize, size
+    return tokenize, size + 1
 
 
 def make_model(vocabulary: int) -> torch.nn.Module:
