@@ -124,6 +124,15 @@ def test_one_operator_without_casts(loss, operator):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_compiles_into_one_graph(loss):
+    tensors = Batch(loss, (9,)).tensors()
+    eager = differentiated(LOSSES[loss](), tensors)
+    compiled = differentiated(torch.compile(LOSSES[loss](), backend="aot_eager", fullgraph=True), tensors)
+    for name, found in compiled.items():
+        torch.testing.assert_close(found, eager[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_no_matrix_of_all_pairs(loss):
     image, text, scale, bias = (tensor.requires_grad_() for tensor in Batch(loss, (6144,), width=4).tensors().values())
     with forbid_large_tensors(6144 * 6144 // 8):
