@@ -44,7 +44,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """A transformer over packed captions."""
+    """A transformer over packed captions; tokens are normalised on entry, so that they are not small beside what the blocks add."""
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
@@ -52,13 +52,14 @@ class TextTower(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.tokens.weight, std=0.02)
         self.places = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
+        self.norm_in = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, config.heads, config.hidden, config.depth, config.activation) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(width)
         self.projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
 
     def embed(self, tokens: Tensor, place: Tensor) -> Tensor:
         """Token ids [...] and their places in the caption [...] -> tokens [..., C]."""
-        return self.tokens(tokens) + self.places[place]
+        return self.norm_in(self.tokens(tokens) + self.places[place])
 
     def encode(self, x: Tensor, attend: Attend) -> Tensor:
         """Tokens [..., C] -> tokens [..., C], normalised."""
