@@ -19,7 +19,8 @@ def call(capsys, *arguments):
 
 def test_help_is_fast_and_imports_no_torch():
     code = ("import sys; from fastvlp import cli\n"
-            "try:\n  cli.main(['train', '--help'])\nexcept SystemExit:\n  pass\nassert 'torch' not in sys.modules and 'yaml' not in sys.modules")
+            "try:\n  cli.main(['train', '--help'])\nexcept SystemExit:\n  pass\n"
+            "assert 'torch' not in sys.modules and 'yaml' not in sys.modules")
     start = time.process_time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cli.__file__.rpartition("/fastvlp/")[0])
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,8 @@ import torch
 from fastvlp import config
 
 ROOT = Path(__file__).parent.parent.parent
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 20), "black": (0, 0, 0), "pink": (250, 150, 180)}
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 20),
+           "black": (0, 0, 0), "pink": (250, 150, 180)}
 
 
 def write_shard(path: Path, count: int = 48) -> Path:
@@ -54,7 +55,8 @@ def settings(shard: Path, tmp_path: Path) -> dict:
         "model": {"embed_dim": 16, "image": {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32},
                   "text": {"width": 32, "depth": 1, "heads": 2, "context_length": 12}},
         "optim": {"lr": 3e-3},
-        "schedule": {"steps": 10, "warmup": 2, "stages": [{"until": 0.5, "image_size": 24, "keep": 0.5}, {"image_size": 32, "augment": 0.5}]},
+        "schedule": {"steps": 10, "warmup": 2,
+                     "stages": [{"until": 0.5, "image_size": 24, "keep": 0.5}, {"image_size": 32, "augment": 0.5}]},
         "train": {"checkpoint_every": 4},
     }
 

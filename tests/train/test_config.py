@@ -10,7 +10,7 @@ from fastvlp.config import ConfigError
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("# Reproduces nothing.\n#   fastvlp train mine.yaml\nschedule: {steps: 100, stages: [{until: 0.5, keep: 0.5}, {}]}\noptim: {lr: 1e-3}\n")
+    path.write_text("schedule: {steps: 100, stages: [{until: 0.5, keep: 0.5}, {}]}\noptim: {lr: 1e-3}\n")
     return str(path)
 
 
@@ -30,8 +30,9 @@ def test_a_configuration_survives_its_own_file(recipe, tmp_path):
 
 
 def test_overrides_reach_every_depth_and_kind(recipe):
-    made = config.load(recipe, ["optim.lr=2e-4", "run.name=7", "model.text.causal=true", "train.grad_clip=1".replace("train", "optim"),
-                                "schedule.stages.0.keep=0.25", "schedule.stages.1.image_size=96", "data.train=a.tar", "data.batch_size=1e3"])
+    made = config.load(recipe, ["optim.lr=2e-4", "run.name=7", "model.text.causal=true", "optim.grad_clip=1",
+                                "schedule.stages.0.keep=0.25", "schedule.stages.1.image_size=96",
+                                "data.train=a.tar", "data.batch_size=1e3"])
     assert made.optim.lr == 2e-4 and made.run.name == "7" and made.model.text.causal is True and made.optim.grad_clip == 1.0
     assert made.schedule.stages[0].keep == 0.25 and made.schedule.stages[1].image_size == 96
     assert made.data.train == ("a.tar",) and made.data.batch_size == 1000

@@ -46,7 +46,8 @@ def gradients(model: TwoTower) -> dict[str, torch.Tensor | None]:
 
 def dense(model: TwoTower, batch: Batch, keep: float, loss) -> tuple[torch.Tensor, dict]:
     """The batch one picture and one caption at a time, in one graph."""
-    image = torch.cat([model.encode_image(pack_images([x], PATCH, keep=keep, seeds=s[None])) for x, s in zip(batch.images, batch.seeds, strict=True)])
+    pictures = [pack_images([x], PATCH, keep=keep, seeds=seed[None]) for x, seed in zip(batch.images, batch.seeds, strict=True)]
+    image = torch.cat([model.encode_image(x) for x in pictures])
     text = torch.cat([model.encode_text(pack_texts([x])) for x in batch.texts])
     value = loss(image, text, model.scale(), model.logit_bias)
     value.backward()

@@ -57,7 +57,8 @@ def test_other_ranks_say_nothing():
     assert stream.getvalue() == ""
 
 
-@pytest.mark.parametrize("number, unit, text", [(0, "", "0"), (999, "", "999"), (12345, "", "12.3k"), (2.5e6, "", "2.5M"), (1.5e9, "B", "1.5 GB"),
+@pytest.mark.parametrize("number, unit, text", [(0, "", "0"), (999, "", "999"), (12345, "", "12.3k"), (2.5e6, "", "2.5M"),
+                                                (1.5e9, "B", "1.5 GB"),
                                                 (12, "B", "12 B")])
 def test_numbers_for_people(number, unit, text):
     assert progress.human(number, unit) == text

@@ -184,7 +184,7 @@ def test_too_many_in_a_row_stop_the_run_with_an_explanation(settings):
 
 
 def test_half_precision_trains_to_nearly_the_same_loss(settings):
-    """bf16 and fp16 autocast against float32; products carry 8 and 11 bits. The float16 scaler skips its first steps until its factor fits."""
+    """bf16 and fp16 autocast against float32; products carry 8 and 11 bits. The float16 scaler skips steps until its factor fits."""
     found = {}
     for amp in ("none", "bf16", "fp16"):
         settings["train"]["amp"] = amp
