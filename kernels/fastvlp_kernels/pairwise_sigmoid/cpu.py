@@ -50,7 +50,8 @@ def forward(
     dx, dy, drow_bias, dcol_bias, drow_weight, dcol_weight = (
         x.new_zeros(shape if want else (0,), dtype=accumulate) for shape, want in zip(shapes, wanted, strict=True)
     )
-    row_bias, col_bias, row_weight, col_weight = (v if v is None else v.to(accumulate) for v in (row_bias, col_bias, row_weight, col_weight))
+    vectors = (row_bias, col_bias, row_weight, col_weight)
+    row_bias, col_bias, row_weight, col_weight = (None if v is None else v.to(accumulate) for v in vectors)
 
     limit, weighted = LIMIT[accumulate], row_weight is not None or col_weight is not None
     buffers = x.new_empty(2, min(M, TILE) * min(N, TILE), dtype=accumulate)
@@ -79,14 +80,17 @@ def forward(
             elif same is not None:
                 torch.where(same, torch.neg(tile, out=scratch), tile, out=tile)
 
-            weights = [None if w is None else w[part] for w, part in ((row_weight, rows), (col_weight, cols))]
-            sums = [drow_weight[rows] if need_row_weight else None, dcol_weight[cols] if need_col_weight else None]
+            w_rows = None if row_weight is None else row_weight[rows]
+            w_cols = None if col_weight is None else col_weight[cols]
+            dw_rows = drow_weight[rows] if need_row_weight else None
+            dw_cols = dcol_weight[cols] if need_col_weight else None
             if tile.device.type != "cpu" or tile.amax() > limit:
-                _add_losses(torch.sub(tile, limit, out=scratch).clamp_min_(0).mul_(LN2), *weights, loss, *sums)
+                excess = torch.sub(tile, limit, out=scratch).clamp_min_(0).mul_(LN2)
+                _add_losses(excess, loss, w_rows, w_cols, dw_rows, dw_cols)
                 tile.clamp_max_(limit)
             tile.exp2_()
             if weighted:
-                _add_losses(torch.log1p(tile, out=scratch), *weights, loss, *sums)
+                _add_losses(torch.log1p(tile, out=scratch), loss, w_rows, w_cols, dw_rows, dw_cols)
             torch.add(tile, 1, out=scratch)
             if not weighted:
                 loss += _sum_log1p(tile.flatten(), scratch.flatten(), half_buffer)
@@ -97,10 +101,10 @@ def forward(
             diagonal.neg_()
             if same is not None and not exclude:
                 torch.where(same, torch.neg(tile, out=scratch), tile, out=tile)
-            if weights[0] is not None:
-                tile.mul_(weights[0][:, None])
-            if weights[1] is not None:
-                tile.mul_(weights[1])
+            if w_rows is not None:
+                tile.mul_(w_rows[:, None])
+            if w_cols is not None:
+                tile.mul_(w_cols)
             if need_bias:
                 dbias += tile.sum()
             if need_row_bias:
@@ -115,7 +119,8 @@ def forward(
             dscale += (x_tile * dx_tile).sum()
     if need_scale and not make_gy:
         dscale += sum((y[j : j + TILE].to(dtype).to(accumulate) * dy[j : j + TILE]).sum() for j in range(0, N, TILE))
-    scalars = (total.to(accumulate) if need else x.new_empty(0, dtype=accumulate) for total, need in ((dscale, need_scale), (dbias, need_bias)))
+    both = ((dscale, need_scale), (dbias, need_bias))
+    scalars = (total.to(accumulate) if need else x.new_empty(0, dtype=accumulate) for total, need in both)
     return loss.to(accumulate), dx.mul_(scale), dy.mul_(scale), *scalars, drow_bias, dcol_bias, drow_weight, dcol_weight
 
 
@@ -140,7 +145,12 @@ def _sum_log1p(e: Tensor, one_plus_e: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _add_losses(
-    losses: Tensor, row_weight: Tensor | None, col_weight: Tensor | None, total: Tensor, drow_weight: Tensor | None, dcol_weight: Tensor | None
+    losses: Tensor,
+    total: Tensor,
+    row_weight: Tensor | None,
+    col_weight: Tensor | None,
+    drow_weight: Tensor | None,
+    dcol_weight: Tensor | None,
 ) -> None:
     """Add the weighted sum of a tile of losses to ``total``, and its sums over one side to the gradients of the weights."""
     if row_weight is None and col_weight is None:

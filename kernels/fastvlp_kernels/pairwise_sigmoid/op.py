@@ -64,7 +64,8 @@ def _(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, co
 @torch.library.custom_op(f"fastvlp::{NAME}_backward", mutates_args=())
 def _backward(grad: Tensor, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     # The loss is a sum: only its upstream gradient brings float16 into range, so the one rounding comes after the scaling.
-    return [torch.mul(gradient, grad, out=torch.empty_like(tensor, memory_format=torch.contiguous_format)) for gradient, tensor in zip(gradients, inputs, strict=True)]
+    scaled = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
+    return [torch.mul(gradient, grad, out=out) for gradient, out in zip(gradients, scaled, strict=True)]
 
 
 @_backward.register_fake
@@ -134,7 +135,7 @@ def sigmoid_forward(
     """
     needs = [*needs, *[False] * (8 - len(needs))]
     args = _arguments(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, ids, offset, compute_dtype)
-    chosen = _backend.choose(NAME, impl, x.device, IMPLEMENTATIONS[:2])
+    chosen = _choose(impl, x, args[-1], IMPLEMENTATIONS[:2])
     return SigmoidSweep(*torch.ops.fastvlp.pairwise_sigmoid(*args, needs, chosen))
 
 
@@ -183,10 +184,19 @@ def pairwise_sigmoid(
         RuntimeError: ``impl`` cannot run here; a second derivative is asked for.
     """
     args = _arguments(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, ids, offset, compute_dtype)
-    chosen = _backend.choose(NAME, impl, x.device, IMPLEMENTATIONS)
+    chosen = _choose(impl, x, args[-1], IMPLEMENTATIONS)
     if chosen == "reference":
         return reference.pairwise_sigmoid(*args)
     return torch.ops.fastvlp.pairwise_sigmoid(*args, _inputs.needs_grad(*args[:8]), chosen)[0]
+
+
+def _choose(impl: str | None, x: Tensor, dtype: torch.dtype, implementations: Sequence[str]) -> str:
+    chosen = _backend.choose(NAME, impl, x.device, implementations)
+    if chosen == "triton" and dtype == torch.float64:
+        if impl == "triton":
+            raise RuntimeError(f"{NAME}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
+        return "cpu"
+    return chosen
 
 
 def _arguments(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, ids, offset, compute_dtype) -> tuple:
@@ -196,7 +206,8 @@ def _arguments(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, ro
         NAME, x=x, row_bias=row_bias, col_bias=col_bias, row_weight=row_weight, col_weight=col_weight, row_ids=row_ids, col_ids=col_ids
     )
     M, N = x.shape[0], y.shape[0]
-    for name, tensor, length in (("row_bias", row_bias, M), ("col_bias", col_bias, N), ("row_weight", row_weight, M), ("col_weight", col_weight, N)):
+    floats = (("row_bias", row_bias, M), ("col_bias", col_bias, N), ("row_weight", row_weight, M), ("col_weight", col_weight, N))
+    for name, tensor, length in floats:
         _check.vector(NAME, name, tensor, length)
     for name, tensor, length in (("row_ids", row_ids, M), ("col_ids", col_ids, N)):
         _check.vector(NAME, name, tensor, length, integer=True)

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from fastvlp_kernels._inputs import sum_dtype
 
@@ -45,8 +45,7 @@ def pairwise_sigmoid(
         else:
             positive = positive | same
 
-    losses = softplus(torch.where(positive, -logits, logits), threshold=torch.inf)
-    losses = torch.where(counted, losses, 0.0)
+    losses = torch.where(counted, -logsigmoid(torch.where(positive, logits, -logits)), 0.0)
     if row_weight is not None:
         losses = losses * row_weight.to(accumulate)[:, None]
     if col_weight is not None:

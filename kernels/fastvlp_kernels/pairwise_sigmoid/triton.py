@@ -59,7 +59,8 @@ def _logits_kernel(
     x_ptr, y_ptr, scale_ptr, bias_ptr, row_bias_ptr, col_bias_ptr, row_weight_ptr, col_weight_ptr, row_ids_ptr, col_ids_ptr,
     loss_ptr, dscale_ptr, dbias_ptr, G_ptr, row_sum_ptr, col_sum_ptr, row_loss_ptr, col_loss_ptr,
     M, N, D, offset, stride_x, stride_y, stride_G,
-    HAS_OFFSET: tl.constexpr, EXCLUDE: tl.constexpr, WEIGHTED: tl.constexpr, MAKE_G: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, EXCLUDE: tl.constexpr, WEIGHTED: tl.constexpr, MAKE_G: tl.constexpr,
+    FACTOR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of [M, N] pairs. G [whole tiles, whole tiles] = FACTOR * dloss/dlogit, zero outside of M x N."""
@@ -249,7 +250,8 @@ def forward(
                 tiles_m, tiles_n = triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N)
                 part = slice(done, done + tiles_m * tiles_n)
                 done = part.stop
-                totals = ((drow_bias, rows, tiles_n, m), (dcol_bias, cols, tiles_m, n), (drow_weight, rows, tiles_n, m), (dcol_weight, cols, tiles_m, n))
+                of_row, of_col = (rows, tiles_n, m), (cols, tiles_m, n)
+                totals = ((drow_bias, *of_row), (dcol_bias, *of_col), (drow_weight, *of_row), (dcol_weight, *of_col))
                 partials = [x.new_empty(parts, length, dtype=torch.float32) if len(total) else None for total, _, parts, length in totals]
                 of_rows = [None if v is None else v[rows] for v in (row_bias, row_weight, row_ids)]
                 of_cols = [None if v is None else v[cols] for v in (col_bias, col_weight, col_ids)]
@@ -278,9 +280,11 @@ def forward(
         alpha = scale * (row_peak * col_peak / factor)
         dx, dy = dx.mul_(alpha), dy.mul_(alpha)
     peak = row_peak * col_peak
-    scalars = ((part.sum(dtype=torch.float64).float() * peak if need else new(False)) for part, need in ((dscale, need_scale), (dbias, need_bias)))
-    value = loss.sum(dtype=torch.float64).float() * peak
-    return value, dx, dy, *scalars, drow_bias * peak, dcol_bias * peak, drow_weight * col_peak, dcol_weight * row_peak
+    value, dscale, dbias = (
+        sums.sum(dtype=torch.float64).float() * peak if need else new(False)
+        for sums, need in ((loss, True), (dscale, need_scale), (dbias, need_bias))
+    )
+    return value, dx, dy, dscale, dbias, drow_bias * peak, dcol_bias * peak, drow_weight * col_peak, dcol_weight * row_peak
 
 
 def _normalised(weight: Tensor | None, length: int, one: Tensor) -> tuple[Tensor, Tensor]:
