@@ -52,10 +52,8 @@ class Packed:
         for name, extra, shape in (("size", size, (total,)), ("pos", pos, (total, 3))):
             if extra is not None and tuple(extra.shape) != shape:
                 raise ValueError(f"Packed: {name} has shape {tuple(extra.shape)}; with {total} tokens it must be {shape}")
-        cu_seqlens = torch.zeros(len(counts) + 1, dtype=torch.int32)
-        torch.cumsum(counts, 0, out=cu_seqlens[1:])
         longest = int(counts.max()) if len(counts) else 0
-        return cls(x, cu_seqlens.to(x.device, non_blocking=True), counts, total, longest, size, pos)
+        return cls(x, _starts(counts, x.device), counts, total, longest, size, pos)
 
     @classmethod
     def from_list(cls, segments: Sequence[Tensor], pos: Sequence[Tensor] | None = None) -> Packed:
@@ -95,7 +93,8 @@ class Packed:
             raise ValueError(f"Packed.from_padded: lengths {counts.tolist()} for x {tuple(x.shape)}; allowed: {rows} of 0 to {width}")
         if int(counts.sum()) == rows * width:
             return cls.of(flat, counts)
-        return cls.of(flat.index_select(0, _places(counts, width).to(x.device, non_blocking=True)), counts)
+        places = _places(_starts(counts, x.device), int(counts.sum()), width)
+        return cls.of(flat.index_select(0, places), counts)
 
     def to_padded(self, value: float = 0, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Pad every segment with ``value`` to ``width`` tokens (None: the longest segment).
@@ -106,11 +105,11 @@ class Packed:
         width = self.max_seqlen if width is None else width
         if width < self.max_seqlen:
             raise ValueError(f"Packed.to_padded: width {width} is less than the longest segment, {self.max_seqlen}")
-        rows, device = len(self), self.x.device
-        mask = (torch.arange(width) < self.lengths[:, None]).to(device, non_blocking=True)
+        rows = len(self)
+        mask = torch.arange(width, device=self.x.device) < self.cu_seqlens.diff()[:, None]
         if rows * width == self.total:
             return self.x.unflatten(0, (rows, width)), mask
-        places = _places(self.lengths, width).to(device, non_blocking=True)
+        places = _places(self.cu_seqlens, self.total, width)
         padded = self.x.new_full((rows * width, *self.x.shape[1:]), value).index_copy(0, places, self.x)
         return padded.unflatten(0, (rows, width)), mask
 
@@ -146,6 +145,13 @@ def _lengths(lengths: Sequence[int] | Tensor) -> Tensor:
     return counts
 
 
-def _places(lengths: Tensor, width: int) -> Tensor:
-    """Where the packed tokens lie in the flattened [S, width]: int64 [T] on the CPU."""
-    return (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
+def _starts(lengths: Tensor, device: torch.device) -> Tensor:
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, out=starts[1:])
+    return starts.to(device, non_blocking=True)
+
+
+def _places(cu_seqlens: Tensor, total: int, width: int) -> Tensor:
+    """Where the packed tokens lie in the flattened [S, width]: int64 [T] on the device, which is not asked anything."""
+    padding = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device) * width - cu_seqlens[:-1]
+    return torch.arange(total, device=cu_seqlens.device) + padding.repeat_interleave(cu_seqlens.diff(), output_size=total)

@@ -100,3 +100,9 @@ def test_replace_and_to():
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_padding_compiles_in_one_graph():
+    packed = Packed.of(torch.randn(5, 2), [2, 3])
+    compiled = torch.compile(lambda x: Packed.to_padded(packed.replace(x=x))[0].sum(1), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(packed.x), torch.stack([s.sum(0) for s in packed.segments()]))

@@ -128,7 +128,7 @@ def test_many_unsorted_segments_are_gathered_by_length(variant):
 
 def test_segments_that_lie_together_stay_in_place():
     runs, order = plan((4,) * 6 + (7,) * 2, (4,) * 6 + (7,) * 2)
-    assert order is None and [(run.count, run.n) for run in runs] == [(6, 4), (2, 7)]
+    assert order is None and [(run.batch, run.n) for run in runs] == [(6, 4), (2, 7)]
 
 
 @pytest.mark.parametrize("variant", [{}, {"causal": True}, {"key_size": torch.tensor([1.0, 2, 3, 1, 2])}, {"return_key_mass": True}])

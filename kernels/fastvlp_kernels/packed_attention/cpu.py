@@ -47,9 +47,9 @@ def forward(
             out, lse = _flash(*_operands(x, run), 0.0, causal, scale=scale)
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.flatten())
-    out = _join(outs, q, q.shape[0], q.shape[1], v.shape[2])
-    lse = _join(lses, q.new_empty(0, dtype=sum_dtype(q.dtype)), q.shape[0] * q.shape[1])
-    mass = _join(masses, q.new_empty(0, dtype=torch.float32), 0)
+    out = _join(outs, q.new_empty(0, q.shape[1], v.shape[2]))
+    lse = _join(lses, q.new_empty(0, dtype=sum_dtype(q.dtype)))
+    mass = _join(masses, q.new_empty(0, dtype=torch.float32))
     if order is not None:
         out = _scatter(out, order.q)
         mass = _scatter(mass, order.k) if with_mass else mass
@@ -69,9 +69,9 @@ def backward(
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     parts: tuple[list[Tensor], ...] = ([], [], [], [])
     for run in runs:
-        g, o = _view(grad, run.queries, run.count), _view(out, run.queries, run.count)
+        g, o = _view(grad, run.queries, run.batch), _view(out, run.queries, run.batch)
         if _flashes(x, run):
-            log_sums = lse[run.queries.start * heads : run.queries.stop * heads].view(run.count, heads, run.n)
+            log_sums = lse[run.queries.start * heads : run.queries.stop * heads].view(run.batch, heads, run.n)
             grads = _flash_backward(g, *_operands(x, run), o, log_sums, 0.0, causal, scale=scale)
         else:
             grads = _dense_backward(g, x, run, needs)
@@ -82,10 +82,10 @@ def backward(
                 part = part.unflatten(1, (-1, group)).sum(2)
             parts[index].append(part.transpose(1, 2).flatten(0, 1) if index < 3 else part)
     dq, dk, dv = (
-        _join(part, tensor, tensor.shape[0] if need else 0, *tensor.shape[1:] if need else ())
+        _join(part, tensor.new_empty(0, *tensor.shape[1:] if need else ()))
         for part, tensor, need in zip(parts, (q, k, v), needs, strict=False)
     )
-    dbias = _join(parts[3], lse, *(k.shape[0], heads) if needs[3] else (0,))
+    dbias = _join(parts[3], lse.new_empty((0, heads) if needs[3] else 0))
     if order is not None:
         places = (order.q, order.k, order.k, order.k)
         dq, dk, dv, dbias = (_scatter(x, at) if need else x for x, at, need in zip((dq, dk, dv, dbias), places, needs, strict=True))
@@ -127,21 +127,21 @@ def _scatter(x: Tensor, index: Tensor) -> Tensor:
     return torch.empty_like(x).index_copy_(0, index, x)
 
 
-def _join(parts: list[Tensor], like: Tensor, *shape: int) -> Tensor:
+def _join(parts: list[Tensor], nothing: Tensor) -> Tensor:
     if len(parts) == 1:
         return parts[0]
-    return torch.cat(parts) if parts else like.new_empty(shape or (0,))
+    return torch.cat(parts) if parts else nothing
 
 
 def _view(x: Tensor, tokens: slice, count: int) -> Tensor:
-    """[count, H, n, d] of the segments in ``tokens``."""
+    """[batch, H, n, d] of the segments in ``tokens``."""
     n, (row, head, feature) = (tokens.stop - tokens.start) // count, x.stride()
     return x.as_strided((count, x.shape[1], n, x.shape[2]), (n * row, head, row, feature), x.storage_offset() + tokens.start * row)
 
 
 def _operands(x: _Inputs, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """q [count, H, n, d], k and v [count, H, m, d]: a key head is repeated for its group of query heads."""
-    q, k, v = _view(x.q, run.queries, run.count), _view(x.k, run.keys, run.count), _view(x.v, run.keys, run.count)
+    """q [batch, H, n, d], k and v [batch, H, m, d]: a key head is repeated for its group of query heads."""
+    q, k, v = _view(x.q, run.queries, run.batch), _view(x.k, run.keys, run.batch), _view(x.v, run.keys, run.batch)
     group = q.shape[1] // k.shape[1]
     return (q, k, v) if group == 1 else (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
@@ -160,16 +160,16 @@ def _pieces(run: Run, heads: int, device: torch.device) -> Iterator[tuple[slice,
     limit = SCORES.get(device.type, SCORES_ELSEWHERE)
     segments = max(1, limit // (heads * run.n * run.m))
     rows = run.n if segments > 1 else min(run.n, max(1, limit // (heads * run.m)))
-    for first in range(0, run.count, segments):
+    for first in range(0, run.batch, segments):
         for row in range(0, run.n, rows):
-            yield slice(first, min(first + segments, run.count)), slice(row, min(row + rows, run.n))
+            yield slice(first, min(first + segments, run.batch)), slice(row, min(row + rows, run.n))
 
 
 def _probabilities(q: Tensor, k: Tensor, x: _Inputs, run: Run, segments: slice, rows: slice) -> Tensor:
     """softmax(scale * q k^T + bias) for some segments and rows of a run: [segments, H, rows, m]; 0 for a query that sees no key."""
     scores = torch.matmul(q, k.transpose(2, 3)).mul_(x.scale)
     if x.bias is not None:
-        scores += x.bias[:, run.keys].unflatten(1, (run.count, run.m))[:, segments].transpose(0, 1)[:, :, None]
+        scores += x.bias[:, run.keys].unflatten(1, (run.batch, run.m))[:, segments].transpose(0, 1)[:, :, None]
     if x.causal:
         place = torch.arange(run.m, device=q.device)
         hidden = place > torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (run.m - run.n)
@@ -184,9 +184,9 @@ def _probabilities(q: Tensor, k: Tensor, x: _Inputs, run: Run, segments: slice, 
 
 
 def _dense(x: _Inputs, run: Run) -> tuple[Tensor, Tensor]:
-    """out [count, H, n, e] with the memory of [count, n, H, e]; mass [count * m]."""
-    out = x.q.new_zeros(run.count, run.n, x.q.shape[1], x.v.shape[2]).transpose(1, 2)
-    mass = x.q.new_zeros(run.count, run.m, dtype=torch.float32)
+    """out [batch, H, n, e] with the memory of [batch, n, H, e]; mass [batch * m]."""
+    out = x.q.new_zeros(run.batch, run.n, x.q.shape[1], x.v.shape[2]).transpose(1, 2)
+    mass = x.q.new_zeros(run.batch, run.m, dtype=torch.float32)
     operands = _operands(x, run)
     for segments, rows in _pieces(run, out.shape[1], out.device):
         q, k, v = _batch(operands, x.q.dtype, segments, rows)
@@ -197,11 +197,11 @@ def _dense(x: _Inputs, run: Run) -> tuple[Tensor, Tensor]:
 
 
 def _dense_backward(grad: Tensor, x: _Inputs, run: Run, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq [count, H, n, d], dk and dv [count, H, m, d] with the memory of [count, tokens, H, d]; dbias [count * m, H]."""
+    """dq [batch, H, n, d], dk and dv [batch, H, m, d] with the memory of [batch, tokens, H, d]; dbias [batch * m, H]."""
     dtype, heads = sum_dtype(x.q.dtype), x.q.shape[1]
     operands = _operands(x, run)
     dq, dk, dv = (torch.zeros_like(t.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2) for t in operands)
-    dbias = x.q.new_zeros(run.count, run.m, heads, dtype=dtype)
+    dbias = x.q.new_zeros(run.batch, run.m, heads, dtype=dtype)
     for segments, rows in _pieces(run, heads, grad.device):
         q, k, v = _batch(operands, x.q.dtype, segments, rows)
         g = grad[segments, :, rows].to(dtype).contiguous()

@@ -10,22 +10,22 @@ TOKENS_PER_RUN = 100  # moving this many tokens costs about as much as computing
 
 
 class Run(NamedTuple):
-    """``count`` segments that lie together, each of ``n`` queries and ``m`` keys: the first query, key and segment of the run."""
+    """``batch`` segments that lie together, each of ``n`` queries and ``m`` keys: the first query, key and segment of the run."""
 
     q_start: int
     k_start: int
     segment: int
-    count: int
+    batch: int
     n: int
     m: int
 
     @property
     def queries(self) -> slice:
-        return slice(self.q_start, self.q_start + self.count * self.n)
+        return slice(self.q_start, self.q_start + self.batch * self.n)
 
     @property
     def keys(self) -> slice:
-        return slice(self.k_start, self.k_start + self.count * self.m)
+        return slice(self.k_start, self.k_start + self.batch * self.m)
 
 
 class Order(NamedTuple):
