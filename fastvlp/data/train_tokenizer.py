@@ -17,7 +17,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("shards", nargs="+", help="training shards: paths, globs, brace ranges or mini:train")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--output", default="tokenizer.json")
-    parser.add_argument("--no-ends", dest="ends", action="store_false", help="no start and end tokens: for a bidirectional, mean-pooled text tower")
+    parser.add_argument("--no-ends", dest="ends", action="store_false",
+                        help="no start and end tokens: for a bidirectional, mean-pooled text tower")
     options = parser.parse_args(arguments)
     tokenizer = train_tokenizer(captions(options.shards), options.vocab_size, ends=options.ends)
     tokenizer.save(options.output)

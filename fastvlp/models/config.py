@@ -30,9 +30,9 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class ImageConfig(TowerConfig):
-    """The image tower: patches of ``patch_size`` pixels, at most ``grid`` of them in a row or column; pixels become (x / 255 - mean) / std.
+    """The image tower: patches of ``patch_size`` pixels, at most ``grid`` of them in a row or column.
 
-    ``image_size``: the longest side, in pixels, to which raw pictures are scaled for ``encode_image``.
+    Pixels become (x / 255 - mean) / std. ``image_size``: the longest side, in pixels, to which raw pictures are scaled for ``encode_image``.
     """
 
     image_size: int = 64

@@ -9,7 +9,7 @@ from fastvlp_kernels.packed import Packed
 
 
 class ImageTower(nn.Module):
-    """A ViT over ragged images at their own aspect ratio (NaViT, Dehghani et al. 2023): factorised positions, mean pooling, no class token."""
+    """A ViT over ragged images at their own aspect ratio (NaViT, Dehghani et al. 2023): factorised positions, mean pooling."""
 
     def __init__(self, config: ImageConfig, embed_dim: int) -> None:
         super().__init__()

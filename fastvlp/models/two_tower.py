@@ -42,7 +42,10 @@ class TwoTower(nn.Module):
         self.tokenizer: Tokenizer | None = None
 
     def encode_image(self, images: Packed | Sequence[Any], normalize: bool = True) -> Tensor:
-        """Features [S, embed_dim] of packed patches, or of a list of PIL images, uint8 tensors [h, w, 3] or float tensors [3, h, w] in 0..1."""
+        """Features [S, embed_dim] of packed patches, or of a list of pictures.
+
+        A picture is a PIL image, a uint8 tensor [h, w, 3], or a floating-point tensor [3, h, w] with values in 0..1.
+        """
         if not isinstance(images, Packed):
             from fastvlp.data.images import as_pixels
             from fastvlp.data.patches import pack_images
@@ -58,7 +61,7 @@ class TwoTower(nn.Module):
             from fastvlp.data.patches import pack_texts
 
             if self.tokenizer is None:
-                raise ValueError("encode_text: the model has no tokenizer for strings; set model.tokenizer = fastvlp.data.load_tokenizer(...)")
+                raise ValueError("encode_text: the model has no tokenizer for strings; set model.tokenizer = load_tokenizer(...)")
             if isinstance(texts, str):
                 raise TypeError("encode_text: got one string; pass a list of strings")
             length = self.config.text.context_length
@@ -76,7 +79,7 @@ class TwoTower(nn.Module):
         self.logit_scale.clamp_(0, math.log(self.config.max_scale))
 
     def forward(self, images: Packed, texts: Packed) -> dict[str, Tensor]:
-        """The arguments of a loss by name: normalised features, ``logit_scale`` (already exponentiated) and, where there is one, ``logit_bias``."""
+        """The arguments of a loss by name: unit features, ``logit_scale`` (exponentiated) and, where there is one, ``logit_bias``."""
         out = {"image_features": self.encode_image(images), "text_features": self.encode_text(texts), "logit_scale": self.scale()}
         return out if self.logit_bias is None else {**out, "logit_bias": self.logit_bias}
 

@@ -51,11 +51,12 @@ def test_packed_gradients_equal_padded_gradients():
     model = TwoTower(_config()).double()
     images = pack_images(_images(), 16)
     weight = torch.randn(len(SIZES), 24, dtype=torch.float64)
-    packed_grads = torch.autograd.grad((model.image(images) * weight).sum(), list(model.image.parameters()))
+    parameters = list(model.image.parameters())
+    packed_grads = torch.autograd.grad((model.image(images) * weight).sum(), parameters)
     patches, mask = images.to_padded()
     assert images.pos is not None
     pos, _ = images.replace(x=images.pos).to_padded()
-    padded_grads = torch.autograd.grad((padded.encode_image(model.image, patches, pos, mask) * weight).sum(), list(model.image.parameters()))
+    padded_grads = torch.autograd.grad((padded.encode_image(model.image, patches, pos, mask) * weight).sum(), parameters)
     for got, expected in zip(packed_grads, padded_grads, strict=True):
         torch.testing.assert_close(got, expected)
 
