@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """A transformer: ``depth`` blocks of ``width`` channels and ``heads`` heads, feed-forward layers ``mlp_ratio`` times as wide."""
+    """A transformer: ``depth`` blocks of ``width`` channels and ``heads`` heads; feed-forward layers are ``mlp_ratio`` times as wide."""
 
     width: int = 192
     depth: int = 6
@@ -32,7 +32,7 @@ class TowerConfig:
 class ImageConfig(TowerConfig):
     """The image tower: patches of ``patch_size`` pixels, at most ``grid`` of them in a row or column.
 
-    Pixels become (x / 255 - mean) / std. ``image_size``: the longest side, in pixels, to which raw pictures are scaled for ``encode_image``.
+    Pixels become (x / 255 - mean) / std. ``image_size``: the longest side, in pixels, of pictures that ``encode_image`` scales itself.
     """
 
     image_size: int = 64
