@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import ROOT, environment, synchronise
-from benchmarks.registry import Case, Mode, Problem, Provider, Task
+from benchmarks.registry import Case, Exact, Mode, Problem, Provider, Task
 
 # How much larger than eager's our error against float64 may be, relative to the norm of the result; below each dtype's own rounding.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float64: 1e-12}
@@ -58,17 +58,15 @@ def results(task: Task, mode: Mode) -> dict[str, Tensor]:
     return {"value": value.detach()} | dict(zip(task.leaves, gradients, strict=True))
 
 
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """||actual - exact|| / ||exact|| in float64; NaN where anything is not finite."""
-    actual, exact = actual.detach().double(), exact.double().to(actual.device)
-    norm = exact.norm()
-    return ((actual - exact).norm() / norm.clamp_min(torch.finfo(torch.float64).tiny)).item()
-
-
-def errors(task: Task, exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """The relative error of the value and of every gradient that the provider has."""
+def errors(task: Task, exact: Exact) -> dict[str, float]:
+    """The relative error of the value and of every gradient that the provider has; NaN where something is NaN."""
     found = task.canonical(results(task, "forward+backward"))
-    return {name: relative_error(tensor, exact[name]) for name, tensor in found.items()}
+    relative = {}
+    for name, actual in found.items():
+        right = exact.results[name].to(actual.device)
+        size = exact.terms.get(name, right).to(actual.device).norm().clamp_min(torch.finfo(torch.float64).tiny)
+        relative[name] = ((actual.detach().double() - right).norm() / size).item()
+    return relative
 
 
 def check_parity(case: Case, problem: Problem, tasks: Mapping[str, Task]) -> tuple[dict[str, float], dict[str, str]]:
@@ -99,7 +97,7 @@ def check_parity(case: Case, problem: Problem, tasks: Mapping[str, Task]) -> tup
             allowed = eager[name] + TOLERANCE[dtype] if provider.kind == "ours" and eager else DIFFERENT[dtype]
             if error <= allowed:
                 continue
-            message = f"{name} is off by {error:.2e} of its norm (allowed: {allowed:.2e}, eager: {eager.get(name, math.nan):.2e})"
+            message = f"{name} is off by {error:.2e} of its size (allowed: {allowed:.2e}, eager: {eager.get(name, math.nan):.2e})"
             if provider.kind != "rival":
                 raise ParityError(f"{case.op}, {problem.shape.name}, {provider.name}: {message}; nothing was timed")
             left_out.setdefault(provider.name, f"wrong: {message}")

@@ -53,6 +53,18 @@ class Task:
     canonical: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda results: results
 
 
+@dataclass(frozen=True)
+class Exact:
+    """The value and the gradients in float64, by name.
+
+    An error is relative to the norm of the result, or, for the names in ``terms``, to the size of the terms that the result sums: a
+    sum whose terms nearly cancel cannot be better than the rounding of its terms.
+    """
+
+    results: dict[str, Tensor]
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
 def always(device: torch.device) -> str:
     """Nothing is in the way."""
     return ""
@@ -79,7 +91,7 @@ class Case:
     """One benchmark: problems, the exact answer, who computes it, and the least work that it takes.
 
     ``work(problem, mode)`` returns (floating-point operations, bytes read and written) that any implementation needs.
-    ``exact(problem)`` returns the value and the gradients in float64, by name. ``limit`` says the least work in words.
+    ``limit`` says the least work in words.
     """
 
     op: str
@@ -88,7 +100,7 @@ class Case:
     limit: str
     shapes: Callable[[str, bool], Sequence[Shape]]
     problem: Callable[[Shape, torch.device], Problem]
-    exact: Callable[[Problem], dict[str, Tensor]]
+    exact: Callable[[Problem], Exact]
     work: Callable[[Problem, Mode], tuple[float, float]]
     providers: Sequence[Provider]
     modes: Sequence[Mode] = MODES

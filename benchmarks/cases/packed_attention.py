@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.registry import Case, Mode, Problem, Provider, Shape, Task, always, needs, needs_compiler
+from benchmarks.registry import Case, Exact, Mode, Problem, Provider, Shape, Task, always, needs, needs_compiler
 
 CAPTION, PADDED_CAPTION = 8.5, 24  # tokens of a mini caption with its start and end, and what open_clip pads it to
 
@@ -67,7 +67,7 @@ def _leaves(problem: Problem) -> dict[str, Tensor]:
     return {name: problem.inputs[name].detach().requires_grad_() for name in ("q", "k", "v")}
 
 
-def exact(problem: Problem) -> dict[str, Tensor]:
+def exact(problem: Problem) -> Exact:
     """Softmax attention of each segment alone, in float64."""
     q, k, v = (problem.inputs[name].double().requires_grad_() for name in ("q", "k", "v"))
     starts, outputs = problem.inputs["starts"].tolist(), []
@@ -78,7 +78,7 @@ def exact(problem: Problem) -> dict[str, Tensor]:
         outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[start:end]))
     value = torch.cat(outputs)
     gradients = torch.autograd.grad(value, (q, k, v), problem.inputs["upstream"].double())
-    return {"value": value.detach()} | dict(zip(("q", "k", "v"), gradients, strict=True))
+    return Exact({"value": value.detach()} | dict(zip(("q", "k", "v"), gradients, strict=True)))
 
 
 def _ours(impl: str) -> Callable[[Problem], Task]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cases import contrastive
-from benchmarks.registry import Case, Problem, Provider, Task, needs, needs_compiler
+from benchmarks.registry import Case, Exact, Problem, Provider, Task, needs, needs_compiler
 from benchmarks.rivals import import_open_clip
 
 
@@ -21,11 +21,11 @@ def eager(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return -F.logsigmoid(labels * logits).sum(-1).float().mean()
 
 
-def exact(problem: Problem) -> dict[str, Tensor]:
+def exact(problem: Problem) -> Exact:
     """Value and gradients in float64 from the formula dS = sigmoid(S) / B - I / B, in chunks of rows."""
     x, y, scale, bias = (problem.inputs[name].double() for name in ("x", "y", "scale", "bias"))
     b = len(x)
-    value, dscale, dbias = (torch.zeros_like(scale) for _ in range(3))
+    value, dscale, dbias, scale_terms, bias_terms = (torch.zeros_like(scale) for _ in range(5))
     dx, dy = torch.empty_like(x), torch.zeros_like(y)
     for rows, x_rows, products in contrastive.sums(problem):
         logits = scale * products + bias
@@ -35,9 +35,13 @@ def exact(problem: Problem) -> dict[str, Tensor]:
         slope.diagonal(rows.start)[: len(x_rows)] -= 1 / b
         dx[rows] = scale * (slope @ y)
         dy += scale * (slope.T @ x_rows)
-        dscale += (slope * products).sum()
+        products *= slope
+        dscale += products.sum()
+        scale_terms += products.abs().sum()
         dbias += slope.sum()
-    return {"value": value, "x": dx, "y": dy, "scale": dscale, "bias": dbias}
+        bias_terms += slope.abs().sum()
+    results = {"value": value, "x": dx, "y": dy, "scale": dscale, "bias": dbias}
+    return Exact(results, {"scale": scale_terms, "bias": bias_terms})
 
 
 def _open_clip_loss() -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cases import contrastive
-from benchmarks.registry import Case, Problem, Provider, Task, needs, needs_compiler
+from benchmarks.registry import Case, Exact, Problem, Provider, Task, needs, needs_compiler
 from benchmarks.rivals import import_open_clip
 
 SCALE = 50.0  # memeff's fixed maximum underflows above about 87
@@ -23,7 +23,7 @@ def eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.T.float(), labels)) / 2
 
 
-def exact(problem: Problem) -> dict[str, Tensor]:
+def exact(problem: Problem) -> Exact:
     """Value and gradients in float64 from the formula dS = (exp(S - row) + exp(S - col)) / 2B - I / B, in chunks of rows."""
     x, y, scale = (problem.inputs[name].double() for name in ("x", "y", "scale"))
     b, positive = len(x), scale * (x * y).sum(1)
@@ -32,15 +32,18 @@ def exact(problem: Problem) -> dict[str, Tensor]:
         products *= scale
         row[rows] = products.logsumexp(1)
         col = torch.logaddexp(col, products.logsumexp(0))
-    dx, dy, dscale = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale)
+    dx, dy, dscale, terms = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale), torch.zeros_like(scale)
     for rows, x_rows, products in contrastive.sums(problem):
         logits = scale * products
         slope = ((logits - row[rows, None]).exp() + (logits - col).exp()) / (2 * b)
         slope.diagonal(rows.start)[: len(x_rows)] -= 1 / b
         dx[rows] = scale * (slope @ y)
         dy += scale * (slope.T @ x_rows)
-        dscale += (slope * products).sum()
-    return {"value": ((row + col) / 2 - positive).mean(), "x": dx, "y": dy, "scale": dscale}
+        products *= slope
+        dscale += products.sum()
+        terms += products.abs().sum()
+    value = ((row + col) / 2 - positive).mean()
+    return Exact({"value": value, "x": dx, "y": dy, "scale": dscale}, {"scale": terms})
 
 
 def _open_clip_loss() -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import open_clip_baseline as rival
-from benchmarks.registry import Case, Mode, Problem, Provider, Shape, Task, needs
+from benchmarks.registry import Case, Exact, Mode, Problem, Provider, Shape, Task, needs
 
 SIDE, CONTEXT, PATCH = rival.SIDE, rival.CONTEXT, 16
 
@@ -72,13 +72,13 @@ def _per_tower(results: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"value": results["value"]} | gradients
 
 
-def exact(problem: Problem) -> dict[str, Tensor]:
+def exact(problem: Problem) -> Exact:
     """The padded towers in float64."""
     model = copy.deepcopy(problem.inputs["model"]).double()
     leaves = _parameters(model, problem.shape.values["towers"])
     value = _encode_padded(model, problem)
     gradients = torch.autograd.grad(value, list(leaves.values()), problem.inputs["upstream"].double())
-    return _per_tower({"value": value.detach()} | dict(zip(leaves, gradients, strict=True)))
+    return Exact(_per_tower({"value": value.detach()} | dict(zip(leaves, gradients, strict=True))))
 
 
 def _task(encode: Callable[[Any, Problem], Tensor]) -> Callable[[Problem], Task]:

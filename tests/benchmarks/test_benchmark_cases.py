@@ -29,7 +29,12 @@ def test_the_exact_losses_equal_autograd_on_the_dense_matrix(op, chunk, monkeypa
     leaves = {name: tensor.double().requires_grad_() for name, tensor in problem.inputs.items()}
     value = dense(op, *leaves.values())
     expected = {"value": value} | dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
-    found = case.exact(problem)
+    exact = case.exact(problem)
+    products = leaves["x"] @ leaves["y"].T
+    logits = (leaves["scale"] * products + leaves.get("bias", 0)).detach().requires_grad_()
+    slope = torch.autograd.grad(dense(op, torch.eye(37).double(), logits.T, 1.0, 0.0), logits)[0]
+    torch.testing.assert_close(exact.terms["scale"], (slope * products).abs().sum(), rtol=1e-10, atol=0)
+    found = exact.results
     assert set(found) == set(expected)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-12)
@@ -44,7 +49,7 @@ def test_exact_attention_equals_torch_segment_by_segment():
             F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), is_causal=shape.values["causal"]).transpose(0, 1)
             for part in zip(*parts, strict=True)
         ]
-        torch.testing.assert_close(case.exact(problem)["value"], torch.cat(outputs), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(case.exact(problem).results["value"], torch.cat(outputs), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("op", ["similarity_logsumexp", "pairwise_sigmoid", "packed_attention"])

@@ -14,7 +14,7 @@ from toys import CPU, EAGER, SHAPE, square, toy
 
 from benchmarks import measure, registry
 from benchmarks.machine import ROOT, Limits, commit, device_name, environment, measure_limits
-from benchmarks.registry import Problem, Provider, Task
+from benchmarks.registry import Exact, Problem, Provider, Task
 
 
 def parity(*providers: Provider):
@@ -73,6 +73,12 @@ def test_parity_passes_and_gives_the_worst_error():
 def test_a_wrong_result_of_ours_aborts_with_a_message(factor, gradient, name):
     with pytest.raises(measure.ParityError, match=f"toy, n=8, ours: {name} is off by .*nothing was timed"):
         parity(EAGER, Provider("ours", "ours", square(factor, gradient)))
+
+
+def test_an_error_is_relative_to_the_terms_where_they_are_given():
+    task = square()(Problem(SHAPE, CPU, {"x": torch.ones(4)}))
+    exact = Exact({"value": torch.tensor(4.0).double(), "x": torch.full((4,), 2.5).double()}, {"x": torch.tensor(10.0).double()})
+    assert measure.errors(task, exact) == {"value": 0, "x": pytest.approx(0.1)}
 
 
 def test_a_wrong_eager_aborts_too():

@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.registry import Case, Problem, Provider, Shape, Task
+from benchmarks.registry import Case, Exact, Problem, Provider, Shape, Task
 
 CPU = torch.device("cpu")
 SHAPE = Shape("n=8", torch.float32, {"n": 8})
@@ -24,7 +24,7 @@ def toy(*providers: Provider) -> Case:
         op="toy", about="a toy", formula="sum x^2", limit="one pass",
         shapes=lambda device, quick: [SHAPE],
         problem=lambda shape, device: Problem(shape, device, {"x": torch.randn(shape.values["n"])}),
-        exact=lambda p: {"value": p.inputs["x"].double().square().sum(), "x": 2 * p.inputs["x"].double()},
+        exact=lambda p: Exact({"value": p.inputs["x"].double().square().sum(), "x": 2 * p.inputs["x"].double()}),
         work=lambda problem, mode: (2.0 * 8, 4.0 * 8),
         providers=providers,
     )  # fmt: skip
