@@ -1,6 +1,7 @@
 """A pre-norm transformer block that does not know how its tokens are laid out."""
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +19,8 @@ def packed_attend(packed: Packed, causal: bool) -> Attend:
     """Attention inside the segments of ``packed``, for q, k, v of shape [T, H, d]."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packed_attention(q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, causal=causal, lengths=packed.lengths)
+        out = packed_attention(q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, causal=causal, lengths=packed.lengths)
+        return cast(Tensor, out)
 
     return attend
 
