@@ -18,7 +18,7 @@ class TowerConfig:
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.heads) < 1 or self.mlp_ratio <= 0:
-            raise ValueError(f"width {self.width}, depth {self.depth}, heads {self.heads}, mlp_ratio {self.mlp_ratio}: all must be positive")
+            raise ValueError(f"width {self.width}, depth {self.depth}, heads {self.heads}, mlp_ratio {self.mlp_ratio}: all are positive")
         if self.width % self.heads:
             raise ValueError(f"width is {self.width} and heads is {self.heads}; the width must be a multiple of the heads")
 
