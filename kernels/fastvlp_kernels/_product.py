@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ._triton import grouped_tile, upcast
 
-
 CONFIG = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
@@ -59,12 +58,10 @@ def multiply(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor, total: Tensor | N
     N = out.shape[1]
     if a.dtype == torch.float32:
         product = torch.mm(a, b[:, :N])
-        if not first:
-            product += total
+        if total is not None:
+            product = total.copy_(product) if first else total.add_(product)
         if last:
             out.copy_(product * alpha)
-        else:
-            total.copy_(product)
         return
     grid = (triton.cdiv(a.shape[0], CONFIG["BLOCK_M"]) * triton.cdiv(N, CONFIG["BLOCK_N"]),)
     _product_kernel[grid](

@@ -39,7 +39,8 @@ def assert_no_worse_than(actual: Tensor, eager: Tensor, exact: Tensor, tol: floa
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape))
     raise AssertionError(
         f"{name}: relative error rms {ours[0]:.3e}, max {ours[1]:.3e}; eager has {theirs[0]:.3e}, {theirs[1]:.3e}; "
-        f"allowed beyond that {tol:.1e}; worst at {index}: {actual[index].item()!r} where {exact[index].item()!r} is exact and eager gives {eager[index].item()!r}"
+        f"allowed beyond that {tol:.1e}; worst at {index}: {actual[index].item()!r} where {exact[index].item()!r} is exact "
+        f"and eager gives {eager[index].item()!r}"
     )
 
 

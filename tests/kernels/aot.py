@@ -12,7 +12,8 @@ import torch
 
 # Bytes of shared memory that one block may use, by compute capability (CUDA C++ programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
+POINTERS |= {torch.int64: "*i64", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a sweep gives."""
+    """What a sweep gives. Log-sum-exps are kept in float64: p - 1 of a confident pair needs digits of S - lse that float32 lacks."""
 
     row: Tensor  # [M] log-sum-exp over columns; -inf for an empty row
     col: Tensor  # [N] log-sum-exp over rows

@@ -11,9 +11,10 @@ from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 # A tile of S and one buffer of its size (1 MiB each in float32) stay in the second-level caches of two cores.
 TILE = 512
-# exp(S - t) with one t for rows and columns loses nothing that counts while all maxima (forward) or all log-sum-exps
-# (backward) lie within SPREAD of t: what underflows is below exp(SPREAD - 87) of its sum.
+# Sums of exp(S - t) with one t for rows and columns lose nothing that counts while all maxima lie within SPREAD of t: what
+# underflows is below exp(SPREAD - 87) of its sum. Gradients, where p - 1 may remain, also need S - t to be nearly exact.
 SPREAD = 50.0
+GRADIENT_SPREAD = 16.0
 # Below this bound on |S| sums of exp(S) itself neither overflow nor underflow.
 BOUND = 30.0
 
@@ -32,7 +33,7 @@ class _Tiles:
         self.col_ids = None if a.col_ids is None else a.col_ids.masked_fill(a.col_ids < 0, -2)
         # At most a third of each side, so that a tile is never a large part of S.
         self.tile_m, self.tile_n = (min(TILE, max(16, -(-size // 3))) for size in (self.M, self.N))
-        self._buffers = self.y.new_empty(2, self.tile_m * self.tile_n)
+        self._buffers = [self.y.new_empty(self.tile_m * self.tile_n) for _ in range(2)]
 
     def exact(self, features: Tensor) -> Tensor:
         return features.to(self.a.dtype).to(self.acc)
@@ -51,7 +52,7 @@ class _Tiles:
     def similarities(self, scaled: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
         """S[i, j] and a buffer of its shape; ``scaled``: scale times row_operand(i)."""
         m, n = i.stop - i.start, j.stop - j.start
-        S, buffer = self._buffers[:, : m * n].view(2, m, n)
+        S, buffer = (flat[: m * n].view(m, n) for flat in self._buffers)
         torch.mm(scaled, self.y[j].T, out=S)
         if self.a.row_bias is not None:
             S.add_(self.a.row_bias[i, None])
@@ -101,7 +102,7 @@ class _Running:
         self.maximum[where] = highest
 
     def lse(self) -> Tensor:
-        return self.maximum + self.total.log()
+        return self.maximum.double() + self.total.double().log()
 
 
 def _finite(maximum: Tensor) -> Tensor:
@@ -148,19 +149,25 @@ def forward(a: Inputs) -> Results:
             elif same is not None:
                 S.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
             _accumulate(S, buffer, *counted, i, j, bounded)
-    row_positives, col_positives = (like.new_empty(0) if alike is None else alike[side].lse() for side in (0, 1))
+    row_positives, col_positives = (like.new_empty(0).double() if alike is None else alike[side].lse() for side in (0, 1))
     return Results(counted[0].lse(), counted[1].lse(), row_positives, col_positives, positive)
 
 
 class _Side:
-    """The log-sum-exps of one side (+inf where a sum is empty, so that nothing flows) and their gradient."""
+    """The log-sum-exps of one side (+inf where a sum is empty, so that nothing flows), rounded and what is missing, and their gradient."""
 
-    def __init__(self, lse: Tensor, grad: Tensor | None, tile: int) -> None:
-        self.grad = grad
-        self.lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    def __init__(self, lse: Tensor, grad: Tensor | None, tile: int, acc: torch.dtype) -> None:
+        self.grad = None if grad is None else grad.to(acc)
+        self.lse = lse.double().masked_fill(lse == -torch.inf, torch.inf)
+        self.rounded = self.lse.to(acc)
+        self.missing = (self.lse - self.rounded).to(acc).masked_fill(self.lse == torch.inf, 0.0)
         self.ranges: list[tuple[float, float]] = []
         if grad is not None and lse.device.type == "cpu":
             self.ranges = [(low.min().item(), high.max().item()) for low, high in zip(self.lse.split(tile), lse.split(tile), strict=True)]
+
+    def weights(self, where: slice, shift: float) -> Tensor | None:
+        """What exp(S - shift) is multiplied by."""
+        return None if self.grad is None else (shift - self.lse[where]).exp_().to(self.grad.dtype) * self.grad[where]
 
 
 def _shift(row: _Side, col: _Side, i: int, j: int) -> float | None:
@@ -169,7 +176,7 @@ def _shift(row: _Side, col: _Side, i: int, j: int) -> float | None:
     if not ranges:
         return None
     lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
-    return highest if math.isfinite(highest) and highest - lowest <= SPREAD else None
+    return highest if math.isfinite(highest) and highest - lowest <= GRADIENT_SPREAD else None
 
 
 def _differentiate(S: Tensor, buffer: Tensor, row: _Side, col: _Side, i: slice, j: slice, shift: float | None) -> Tensor:
@@ -177,16 +184,16 @@ def _differentiate(S: Tensor, buffer: Tensor, row: _Side, col: _Side, i: slice, 
     if row.grad is None and col.grad is None:
         return S.zero_()
     if shift is not None:
-        u, v = (None if side.grad is None else (shift - side.lse[at]).exp_().mul_(side.grad[at]) for side, at in ((row, i), (col, j)))
+        u, v = row.weights(i, shift), col.weights(j, shift)
         S.sub_(shift).exp_()
-        if u is None or v is None:
-            return S.mul_(v) if u is None else S.mul_(u[:, None])
-        return S.mul_(torch.add(u[:, None], v, out=buffer))
+        if v is None:
+            return S if u is None else S.mul_(u[:, None])
+        return S.mul_(v if u is None else torch.add(u[:, None], v, out=buffer))
     if col.grad is not None:
-        torch.sub(S, col.lse[j], out=buffer).exp_().mul_(col.grad[j])
+        torch.sub(S, col.rounded[j], out=buffer).sub_(col.missing[j]).exp_().mul_(col.grad[j])
     if row.grad is None:
         return S.copy_(buffer)
-    S.sub_(row.lse[i, None]).exp_().mul_(row.grad[i, None])
+    S.sub_(row.rounded[i, None]).sub_(row.missing[i, None]).exp_().mul_(row.grad[i, None])
     return S if col.grad is None else S.add_(buffer)
 
 
@@ -195,10 +202,10 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
     tiles = _Tiles(a)
     M, N, D = tiles.M, tiles.N, tiles.D
     new = tiles.y.new_zeros
-    row, col = _Side(results.row, g.row, tiles.tile_m), _Side(results.col, g.col, tiles.tile_n)
+    row, col = _Side(results.row, g.row, tiles.tile_m, tiles.acc), _Side(results.col, g.col, tiles.tile_n, tiles.acc)
     if a.both:
-        alike_row = _Side(results.row_positives, g.row_positives, tiles.tile_m)
-        alike_col = _Side(results.col_positives, g.col_positives, tiles.tile_n)
+        alike_row = _Side(results.row_positives, g.row_positives, tiles.tile_m, tiles.acc)
+        alike_col = _Side(results.col_positives, g.col_positives, tiles.tile_n, tiles.acc)
     by_y = needs.y or needs.col_scale
     by_x = needs.x or needs.row_scale or (needs.scale and not by_y)
     d_x = torch.empty((M, D) if needs.x else 0, dtype=a.x.dtype, device=a.x.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check
 from .._backend import choose
-from .._inputs import needs_grad, product_dtype, scalar, sum_dtype
+from .._inputs import product_dtype, scalar, sum_dtype
 from . import cpu, reference
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
@@ -48,11 +48,12 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl):  # type: ignore[no-untyped-def]
+def _(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl):
     M, N = x.shape[0], y.shape[0]
     both = ids == "both" and row_ids is not None
     lengths = (M, N, M if both else 0, N if both else 0, 0 if offset is None else M)
-    return tuple(x.new_empty(length, dtype=sum_dtype(dtype)) for length in lengths)
+    dtypes = (*[torch.float64] * 4, sum_dtype(dtype))
+    return tuple(x.new_empty(length, dtype=d) for length, d in zip(lengths, dtypes, strict=True))
 
 
 @torch.library.custom_op("fastvlp::similarity_logsumexp_backward", mutates_args=())
@@ -75,12 +76,13 @@ def _backward(
     needs: Sequence[bool],
 ) -> Seven:
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
-    results = Results(*lses, positive=lses[0].new_empty(0))
+    row, col, row_positives, col_positives = lses
+    results = Results(row, col, row_positives, col_positives, row.new_empty(0))
     return tuple(_implementation(impl).backward(ResultGrads(*grads), inputs, results, Needs(*needs)))
 
 
 @_backward.register_fake
-def _(grads, x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl, lses, needs):  # type: ignore[no-untyped-def]
+def _(grads, x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl, lses, needs):
     (M, D), N, acc = x.shape, y.shape[0], sum_dtype(dtype)
     shapes = ((M, D), (N, D), (), (M,), (N,), (M,), (N,))
     dtypes = (x.dtype, y.dtype, acc, acc, acc, acc, acc)
@@ -180,7 +182,8 @@ def logsumexp_forward(
     with torch.no_grad():
         a = _inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, compute_dtype)
         chosen = _choose(impl, a)
-        return reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen))
+        results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen))
+        return Results(*(result.to(sum_dtype(a.dtype)) for result in results))
 
 
 def logsumexp_backward(
@@ -270,7 +273,7 @@ def similarity_logsumexp(
         TypeError, ValueError: wrong inputs. RuntimeError: ``impl`` cannot run here, or a second derivative is asked for.
     """
     if stash_bytes != 0:
-        raise ValueError(f"{OP}: stash_bytes={stash_bytes}; only 0 is allowed: this version always recomputes, a later one brings the stash")
+        raise ValueError(f"{OP}: stash_bytes={stash_bytes}; only 0 is allowed: this version recomputes, a later one brings the stash")
     if prefixes is not None:
         return _by_prefix(
             prefixes, x, y, scale, row_scale, col_scale, row_bias=row_bias, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
@@ -279,7 +282,8 @@ def similarity_logsumexp(
     a = _inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, compute_dtype)
     chosen = _choose(impl, a)
     results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen))
-    return (*results[: 4 if a.both else 2], *(() if offset is None else (results.positive,)))
+    lses = (lse.to(sum_dtype(a.dtype)) for lse in results[: 4 if a.both else 2])
+    return (*lses, *(() if offset is None else (results.positive,)))
 
 
 def _by_prefix(

@@ -14,8 +14,10 @@ from .._product import multiply
 from .._triton import dot_tile, grouped_tile, operand, precision, same_ids, upcast
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
-# exp(S - t) with one t per tile loses nothing that counts while maxima (or log-sum-exps) lie within this of t.
+# Sums of exp(S - t) with one t per tile lose nothing that counts while maxima lie within SPREAD of t; gradients, where p - 1
+# may remain, also need S - t to be nearly exact.
 SPREAD = tl.constexpr(50.0)
+GRADIENT_SPREAD = tl.constexpr(16.0)
 EXCLUDE, ONLY, BOTH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 MODES = {"exclude": 1, "only": 2, "both": 3}
 PARTIAL_BYTES = 64 << 20
@@ -137,7 +139,16 @@ def _merge_kernel(part_max_ptr, part_sum_ptr, max_ptr, sum_ptr, lse_ptr, parts, 
         high = highest
     tl.store(max_ptr + offs, high, mask=inside)
     tl.store(sum_ptr + offs, total, mask=inside)
-    tl.store(lse_ptr + offs, high + tl.log(total), mask=inside)
+    tl.store(lse_ptr + offs, high.to(tl.float64) + tl.log(total.to(tl.float64)), mask=inside)
+
+
+@triton.jit
+def _split(lse_ptr, offs):
+    """A float64 log-sum-exp as a float32 and what is missing from it."""
+    lse = tl.load(lse_ptr + offs)
+    rounded = lse.to(tl.float32)
+    missing = tl.where(rounded == float("inf"), 0.0, (lse - rounded.to(tl.float64)).to(tl.float32))
+    return rounded, missing
 
 
 @triton.jit
@@ -145,19 +156,23 @@ def _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols):
     """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col, from one exp where one shift serves the tile."""
     dS = tl.zeros_like(S)
     if g_row_ptr is not None and g_col_ptr is not None:
-        row_lse, col_lse = tl.load(row_lse_ptr + rows), tl.load(col_lse_ptr + cols)
+        row_lse, row_rest = _split(row_lse_ptr, rows)
+        col_lse, col_rest = _split(col_lse_ptr, cols)
         g_row, g_col = tl.load(g_row_ptr + rows), tl.load(g_col_ptr + cols)
         shift = tl.maximum(tl.max(row_lse, 0), tl.max(col_lse, 0))
-        if shift - tl.minimum(tl.min(row_lse, 0), tl.min(col_lse, 0)) <= SPREAD:
-            u = tl.exp(shift - row_lse) * g_row
-            v = tl.exp(shift - col_lse) * g_col
+        if shift - tl.minimum(tl.min(row_lse, 0), tl.min(col_lse, 0)) <= GRADIENT_SPREAD:
+            u = tl.exp(shift - row_lse - row_rest) * g_row
+            v = tl.exp(shift - col_lse - col_rest) * g_col
             dS = tl.exp(S - shift) * (u[:, None] + v[None, :])
         else:
-            dS = tl.exp(S - row_lse[:, None]) * g_row[:, None] + tl.exp(S - col_lse[None, :]) * g_col[None, :]
+            by_row = tl.exp(S - row_lse[:, None] - row_rest[:, None]) * g_row[:, None]
+            dS = by_row + tl.exp(S - col_lse[None, :] - col_rest[None, :]) * g_col[None, :]
     elif g_row_ptr is not None:
-        dS = tl.exp(S - tl.load(row_lse_ptr + rows)[:, None]) * tl.load(g_row_ptr + rows)[:, None]
+        row_lse, row_rest = _split(row_lse_ptr, rows)
+        dS = tl.exp(S - row_lse[:, None] - row_rest[:, None]) * tl.load(g_row_ptr + rows)[:, None]
     elif g_col_ptr is not None:
-        dS = tl.exp(S - tl.load(col_lse_ptr + cols)[None, :]) * tl.load(g_col_ptr + cols)[None, :]
+        col_lse, col_rest = _split(col_lse_ptr, cols)
+        dS = tl.exp(S - col_lse[None, :] - col_rest[None, :]) * tl.load(g_col_ptr + cols)[None, :]
     return dS
 
 
@@ -171,7 +186,7 @@ def _backward_kernel(
     MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dS. G [whole tiles, whole tiles] = dS * row_scale * col_scale / norm, and sums of dS and of dS * products that gradients of vectors need."""
+    """One tile of dS: G [in whole tiles] = dS * row_scale * col_scale / norm, sums of dS for biases, of dS * products for scales."""
     i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     t_m, t_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     first_m, first_n = i_m.to(tl.int64) * BLOCK_M, i_n.to(tl.int64) * BLOCK_N
@@ -215,10 +230,8 @@ def _backward_kernel(
         tl.store(p_G, G.to(G_ptr.dtype.element_ty))
 
 
-def _vectors(a: Inputs) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Contiguous (bias, scale, ids) of the rows and of the columns."""
-    rows, cols = (a.row_bias, a.row_scale, a.row_ids), (a.col_bias, a.col_scale, a.col_ids)
-    return tuple([None if v is None else v.contiguous() for v in side] for side in (rows, cols))
+def _vectors(*side: Tensor | None) -> list[Tensor | None]:
+    return [None if v is None else v.contiguous() for v in side]
 
 
 def _waves(length: int, size: int) -> list[slice]:
@@ -231,7 +244,7 @@ class _Running:
     def __init__(self, length: int, like: Tensor) -> None:
         self.maximum = torch.full((length,), -torch.inf, dtype=torch.float32, device=like.device)
         self.total = torch.zeros_like(self.maximum)
-        self.lse = torch.empty_like(self.maximum)
+        self.lse = torch.empty_like(self.maximum, dtype=torch.float64)
 
     def merge(self, where: slice, part_max: Tensor, part_sum: Tensor) -> None:
         parts, length = part_max.shape
@@ -246,7 +259,7 @@ def forward(a: Inputs) -> Results:
     (M, D), N = x.shape, y.shape[0]
     options = config(a.dtype, a.both)
     BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
-    rows_v, cols_v = _vectors(a)
+    rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
     sweeps = [(_Running(M, x), _Running(N, x)) for _ in range(2 if a.both else 1)]
     positive = torch.zeros(0 if a.offset is None else M, dtype=torch.float32, device=x.device)
     per_row = 8 * (triton.cdiv(N, BLOCK_N) + triton.cdiv(N, BLOCK_M)) * len(sweeps)
@@ -268,7 +281,8 @@ def forward(a: Inputs) -> Results:
                 row.merge(rows, *row_part.unbind())
                 col.merge(slice(None), *col_part.unbind())
     lses = [side.lse for sweep in sweeps for side in sweep]
-    return Results(lses[0], lses[1], *(lses[2:] or (x.new_empty(0, dtype=torch.float32) for _ in range(2))), positive)
+    row_lse, col_lse, row_positives, col_positives = lses if a.both else [*lses, *(x.new_empty(0, dtype=torch.float64) for _ in range(2))]
+    return Results(row_lse, col_lse, row_positives, col_positives, positive)
 
 
 def _norm(g: ResultGrads, a: Inputs) -> Tensor:
@@ -285,13 +299,13 @@ def _norm(g: ResultGrads, a: Inputs) -> Tensor:
 
 def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads:
     """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
-    g = ResultGrads(*(None if grad is None else grad.contiguous() for grad in g))
+    g = ResultGrads(*(None if grad is None else grad.float().contiguous() for grad in g))
     x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
     (M, D), N = x.shape, y.shape[0]
     options = config(a.dtype, a.both)
     BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
-    rows_v, cols_v = _vectors(a)
-    row_lse, col_lse, pos_row_lse, pos_col_lse = (lse.masked_fill(lse == -torch.inf, torch.inf) for lse in results[:4])
+    rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
+    row_lse, col_lse, pos_row_lse, pos_col_lse = (lse.double().masked_fill(lse == -torch.inf, torch.inf) for lse in results[:4])
     norm = _norm(g, a)
     alpha = a.scale * norm
     tiles_n = triton.cdiv(N, BLOCK_N)
@@ -306,7 +320,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
     d_x, d_y = new(needs.x, *a.x.shape, dtype=a.x.dtype), new(needs.y, *a.y.shape, dtype=a.y.dtype)
     row_sum, row_along = new(needs.row_bias, M), new(needs.scale or needs.row_scale, M)
     col_sum, col_along = new(needs.col_bias, N), new(needs.col_scale, N)
-    total = torch.empty(a.y.shape if needs.y and len(waves) > 1 else 0, dtype=torch.float32, device=x.device)
+    total = torch.empty(a.y.shape, dtype=torch.float32, device=x.device) if needs.y and len(waves) > 1 else None
     shape = (triton.cdiv(min(wave, M), 128) * 128, triton.cdiv(N, 128) * 128)
     G = torch.empty(shape if needs.x or needs.y else 0, dtype=a.dtype, device=x.device)
     with torch.cuda.device_of(x):
