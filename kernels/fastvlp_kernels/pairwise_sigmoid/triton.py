@@ -25,9 +25,11 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 def config(dtype: torch.dtype, vectors: bool) -> dict[str, int]:
     """Block sizes and launch options of the logits kernel; ``vectors``: with biases, weights or ids, which fill registers."""
+    common = {"GROUP": 8, "num_warps": 8}
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64 if vectors else 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_M": 64, "BLOCK_N": 64 if vectors else 128, "BLOCK_K": 32, "num_stages": 2, **common}
+    side = 64 if vectors else 128
+    return {"BLOCK_M": side, "BLOCK_N": side, "BLOCK_K": 64, "num_stages": 3, **common}
 
 
 def product_config() -> dict[str, int]:
@@ -36,15 +38,9 @@ def product_config() -> dict[str, int]:
 
 
 @triton.jit
-def _value_sums(p, q, p_next, q_next):
+def _factor_and_sum(p, q, p_next, q_next):
     """p: (1 + a)(1 + b) - 1, which keeps every digit of small a and b; q: a sum."""
     return p * p_next + (p + p_next), q + q_next
-
-
-@triton.jit
-def _all_sums(p, q, r, s, p_next, q_next, r_next, s_next):
-    """The same and two more sums: one pass over registers that ends four live tiles at once."""
-    return p * p_next + (p + p_next), q + q_next, r + r_next, s + s_next
 
 
 @triton.jit
@@ -113,17 +109,13 @@ def _logits_kernel(
         if row_loss_ptr is not None:
             tl.store(row_loss_ptr + o_row, loss, mask=in_row)
         g *= row_weight[:, None] * col_weight[None, :]
-        along = tl.sum(g * products, 1)
-        total = tl.sum(g, 1)
-    elif MAKE_G:
-        factor, loss, along, total = tl.reduce((a, tl.maximum(u, 0.0), g * products, g), 1, _all_sums)
-        loss += _log1p(tl.where(factor > LARGEST, LARGEST, factor))
     else:
-        factor, loss = tl.reduce((a, tl.maximum(u, 0.0)), 1, _value_sums)
+        factor, loss = tl.reduce((a, tl.maximum(u, 0.0)), 1, _factor_and_sum)
         loss += _log1p(tl.where(factor > LARGEST, LARGEST, factor))
     tl.store(loss_ptr + tile, tl.sum(loss * row_weight, 0))
     if MAKE_G:
-        tl.store(dscale_ptr + tile, tl.sum(along, 0))
+        total = tl.sum(g, 1)
+        tl.store(dscale_ptr + tile, tl.sum(tl.sum(g * products, 1), 0))
         tl.store(dbias_ptr + tile, tl.sum(total, 0))
         if row_sum_ptr is not None:
             tl.store(row_sum_ptr + o_row, total, mask=in_row)
