@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,10 @@ class Trainer:
         """Train on one batch; all processes decide together whether it counts.
 
         Args:
-            stop: the signal that this process was asked to stop by, or 0.
+            stop: the signal that this process was sent (SIGINT or SIGTERM), or 0.
 
         Returns:
-            loss (the mean over processes), grad_norm, lr, and stop: the largest signal number any process was sent.
+            loss (the mean over processes), grad_norm, lr, and stop: the signal that any process was sent, or 0.
 
         Raises:
             TrainingError: too many non-finite losses in a row.
@@ -90,8 +91,8 @@ class Trainer:
         norm = self._gradient_norm()
 
         sums = self.world.sum(torch.stack([loss.double(), *loss.new_tensor(
-            [float(stop), len(micro), micro.image_tokens, micro.text_tokens], dtype=torch.float64)]))
-        loss_sum, stops, samples, image_tokens, text_tokens, norm_value = [*sums.tolist(), norm.item()]
+            [stop == signal.SIGINT, stop == signal.SIGTERM, len(micro), micro.image_tokens, micro.text_tokens], dtype=torch.float64)]))
+        loss_sum, interrupts, terminations, samples, image_tokens, text_tokens, norm_value = [*sums.tolist(), norm.item()]
         mean = loss_sum / self.world.size
         # A finite loss with an infinite float16 gradient is the scaler's business: it skips the step itself and halves its scale.
         finite = math.isfinite(mean) and (math.isfinite(norm_value) or self.scaler.is_enabled())
@@ -115,7 +116,8 @@ class Trainer:
                 f"the loss or its gradient was not finite for {counters.nonfinite_in_a_row} steps in a row (loss {mean}, gradient norm "
                 f"{norm_value}), up to step {counters.step}; the last checkpoint is from before. Try a lower optim.lr, a longer "
                 "schedule.warmup, optim.grad_clip=1 or train.amp=none")
-        return {"loss": mean, "grad_norm": norm_value, "lr": lr, "stop": stops}
+        sent = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
+        return {"loss": mean, "grad_norm": norm_value, "lr": lr, "stop": sent}
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on, of all processes (a collective call)."""

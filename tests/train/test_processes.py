@@ -96,9 +96,8 @@ def test_a_second_ctrl_c_ends_at_once():
     assert os.waitstatus_to_exitcode(status) == 130
 
 
-def torchrun(*arguments, **options):
-    return run("--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000), "-m", "fastvlp", "train", *arguments,
-               module="torch.distributed.run", **options)
+def torchrun(*arguments):
+    return run("--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000), *arguments, module="torch.distributed.run")
 
 
 def test_two_processes_give_the_curve_of_one(settings, tmp_path):
@@ -109,8 +108,9 @@ def test_two_processes_give_the_curve_of_one(settings, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(config.to_dict(config.from_dict(settings))))
     train(config.load(str(path), ["run.name=one"]))
-    pair = torchrun(path, "run.name=two")
+    pair = torchrun("-m", "tests.train.two_ranks", path, "run.name=two")
     assert pair.returncode == 0, pair.stderr
+    assert pair.stdout.count("decided together") == 2
     assert "2 x cpu" in pair.stdout and pair.stdout.count("trained 10 steps") == 1
     one, two = (log_lines(tmp_path / "runs" / name) for name in ("one", "two"))
     for name in ("loss", "grad_norm"):
