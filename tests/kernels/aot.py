@@ -79,7 +79,7 @@ class Recorder:
     def compile(self, arch: int, launch: int = -1) -> Compiled:
         """Compile a noted launch for ``arch``, specialised as Triton would: None, 1 and multiples of 16 are known."""
         values = dict(self.launches[launch])
-        options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+        options = {name: values.pop(name, default) for name, default in (("num_warps", 4), ("num_stages", 3))}
         signature, constexprs, aligned = {}, {}, []
         fixed = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
         for name, value in values.items():

@@ -154,13 +154,15 @@ def forward(a: Inputs) -> Results:
 
 
 class _Side:
-    """The log-sum-exps of one side (+inf where a sum is empty, so that nothing flows), rounded and what is missing, and their gradient."""
+    """The log-sum-exps of one side (+inf where a sum is empty, so that nothing flows) and their gradient."""
 
     def __init__(self, lse: Tensor, grad: Tensor | None, tile: int, acc: torch.dtype) -> None:
         self.grad = None if grad is None else grad.to(acc)
         self.lse = lse.double().masked_fill(lse == -torch.inf, torch.inf)
         self.rounded = self.lse.to(acc)
-        self.missing = (self.lse - self.rounded).to(acc).masked_fill(self.lse == torch.inf, 0.0)
+        if self.grad is not None:
+            lost = (self.lse - self.rounded).masked_fill(self.lse == torch.inf, 0.0)
+            self.weight = self.grad * (-lost).exp().to(acc)  # of exp(S - rounded)
         self.ranges: list[tuple[float, float]] = []
         if grad is not None and lse.device.type == "cpu":
             self.ranges = [(low.min().item(), high.max().item()) for low, high in zip(self.lse.split(tile), lse.split(tile), strict=True)]
@@ -190,10 +192,10 @@ def _differentiate(S: Tensor, buffer: Tensor, row: _Side, col: _Side, i: slice, 
             return S if u is None else S.mul_(u[:, None])
         return S.mul_(v if u is None else torch.add(u[:, None], v, out=buffer))
     if col.grad is not None:
-        torch.sub(S, col.rounded[j], out=buffer).sub_(col.missing[j]).exp_().mul_(col.grad[j])
+        torch.sub(S, col.rounded[j], out=buffer).exp_().mul_(col.weight[j])
     if row.grad is None:
         return S.copy_(buffer)
-    S.sub_(row.rounded[i, None]).sub_(row.missing[i, None]).exp_().mul_(row.grad[i, None])
+    S.sub_(row.rounded[i, None]).exp_().mul_(row.weight[i, None])
     return S if col.grad is None else S.add_(buffer)
 
 

@@ -14,10 +14,8 @@ from .._product import multiply
 from .._triton import dot_tile, grouped_tile, operand, precision, same_ids, upcast
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
-# Sums of exp(S - t) with one t per tile lose nothing that counts while maxima lie within SPREAD of t; gradients, where p - 1
-# may remain, also need S - t to be nearly exact.
+# Sums of exp(S - t) with one t per tile lose nothing that counts while maxima lie within SPREAD of t.
 SPREAD = tl.constexpr(50.0)
-GRADIENT_SPREAD = tl.constexpr(16.0)
 EXCLUDE, ONLY, BOTH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 MODES = {"exclude": 1, "only": 2, "both": 3}
 PARTIAL_BYTES = 64 << 20
@@ -143,36 +141,13 @@ def _merge_kernel(part_max_ptr, part_sum_ptr, max_ptr, sum_ptr, lse_ptr, parts, 
 
 
 @triton.jit
-def _split(lse_ptr, offs):
-    """A float64 log-sum-exp as a float32 and what is missing from it."""
-    lse = tl.load(lse_ptr + offs)
-    rounded = lse.to(tl.float32)
-    missing = tl.where(rounded == float("inf"), 0.0, (lse - rounded.to(tl.float64)).to(tl.float32))
-    return rounded, missing
-
-
-@triton.jit
 def _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols):
-    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col, from one exp where one shift serves the tile."""
+    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col."""
     dS = tl.zeros_like(S)
-    if g_row_ptr is not None and g_col_ptr is not None:
-        row_lse, row_rest = _split(row_lse_ptr, rows)
-        col_lse, col_rest = _split(col_lse_ptr, cols)
-        g_row, g_col = tl.load(g_row_ptr + rows), tl.load(g_col_ptr + cols)
-        shift = tl.maximum(tl.max(row_lse, 0), tl.max(col_lse, 0))
-        if shift - tl.minimum(tl.min(row_lse, 0), tl.min(col_lse, 0)) <= GRADIENT_SPREAD:
-            u = tl.exp(shift - row_lse - row_rest) * g_row
-            v = tl.exp(shift - col_lse - col_rest) * g_col
-            dS = tl.exp(S - shift) * (u[:, None] + v[None, :])
-        else:
-            by_row = tl.exp(S - row_lse[:, None] - row_rest[:, None]) * g_row[:, None]
-            dS = by_row + tl.exp(S - col_lse[None, :] - col_rest[None, :]) * g_col[None, :]
-    elif g_row_ptr is not None:
-        row_lse, row_rest = _split(row_lse_ptr, rows)
-        dS = tl.exp(S - row_lse[:, None] - row_rest[:, None]) * tl.load(g_row_ptr + rows)[:, None]
-    elif g_col_ptr is not None:
-        col_lse, col_rest = _split(col_lse_ptr, cols)
-        dS = tl.exp(S - col_lse[None, :] - col_rest[None, :]) * tl.load(g_col_ptr + cols)[None, :]
+    if g_row_ptr is not None:
+        dS += tl.exp(S - tl.load(row_lse_ptr + rows)[:, None]) * tl.load(g_row_ptr + rows)[:, None]
+    if g_col_ptr is not None:
+        dS += tl.exp(S - tl.load(col_lse_ptr + cols)[None, :]) * tl.load(g_col_ptr + cols)[None, :]
     return dS
 
 
@@ -208,10 +183,8 @@ def _backward_kernel(
     else:
         dS = _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
     if g_positive_ptr is not None:
-        diagonal = first_m + offset - first_n
-        if (diagonal < BLOCK_N) & (diagonal > -BLOCK_M):
-            hit = (t_m + diagonal.to(tl.int32))[:, None] == t_n[None, :]
-            dS += tl.where(hit, tl.load(g_positive_ptr + rows)[:, None], 0.0)
+        diagonal = tl.minimum(tl.maximum(first_m + offset - first_n, -BLOCK_M), BLOCK_N).to(tl.int32)
+        dS += tl.where((t_m + diagonal)[:, None] == t_n[None, :], tl.load(g_positive_ptr + rows)[:, None], 0.0)
     dS = tl.where(in_row[:, None] & in_col[None, :], dS, 0.0)
     o_row = i_n.to(tl.int64) * M + rows
     o_col = i_m.to(tl.int64) * N + cols
@@ -297,6 +270,16 @@ def _norm(g: ResultGrads, a: Inputs) -> Tensor:
     return torch.where(norm > 0, norm, one)
 
 
+def _side(lse: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The log-sum-exps in float32 (+inf where a sum is empty, so that nothing flows); what that rounding lost goes into the gradient."""
+    full = lse.double().masked_fill(lse == -torch.inf, torch.inf)
+    rounded = full.float()
+    if grad is None:
+        return rounded, None
+    lost = (full - rounded).masked_fill(full == torch.inf, 0.0)
+    return rounded, (grad * (-lost).exp()).float()
+
+
 def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads:
     """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
     g = ResultGrads(*(None if grad is None else grad.float().contiguous() for grad in g))
@@ -305,7 +288,8 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
     options = config(a.dtype, a.both)
     BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
     rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
-    row_lse, col_lse, pos_row_lse, pos_col_lse = (lse.double().masked_fill(lse == -torch.inf, torch.inf) for lse in results[:4])
+    sides = [_side(lse, grad) for lse, grad in zip(results[:4], g[:4], strict=True)]
+    (row_lse, g_row), (col_lse, g_col), (pos_row_lse, g_pos_row), (pos_col_lse, g_pos_col) = sides
     norm = _norm(g, a)
     alpha = a.scale * norm
     tiles_n = triton.cdiv(N, BLOCK_N)
@@ -330,10 +314,11 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
             wanted = ((row_sum, tiles_n, m), (col_sum, tiles_m, N), (row_along, tiles_n, m), (col_along, tiles_m, N))
             partials = [x.new_empty(parts, length, dtype=torch.float32) if len(out) else None for out, parts, length in wanted]
             row_bias, row_scale, row_ids = (v if v is None else v[rows] for v in rows_v)
-            g_row, g_pos_row, g_positive = (v if v is None else v[rows] for v in (g.row, g.row_positives, g.positive))
+            of_rows = (v if v is None else v[rows] for v in (row_lse, pos_row_lse, g_row, g_pos_row, g.positive))
+            row_lse_, pos_row_lse_, g_row_, g_pos_row_, g_positive_ = of_rows
             _backward_kernel[(tiles_m * tiles_n,)](
                 x[rows], y, a.scale, row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
-                row_lse[rows], col_lse, pos_row_lse[rows], pos_col_lse, g_row, g.col, g_pos_row, g.col_positives, g_positive, norm,
+                row_lse_, col_lse, pos_row_lse_, pos_col_lse, g_row_, g_col, g_pos_row_, g_pos_col, g_positive_, norm,
                 G if len(G) else None, *partials, m, N, D, (a.offset or 0) + rows.start, x.stride(0), y.stride(0), shape[1],
                 MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
             )  # fmt: skip
