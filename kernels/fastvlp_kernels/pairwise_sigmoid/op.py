@@ -78,6 +78,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.needed = [i for i, need in enumerate(needs) if need]
     ctx.save_for_backward(*(output[1 + i] for i in ctx.needed), *(inputs[i] for i in ctx.needed))
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _scale(ctx, grad: Tensor, *_: Tensor):
