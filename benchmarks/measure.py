@@ -35,7 +35,7 @@ class Budget:
     max_rounds: int
 
 
-FULL = Budget(seconds=30, min_rounds=7, max_rounds=100)
+FULL = Budget(seconds=10, min_rounds=5, max_rounds=100)
 QUICK = Budget(seconds=1, min_rounds=3, max_rounds=20)
 
 
