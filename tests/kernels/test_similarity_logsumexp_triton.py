@@ -48,8 +48,9 @@ def _compare(leaves: list[Tensor], weight: float = 1.0, used: tuple[int, ...] = 
         assert torch.equal(there, mine.isfinite())
         assert mine.dtype == torch.float32 and max(error(mine[there], want[there])) < 2e-6
     for mine, want in zip(kinds[0][1], kinds[1][1], strict=True):
-        # Coefficients are rounded to the operands' dtype before their products, features' gradients once more after.
-        rounded = {torch.float32: tol, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+        # Coefficients are rounded to the operands' dtype before their products, features' gradients once more after; the
+        # interpreter of Triton truncates to bfloat16 (a mean relative error of 2.7e-3 each time) where GPUs round.
+        rounded = {torch.float32: tol, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
         assert error(mine, want)[0] < (tol if mine.ndim < 2 else rounded)
 
 
@@ -102,7 +103,7 @@ def confident_pairs() -> None:
         assert float(loss.detach()) < 0.01
         grads.append(torch.autograd.grad(loss, leaves))
     for mine, want in zip(*grads, strict=True):
-        assert error(mine, want)[0] < 5e-3
+        assert error(mine, want)[0] < 2**-7
 
 
 def no_large_tensors() -> None:
@@ -144,6 +145,7 @@ CASES = {
     "clip": {"offset": 0},
     "ids": {"offset": 0, "ids": "exclude"},
     "both": {"offset": 0, "ids": "both"},
+    "vectors": {"offset": 0, "vectors": True},
     "everything": {"offset": 0, "ids": "both", "vectors": True},
 }
 
