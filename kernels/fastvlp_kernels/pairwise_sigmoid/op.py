@@ -81,11 +81,13 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _scale(ctx, grad: Tensor, *_: Tensor):
+def _scale(ctx, grad: Tensor | None, *_: Tensor):
+    result: list[Tensor | None] = [None] * 15
+    if grad is None:
+        return tuple(result)
     saved = ctx.saved_tensors
     half = len(ctx.needed)
     scaled = torch.ops.fastvlp.pairwise_sigmoid_backward(grad, saved[:half], saved[half:])
-    result: list[Tensor | None] = [None] * 15
     for i, gradient in zip(ctx.needed, scaled, strict=True):
         result[i] = gradient
     return tuple(result)
