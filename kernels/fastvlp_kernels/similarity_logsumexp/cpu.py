@@ -11,12 +11,12 @@ from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 # A tile of S and one buffer of its size (1 MiB each in float32) stay in the second-level caches of two cores.
 TILE = 512
-# Sums of exp(S - t) with one t for rows and columns lose nothing that counts while all maxima lie within SPREAD of t: what
-# underflows is below exp(SPREAD - 87) of its sum. Gradients, where p - 1 may remain, also need S - t to be nearly exact.
+# exp(S) itself serves, without a maximum, while maxima or log-sum-exps lie in this range; gradients also stay normal numbers.
+RANGE = (-30.0, 60.0)
+# exp(S - t) with one t for rows and columns serves while they lie this close: for sums, where underflow is all that
+# matters, and for gradients, where p - 1 may remain and S - t has to be nearly exact.
 SPREAD = 50.0
 GRADIENT_SPREAD = 16.0
-# Below this bound on |S| sums of exp(S) itself neither overflow nor underflow.
-BOUND = 30.0
 
 
 class _Tiles:
@@ -76,30 +76,40 @@ class _Tiles:
         return diagonal, slice(first, first + len(diagonal))
 
     def bounded(self) -> bool:
-        """Whether |S| <= BOUND everywhere by Cauchy-Schwarz. It reads values, so only on the CPU."""
+        """Whether all S lie in RANGE by Cauchy-Schwarz. It reads values, so only on the CPU."""
         if self.y.device.type != "cpu":
             return False
         longest = max(torch.linalg.vector_norm(self.row_operand(i), dim=1).max().item() for i in self.rows())
         bound = abs(self.a.scale.item()) * longest * torch.linalg.vector_norm(self.y, dim=1).max().item()
         for bias in (self.a.row_bias, self.a.col_bias):
             bound += 0.0 if bias is None else bias.abs().max().item()
-        return bound <= BOUND
+        return bound <= -RANGE[0]
 
 
 class _Running:
-    """log(sum(exp)) per row or column, accumulated as a maximum and a sum relative to it."""
+    """log(sum(exp)) per row or column, accumulated as a sum relative to a maximum; ``common`` is that of all, while there is one."""
 
     def __init__(self, length: int, like: Tensor) -> None:
-        self.maximum = like.new_full((length,), -torch.inf)
+        self.maximum = like.new_zeros(length)
         self.total = like.new_zeros(length)
+        self.common: float | None = None
 
-    def add(self, where: slice, maximum: Tensor, total: Tensor) -> None:
-        """Add sums that are relative to ``maximum`` (one per entry, or 0-d for all)."""
-        known = self.maximum[where]
+    def add(self, where: slice, maximum: float | Tensor, total: Tensor) -> None:
+        """Add sums that are relative to ``maximum``, a number or one per entry."""
+        if isinstance(maximum, float):
+            if self.common is None and not self.total.any():
+                self.common = maximum
+                self.maximum.fill_(maximum)
+            if self.common == maximum:
+                self.total[where] += total
+                return
+            maximum = total.new_tensor(maximum)
+        known = self.maximum[where].masked_fill(self.total[where] == 0, -torch.inf)
         highest = torch.maximum(known, maximum)
         shift = _finite(highest)
         self.total[where] = self.total[where] * (known - shift).exp() + total * (maximum - shift).exp()
-        self.maximum[where] = highest
+        self.maximum[where] = shift
+        self.common = None
 
     def lse(self) -> Tensor:
         return self.maximum.double() + self.total.double().log()
@@ -111,22 +121,30 @@ def _finite(maximum: Tensor) -> Tensor:
 
 def _accumulate(S: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: slice, j: slice, bounded: bool) -> None:
     """Add the tile S to the sums of its rows and columns; S is overwritten."""
-    if bounded:
-        highest = S.new_zeros(())
-        S.exp_()
-    else:
+    shift = 0.0
+    if not bounded:
         row_max, col_max = S.amax(1), S.amax(0)
-        highest = row_max.max()
-        lowest = torch.minimum(row_max.min(), col_max.min())
-        if S.device.type != "cpu" or not highest - lowest <= SPREAD:
+        on_cpu = S.device.type == "cpu"
+        found = _shift(min(row_max.min().item(), col_max.min().item()), row_max.max().item(), SPREAD) if on_cpu else None
+        if found is None:
             torch.sub(S, _finite(col_max), out=buffer).exp_()
             cols.add(j, col_max, buffer.sum(0))
             S.sub_(_finite(row_max)[:, None]).exp_()
             rows.add(i, row_max, S.sum(1))
             return
-        S.sub_(highest).exp_()
-    rows.add(i, highest, S.sum(1))
-    cols.add(j, highest, S.sum(0))
+        shift = found
+    if shift:
+        S.sub_(shift)
+    S.exp_()
+    rows.add(i, shift, S.sum(1))
+    cols.add(j, shift, S.sum(0))
+
+
+def _shift(lowest: float, highest: float, spread: float) -> float | None:
+    """One t for exp(S - t), when maxima or log-sum-exps lie between ``lowest`` and ``highest``; None if there is none."""
+    if RANGE[0] <= lowest and highest <= RANGE[1]:
+        return 0.0
+    return highest if math.isfinite(highest) and highest - lowest <= spread else None
 
 
 def forward(a: Inputs) -> Results:
@@ -154,49 +172,53 @@ def forward(a: Inputs) -> Results:
 
 
 class _Side:
-    """The log-sum-exps of one side (+inf where a sum is empty, so that nothing flows) and their gradient."""
+    """Gradients of the log-sum-exps of one side, as weights of exp(S - something); nothing flows where a sum is empty."""
 
-    def __init__(self, lse: Tensor, grad: Tensor | None, tile: int, acc: torch.dtype) -> None:
-        self.grad = None if grad is None else grad.to(acc)
+    def __init__(self, lse: Tensor, grad: Tensor | None, acc: torch.dtype) -> None:
+        self.grad = grad
         self.lse = lse.double().masked_fill(lse == -torch.inf, torch.inf)
+        if grad is None:
+            return
         self.rounded = self.lse.to(acc)
-        if self.grad is not None:
-            lost = (self.lse - self.rounded).masked_fill(self.lse == torch.inf, 0.0)
-            self.weight = self.grad * (-lost).exp().to(acc)  # of exp(S - rounded)
-        self.ranges: list[tuple[float, float]] = []
-        if grad is not None and lse.device.type == "cpu":
-            self.ranges = [(low.min().item(), high.max().item()) for low, high in zip(self.lse.split(tile), lse.split(tile), strict=True)]
+        lost = (self.lse - self.rounded).masked_fill(self.lse == torch.inf, 0.0)
+        self.weight = ((-lost).exp() * grad).to(acc)
 
-    def weights(self, where: slice, shift: float) -> Tensor | None:
+    def shifted(self, shift: float) -> Tensor | None:
         """What exp(S - shift) is multiplied by."""
-        return None if self.grad is None else (shift - self.lse[where]).exp_().to(self.grad.dtype) * self.grad[where]
+        return None if self.grad is None else ((shift - self.lse).exp() * self.grad).to(self.weight.dtype)
 
 
-def _shift(row: _Side, col: _Side, i: int, j: int) -> float | None:
-    """One t for exp(S - t) that serves all rows of block i and columns of block j, if there is one."""
-    ranges = [side.ranges[at] for side, at in ((row, i), (col, j)) if side.ranges]
-    if not ranges:
-        return None
-    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
-    return highest if math.isfinite(highest) and highest - lowest <= GRADIENT_SPREAD else None
+class _Flow:
+    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col for tiles of S, from one exp where one shift serves all of S."""
 
+    def __init__(self, row: _Side, col: _Side) -> None:
+        self.row, self.col = row, col
+        sides = [side.lse for side in (row, col) if side.grad is not None]
+        self.shift = None
+        if sides and sides[0].device.type == "cpu":
+            finite = [lse.masked_fill(lse == torch.inf, -torch.inf).max().item() for lse in sides]
+            self.shift = _shift(min(lse.min().item() for lse in sides), max(finite), GRADIENT_SPREAD)
+        if self.shift is not None:
+            self.u, self.v = row.shifted(self.shift), col.shifted(self.shift)
 
-def _differentiate(S: Tensor, buffer: Tensor, row: _Side, col: _Side, i: slice, j: slice, shift: float | None) -> Tensor:
-    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col, in place of S; with a ``shift``, from one exp(S - shift)."""
-    if row.grad is None and col.grad is None:
-        return S.zero_()
-    if shift is not None:
-        u, v = row.weights(i, shift), col.weights(j, shift)
-        S.sub_(shift).exp_()
-        if v is None:
-            return S if u is None else S.mul_(u[:, None])
-        return S.mul_(v if u is None else torch.add(u[:, None], v, out=buffer))
-    if col.grad is not None:
-        torch.sub(S, col.rounded[j], out=buffer).exp_().mul_(col.weight[j])
-    if row.grad is None:
-        return S.copy_(buffer)
-    S.sub_(row.rounded[i, None]).exp_().mul_(row.weight[i, None])
-    return S if col.grad is None else S.add_(buffer)
+    def tile(self, S: Tensor, buffer: Tensor, i: slice, j: slice) -> Tensor:
+        """In place of S."""
+        row, col = self.row, self.col
+        if row.grad is None and col.grad is None:
+            return S.zero_()
+        if self.shift is not None:
+            if self.shift:
+                S.sub_(self.shift)
+            S.exp_()
+            if self.v is None:
+                return S if self.u is None else S.mul_(self.u[i, None])
+            return S.mul_(self.v[j] if self.u is None else torch.add(self.u[i, None], self.v[j], out=buffer))
+        if col.grad is not None:
+            torch.sub(S, col.rounded[j], out=buffer).exp_().mul_(col.weight[j])
+        if row.grad is None:
+            return S.copy_(buffer)
+        S.sub_(row.rounded[i, None]).exp_().mul_(row.weight[i, None])
+        return S if col.grad is None else S.add_(buffer)
 
 
 def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads:
@@ -204,10 +226,9 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
     tiles = _Tiles(a)
     M, N, D = tiles.M, tiles.N, tiles.D
     new = tiles.y.new_zeros
-    row, col = _Side(results.row, g.row, tiles.tile_m, tiles.acc), _Side(results.col, g.col, tiles.tile_n, tiles.acc)
+    counted = _Flow(_Side(results.row, g.row, tiles.acc), _Side(results.col, g.col, tiles.acc))
     if a.both:
-        alike_row = _Side(results.row_positives, g.row_positives, tiles.tile_m, tiles.acc)
-        alike_col = _Side(results.col_positives, g.col_positives, tiles.tile_n, tiles.acc)
+        alike = _Flow(_Side(results.row_positives, g.row_positives, tiles.acc), _Side(results.col_positives, g.col_positives, tiles.acc))
     by_y = needs.y or needs.col_scale
     by_x = needs.x or needs.row_scale or (needs.scale and not by_y)
     d_x = torch.empty((M, D) if needs.x else 0, dtype=a.x.dtype, device=a.x.device)
@@ -216,25 +237,25 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
     d_row_bias, d_col_bias = new(M if needs.row_bias else 0), new(N if needs.col_bias else 0)
     d_row_scale, d_col_scale = new(M if needs.row_scale else 0), new(N if needs.col_scale else 0)
     products = new(tiles.tile_m if by_x else 0, D)
-    for block_i, i in enumerate(tiles.rows()):
+    for i in tiles.rows():
         row_operand = tiles.row_operand(i)
         scaled = row_operand * a.scale
         A = products[: i.stop - i.start]  # sum over j of dS_ij * col_scale_j * y_j
-        for block_j, j in enumerate(tiles.cols()):
+        for j in tiles.cols():
             S, buffer = tiles.similarities(scaled, i, j)
             same, positives = tiles.same(i, j), None
             if same is not None and a.both:
                 positives = S.masked_fill(~same, -torch.inf)
             elif same is not None:
                 S.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
-            dS = _differentiate(S, buffer, row, col, i, j, _shift(row, col, block_i, block_j))
+            dS = counted.tile(S, buffer, i, j)
             if positives is not None:
-                dS.add_(_differentiate(positives, buffer, alike_row, alike_col, i, j, _shift(alike_row, alike_col, block_i, block_j)))
+                dS.add_(alike.tile(positives, buffer, i, j))
             if g.positive is not None:
                 diagonal, where = tiles.positives(dS, i, j)
                 diagonal.add_(g.positive[where])
             if by_x:
-                torch.addmm(A, dS, tiles.y[j], beta=min(block_j, 1), out=A)
+                torch.addmm(A, dS, tiles.y[j], beta=min(j.start, 1), out=A)
             if by_y:
                 d_y[j].addmm_(dS.T, row_operand)
             if needs.row_bias:
