@@ -61,6 +61,9 @@ def test_autocast_rounds_operands_only():
     asked = similarity_logsumexp(x, y, scale, compute_dtype=torch.bfloat16)
     assert torch.equal(row, asked[0]) and torch.equal(col, asked[1])
     grads = torch.autograd.grad(row.sum() + col.sum(), (x, y, scale))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(sum(r.sum() for r in similarity_logsumexp(x, y, scale)), (x, y, scale))
+    assert all(torch.equal(one, other) for one, other in zip(grads, inside, strict=True))
     rounded = [t.detach().bfloat16().double().requires_grad_() for t in (x, y)]
     exact_scale = torch.tensor(30.0, dtype=torch.float64, requires_grad=True)
     results = similarity_logsumexp(*rounded, exact_scale, impl="reference")

@@ -44,7 +44,8 @@ def _forward(
     impl: str,
 ) -> Five:
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
-    return tuple(_implementation(impl).forward(inputs))
+    with torch.autocast(x.device.type, enabled=False):  # dtypes are decided; autocast would round sums
+        return tuple(_implementation(impl).forward(inputs))
 
 
 @_forward.register_fake
@@ -78,7 +79,8 @@ def _backward(
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
     row, col, row_positives, col_positives = lses
     results = Results(row, col, row_positives, col_positives, row.new_empty(0))
-    return tuple(_implementation(impl).backward(ResultGrads(*grads), inputs, results, Needs(*needs)))
+    with torch.autocast(x.device.type, enabled=False):
+        return tuple(_implementation(impl).backward(ResultGrads(*grads), inputs, results, Needs(*needs)))
 
 
 @_backward.register_fake
