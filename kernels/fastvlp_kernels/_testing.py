@@ -62,10 +62,9 @@ class forbid_large_tensors(TorchDispatchMode):
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper())), *args, **kwargs)
         result = func(*args, **kwargs)
-        if func.overloadpacket is torch.ops.aten.set_:  # bytes of a tensor that was counted when it was made
-            return result
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            # What is written in place was counted when it was made.
+            if isinstance(leaf, Tensor) and not any(leaf is argument for argument in args):
                 elements = min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.element_size())
                 self.largest = max(self.largest, elements)
                 if elements >= self.limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -91,7 +92,8 @@ class Processes:
     def close(self) -> None:
         """End the processes."""
         for pipe in self._pipes:
-            pipe.send(None)
+            with contextlib.suppress(BrokenPipeError):  # it died after its last answer
+                pipe.send(None)
         for worker in self._workers:
             worker.join(20)
             if worker.is_alive():
