@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +63,9 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 def join(device_name: str) -> Iterator[World]:
     """Take part in the run that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or run alone; leaves the process group at the end.
 
-    Processes on CPUs speak gloo, on CUDA devices NCCL. A process group that exists already is used and left open.
+    Processes on CPUs speak gloo, on CUDA devices NCCL. A process group that exists already is used and left open. What uses the
+    group (DDP) has to be out of scope by the end: gloo's threads live as long as anything holds the group, and one that lets go of
+    a tensor while Python shuts down aborts the process.
     """
     device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
@@ -75,5 +79,9 @@ def join(device_name: str) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # their variables use the group
+        raise
     finally:
+        gc.collect()  # DDP is a cycle
         dist.destroy_process_group()

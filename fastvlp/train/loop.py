@@ -42,34 +42,38 @@ def train(config: Config) -> dict[str, Any]:
     with StopRequest() as stop, distributed.join(config.run.device) as world:
         if world.device.type == "cpu":
             keep_freed_memory()
-        _check(config, world)
-        folder = Path(config.run.dir) / config.run.name
-        progress = Progress(config.steps, config.train.print_every, enabled=world.rank == 0)
-        state = resume.find(config, folder, progress.say)
-        if state is not None and state["step"] >= config.steps and report.exists(folder):
-            progress.say(f"{folder} is a finished run; --resume none would start it over")
-            return report.show(folder, progress.say)
+        return _run(config, world, stop, began)
 
-        trainer = build_trainer(config, world)
-        if state is not None:
-            trainer.load_state(state)
-            progress.say(f"continuing {folder} after step {state['step']}")
-        world.wait()  # everybody has read what the first process may now delete
-        if world.rank == 0:
-            _prepare(folder, config, trainer.counters.step)
-        log = Log(folder, config, trainer.counters.step, enabled=world.rank == 0)
-        progress.say(_headline(config, trainer))
-        trained, evaluated = config.schedule.stages[-1].image_size, config.model.image.image_size
-        if trained != evaluated:
-            progress.say(f"note: the last stage trains at {trained} pixels, evaluation uses model.image.image_size={evaluated}")
-        try:
-            skipped, startup_seconds = _fit(config, trainer, folder, log, progress, stop, began)
-            if world.rank > 0:
-                return {"steps": trainer.counters.step, "train_seconds": trainer.counters.seconds}
-            return report.finish(config, trainer, folder, log, progress, skipped=skipped, startup_seconds=startup_seconds)
-        finally:
-            progress.close()
-            log.close()
+
+def _run(config: Config, world: distributed.World, stop: StopRequest, began: float) -> dict[str, Any]:
+    _check(config, world)
+    folder = Path(config.run.dir) / config.run.name
+    progress = Progress(config.steps, config.train.print_every, enabled=world.rank == 0)
+    state = resume.find(config, folder, progress.say)
+    if state is not None and state["step"] >= config.steps and report.exists(folder):
+        progress.say(f"{folder} is a finished run; --resume none would start it over")
+        return report.show(folder, progress.say)
+
+    trainer = build_trainer(config, world)
+    if state is not None:
+        trainer.load_state(state)
+        progress.say(f"continuing {folder} after step {state['step']}")
+    world.wait()  # everybody has read what the first process may now delete
+    if world.rank == 0:
+        _prepare(folder, config, trainer.counters.step)
+    log = Log(folder, config, trainer.counters.step, enabled=world.rank == 0)
+    progress.say(_headline(config, trainer))
+    trained, evaluated = config.schedule.stages[-1].image_size, config.model.image.image_size
+    if trained != evaluated:
+        progress.say(f"note: the last stage trains at {trained} pixels, evaluation uses model.image.image_size={evaluated}")
+    try:
+        skipped, startup_seconds = _fit(config, trainer, folder, log, progress, stop, began)
+        if world.rank > 0:
+            return {"steps": trainer.counters.step, "train_seconds": trainer.counters.seconds}
+        return report.finish(config, trainer, folder, log, progress, skipped=skipped, startup_seconds=startup_seconds)
+    finally:
+        progress.close()
+        log.close()
 
 
 def build_trainer(config: Config, world: distributed.World) -> Trainer:

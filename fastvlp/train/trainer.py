@@ -60,7 +60,7 @@ class Trainer:
         self.counters = Counters()
         self.towers: nn.Module = grad_cache.Towers(model)
         if world.size > 1:
-            self.towers = DistributedDataParallel(self.towers, broadcast_buffers=False)
+            self.towers = DistributedDataParallel(self.towers)
 
     def amp(self) -> contextlib.AbstractContextManager:
         """Autocast to the run's dtype; nothing when the run has none."""

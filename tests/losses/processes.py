@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
+import gc
 import multiprocessing
 import os
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+# Seconds beyond a group's timeout in which every process of it has to answer.
+GRACE = 60
 
 
 @dataclass(frozen=True)
@@ -24,16 +31,17 @@ class Failed:
     trace: str
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, stacks: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    while (task := pipe.recv()) is not None:
-        function, rank, size, store, timeout, arguments = task
-        try:
-            pipe.send(_in_group(function, rank, size, store, timeout, arguments))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the test that asked for it sees it
-            pipe.send(Failed(type(error).__name__, str(error), traceback.format_exc()))
+    with open(stacks, "w") as file:
+        faulthandler.register(signal.SIGUSR1, file)
+        while (task := pipe.recv()) is not None:
+            try:
+                pipe.send(_in_group(*task))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the test that asked for it sees it
+                pipe.send(Failed(type(error).__name__, str(error), traceback.format_exc()))
 
 
 def _in_group(function: Callable[..., Any], rank: int, size: int, store: str, timeout: float, arguments: Sequence[Any]) -> Any:
@@ -43,59 +51,92 @@ def _in_group(function: Callable[..., Any], rank: int, size: int, store: str, ti
     try:
         return function(rank, size, *arguments)
     finally:
+        gc.collect()  # a DDP module, which is a cycle, would keep the group alive beyond its destruction
         dist.destroy_process_group()
 
 
+class _Worker:
+    """One process, the pipe to it, and the file where it writes what its threads do when it is asked to."""
+
+    def __init__(self, folder: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        handle, path = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        self.stacks = Path(path)
+        self.process = context.Process(target=_serve, args=(theirs, path), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask_for_stacks(self) -> str:
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            os.kill(self.process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        return self.stacks.read_text()
+
+    def end(self) -> None:
+        """Politely, then not."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self.pipe.send(None)
+        self.process.join(20)
+        self.kill()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
 class Processes:
-    """Up to ``count`` processes on one machine that speak gloo."""
+    """Up to ``count`` processes on one machine that speak gloo. One that dies or hangs is replaced for the next test."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        pairs = [context.Pipe() for _ in range(count)]
         self._folder = tempfile.TemporaryDirectory()
-        self._pipes = [mine for mine, _ in pairs]
-        self._workers = [context.Process(target=_serve, args=(theirs,), daemon=True) for _, theirs in pairs]
+        self._workers = [_Worker(self._folder.name) for _ in range(count)]
         self._groups = 0
-        for worker in self._workers:
-            worker.start()
-        for _, theirs in pairs:
-            theirs.close()
 
-    def run(self, size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
-        """``function(rank, size, *arguments)`` in the first ``size`` living processes, a new group with this timeout in seconds.
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
+        """``function(rank, size, *arguments)`` in the first ``size`` processes, a new group with this timeout in seconds.
 
         Returns:
             One result per rank: what the function returned, a ``Failed``, or None of a process that died.
+
+        Raises:
+            AssertionError: a process did not answer; the message says what its threads were doing.
         """
-        store = Path(self._folder.name) / str(self._groups)
+        store = Path(self._folder.name) / f"store-{self._groups}"
         self._groups += 1
-        pipes = self._pipes[:size]
-        for rank, pipe in enumerate(pipes):
-            pipe.send((function, rank, size, os.fspath(store), timeout, arguments))
-        return [self._answer(pipe) for pipe in pipes]
+        for rank, worker in enumerate(self._workers[:size]):
+            worker.pipe.send((function, rank, size, os.fspath(store), timeout, arguments))
+        deadline = time.monotonic() + timeout + GRACE
+        answers, hung = [], ""
+        for rank, worker in enumerate(self._workers[:size]):
+            try:
+                if worker.pipe.poll(max(0.0, deadline - time.monotonic())):
+                    answers.append(worker.pipe.recv())
+                    continue
+                hung += f"rank {rank} of {size} gave no answer within {timeout + GRACE} s:\n{worker.ask_for_stacks()}\n"
+            except (EOFError, ConnectionError):
+                answers.append(None)
+            worker.kill()
+            self._workers[rank] = _Worker(self._folder.name)
+        if hung:
+            raise AssertionError(hung)
+        return answers
 
     def results(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``run``, where nobody may fail."""
+        """``run``, where nobody may fail or die."""
         answers = self.run(size, function, *arguments)
-        for answer in answers:
+        for rank, answer in enumerate(answers):
+            if answer is None:
+                raise AssertionError(f"rank {rank} of {size} died")
             if isinstance(answer, Failed):
                 raise AssertionError(answer.trace)
         return answers
 
-    def _answer(self, pipe: Connection) -> Any:
-        try:
-            return pipe.recv()
-        except EOFError:
-            self._pipes.remove(pipe)
-            return None
-
     def close(self) -> None:
         """End the processes."""
-        for pipe in self._pipes:
-            with contextlib.suppress(BrokenPipeError):  # it died after its last answer
-                pipe.send(None)
         for worker in self._workers:
-            worker.join(20)
-            if worker.is_alive():
-                worker.kill()
+            worker.end()
         self._folder.cleanup()

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from batches import LOSSES, Batch
-from processes import Failed, Processes
+from processes import Failed
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from fastvlp.losses import ClipLoss, SigLipLoss, gather, ring
@@ -100,12 +100,12 @@ def wrong_calls(rank, size):
 def test_processes_that_disagree_are_told(processes):
     arguments = [(GOOD, GOOD, 10.0), (GOOD[:, :5], GOOD[:, :5], 10.0)]
     for answer in processes.run(2, call_with, "clip", [{}, {}], arguments):
-        assert answer.kind == "ValueError" and "ranks 0 and 1 of the group differ in the width" in answer.message
+        assert answer.kind == "ValueError" and "ranks 0 and 1 of the group differ in the width" in answer.message, answer
     options = [{"strategy": "gather"}, {"strategy": "ring"}]
     for answer in processes.run(2, call_with, "clip", options, [(GOOD, GOOD, 10.0)] * 2):
-        assert answer.kind == "ValueError" and "differ in the loss or strategy" in answer.message
+        assert answer.kind == "ValueError" and "differ in the loss or strategy" in answer.message, answer
     for answer in processes.run(2, frozen_on_one):
-        assert answer.kind == "ValueError" and "differ in the inputs that need a gradient" in answer.message
+        assert answer.kind == "ValueError" and "differ in the inputs that need a gradient" in answer.message, answer
     for rank, (size, place, count, own, empty) in enumerate(processes.results(2, wrong_calls)):
         assert "world_size=3, but this process is rank" in size
         assert f"rank={1 - rank}, world_size=2" in place
@@ -154,18 +154,10 @@ def interrupted(rank, size, batch, how, timeout):
     raise AssertionError("the loss was computed without one of its processes")
 
 
-@pytest.fixture(scope="module")
-def mortals():
-    """Processes of which each test may lose one."""
-    pool = Processes(3 + len(BOTH) - 1)
-    yield pool
-    pool.close()
-
-
 @pytest.mark.parametrize("loss,strategy", BOTH)
-def test_a_process_that_dies_stops_the_others_at_once(mortals, loss, strategy):
+def test_a_process_that_dies_stops_the_others_at_once(processes, loss, strategy):
     batch = Batch(loss, (4, 4, 4), strategy, told=True)
-    *others, dead = mortals.run(3, interrupted, batch, "dies", 60, timeout=60)
+    *others, dead = processes.run(3, interrupted, batch, "dies", 60, timeout=60)
     assert dead is None
     assert max(others) < 30
 

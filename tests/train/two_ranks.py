@@ -1,5 +1,6 @@
 """What each of two processes does in ``test_two_processes_give_the_curve_of_one``: a run, then decisions that only one has a reason for."""
 
+import gc
 import math
 import signal
 import sys
@@ -13,9 +14,7 @@ from fastvlp.train.distributed import join
 from fastvlp.train.loop import build_trainer
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    assert cli.main(["train", *sys.argv[1:]]) == 0
+def decide_together() -> None:
     made = config.load(sys.argv[1], ["data.batch_size=12"])
     with join("cpu") as world:
         trainer = build_trainer(made, world)
@@ -37,8 +36,11 @@ def main() -> None:
         dist.all_gather(others, mine)
         assert torch.equal(*others)
     print(f"rank {world.rank}: decided together", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    dist.init_process_group("gloo")
+    assert cli.main(["train", *sys.argv[1:]]) == 0
+    decide_together()
+    gc.collect()  # DDP's cycles hold the group
+    dist.destroy_process_group()
