@@ -37,6 +37,8 @@ class ClipLoss(ContrastiveLoss):
         use_horovod: must be False.
         strategy: "gather": the texts of all processes at once, memory O(N * D). "ring": block after block from neighbour to neighbour,
             the next one in flight while this one is computed, memory O(b * D) for b local pairs, and one number per pair of the batch.
+        stash_bytes: memory that the forward may leave for the backward, on one process; with 4 * N * N bytes three products instead of four
+            (see :func:`fastvlp.ops.similarity_logsumexp`).
         group: the processes that share a batch; None: all. When it is a part of the processes that DDP averages over, the objective
             is the mean over groups, each with the weight of its number of processes.
 
@@ -57,6 +59,7 @@ class ClipLoss(ContrastiveLoss):
         *,
         strategy: str = "gather",
         group: dist.ProcessGroup | None = None,
+        stash_bytes: int = 0,
     ) -> None:
         super().__init__(rank, world_size, strategy, group)
         if use_horovod:
@@ -65,9 +68,10 @@ class ClipLoss(ContrastiveLoss):
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
         self.use_horovod = use_horovod
+        self.stash_bytes = stash_bytes
 
     def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        row, column, positive = similarity_logsumexp(image, text, scale, offset=0)
+        row, column, positive = similarity_logsumexp(image, text, scale, offset=0, stash_bytes=self.stash_bytes)
         return _with_bias(((row - positive) + (column - positive)).mean() / 2, bias)
 
     def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:

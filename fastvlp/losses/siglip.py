@@ -63,7 +63,7 @@ class SigLipLoss(ContrastiveLoss):
         self.dist_impl = dist_impl or "bidir"
 
     def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return pairwise_sigmoid(image, text, scale, 0.0 if bias is None else bias, offset=0) / len(image)
+        return pairwise_sigmoid(image, text, scale, 0.0 if bias is None else bias, offset=0, factor=1 / len(image))
 
     def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
         function = SigmoidRing if self.strategy == "ring" else SigmoidGather

@@ -50,14 +50,14 @@ def test_opcheck(vectors):
     extra = [torch.randn(n, requires_grad=True) for n in (9, 7, 9, 7)] if vectors else [None] * 4
     ids = [torch.arange(9) % 3, torch.arange(7) % 4] if vectors else [None] * 2
     needs = [True] * 4 + [vectors] * 4
-    args = (x, y, scale, bias, *extra, *ids, False, 1, torch.float32, needs, "cpu")
+    args = (x, y, scale, bias, *extra, *ids, False, 1, torch.float32, 0.25, needs, "cpu")
     torch.library.opcheck(torch.ops.fastvlp.pairwise_sigmoid.default, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
     def f(x, y, scale, bias):
-        return pairwise_sigmoid(x, y, scale.exp(), bias, offset=1) / x.shape[0]
+        return pairwise_sigmoid(x, y, scale.exp(), bias, offset=1, factor=1 / x.shape[0])
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for M in (9, 12):
@@ -118,6 +118,22 @@ def test_upstream_gradient_and_grad_scaler():
     for a, b, c in zip(unscaled, scaled, again, strict=True):
         assert torch.equal(a, c)
         torch.testing.assert_close(b.float() / 64, a.float(), rtol=2**-10, atol=2**-20)
+
+
+def test_factor():
+    """As if the sum were multiplied afterwards, whatever the upstream gradient; what a backward returned stays what it was."""
+    leaves = [*features(dtype=torch.float64), *(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -1.0))]
+    plain, inside = pairwise_sigmoid(*leaves) / 9, pairwise_sigmoid(*leaves, factor=1 / 9)
+    torch.testing.assert_close(inside, plain, rtol=1e-15, atol=0)
+    want = torch.autograd.grad(plain, leaves)
+    for upstream in (1.0, 3.0, 1.0):
+        found = torch.autograd.grad(inside * upstream, leaves, retain_graph=True)
+        for ours, exact in zip(found, want, strict=True):
+            torch.testing.assert_close(ours, exact * upstream, rtol=1e-14, atol=1e-16)
+    for _ in range(2):
+        inside.backward(retain_graph=True)
+    for leaf, exact in zip(leaves, want, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * exact, rtol=1e-14, atol=1e-16)
 
 
 def test_autocast():
@@ -212,7 +228,7 @@ def test_wrong_input_is_refused(change, kind, message):
 def test_implementation_by_environment(monkeypatch):
     x, y = features()
     monkeypatch.setenv("FASTVLP_IMPL", "reference")
-    assert "Sum" in type(pairwise_sigmoid(x, y).grad_fn).__name__
+    assert "fastvlp" not in type(pairwise_sigmoid(x, y).grad_fn).__name__
     monkeypatch.setenv("FASTVLP_IMPL", "fast")
     with pytest.raises(ValueError, match="FASTVLP_IMPL='fast' is unknown; allowed: triton, cpu, reference"):
         pairwise_sigmoid(x, y)

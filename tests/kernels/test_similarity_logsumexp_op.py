@@ -18,23 +18,63 @@ def ids(M: int = 9, N: int = 13) -> dict[str, torch.Tensor]:
     return {"row_ids": torch.arange(M) % 4 - 1, "col_ids": torch.arange(N) % 5 - 1}
 
 
-@pytest.mark.parametrize("mode", [None, "exclude", "both"])
-def test_opcheck(mode):
+@pytest.mark.parametrize("mode,stash_bytes", [(None, 0), (None, 1 << 20), ("exclude", 0), ("both", 0)])
+def test_opcheck(mode, stash_bytes):
     x, y = features()
     scale = torch.tensor(7.0, requires_grad=True)
     vectors = [torch.randn(size, requires_grad=True) for size in (9, 13, 9, 13)]
     pairs = list(ids().values()) if mode else [None, None]
-    inputs = (x, y, scale, *(vectors if mode else [None] * 4), *pairs, mode or "exclude", 2)
+    inputs = (x, y, scale, *(vectors if mode else [None] * 4), *pairs, mode or "exclude", 2, torch.float32, "cpu")
     forward, backward = torch.ops.fastvlp.similarity_logsumexp, torch.ops.fastvlp.similarity_logsumexp_backward
-    torch.library.opcheck(forward.default, (*inputs, torch.float32, "cpu"))
-    results = [r.detach() for r in forward(*inputs, torch.float32, "cpu")]
+    torch.library.opcheck(forward.default, (*inputs, stash_bytes))
+    *results, stash = (r.detach() for r in forward(*inputs, stash_bytes))
+    assert bool(stash.numel()) == bool(stash_bytes)
     plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
     grads = [torch.randn_like(r) if r.numel() else None for r in results]
     needs = [True, True, True, *[mode is not None] * 4]
-    torch.library.opcheck(backward.default, (grads, *plain, torch.float32, "cpu", results[:4], needs))
+    torch.library.opcheck(backward.default, (grads, *plain, results[:4], stash, needs))
 
 
-@pytest.mark.parametrize("options", [{}, {"offset": 1}, {"ids": "both"}, {"prefixes": (2, 6)}], ids=str)
+@pytest.mark.parametrize("options", [{"offset": 1}, {"ids": "both"}, {"ids": "only", "offset": 0}, {"prefixes": (20, 32)}], ids=str)
+def test_a_stash_of_any_size_changes_no_bit(options):
+    """No tile, some and all of them; twice from one graph."""
+    x, y = features(700, 90, 32)
+    scale, bias = torch.tensor(40.0, requires_grad=True), torch.randn(90, requires_grad=True)
+    pairs = ids(700, 90) if "ids" in options else {}
+    inputs = (x, y, scale, bias)
+    found = []
+    for stash_bytes in (0, 100_000, 1 << 30):
+        results = similarity_logsumexp(x, y, scale, col_bias=bias, **pairs, **options, stash_bytes=stash_bytes)
+        value = sum(torch.where(r.isfinite(), r, 0.0).square().sum() for r in results)
+        found += [torch.autograd.grad(value, inputs, retain_graph=True) for _ in range(2)]
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+def test_a_stash_keeps_within_its_bytes_and_is_not_made_where_nothing_needs_a_gradient():
+    x, y = features(700, 90, 32)
+
+    def kept(stash_bytes):
+        saved = {}
+
+        def pack(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            similarity_logsumexp(x, y, 3.0, stash_bytes=stash_bytes)
+        return sum(saved.values())
+
+    plain = kept(0)
+    assert 0 < kept(100_000) - plain <= 100_000
+    assert 4 * 700 * 90 <= kept(1 << 30) - plain <= 1.2 * 4 * 700 * 90
+    with torch.no_grad():
+        assert kept(1 << 30) == 0
+    x, y = x.detach(), y.detach()
+    assert kept(1 << 30) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"offset": 1, "stash_bytes": 1 << 20}, {"ids": "both"}, {"prefixes": (2, 6)}], ids=str)
 def test_compiles_without_graph_breaks(options):
     x, y = features()
     options = {**options, **(ids() if "ids" in options else {})}
@@ -136,7 +176,7 @@ REFUSED = [
     ((X, Y), {"prefixes": (2, 3)}, ValueError, r"prefixes=\[2, 3\]; they must increase strictly .* 4"),
     ((X, Y), {"prefixes": (2, 4), "row_scale": torch.ones(3)}, ValueError, r"with 2 prefixes it must have shape \(2, 3\)"),
     ((X, Y), {"compute_dtype": torch.int8}, TypeError, "compute_dtype=torch.int8; allowed"),
-    ((X, Y), {"stash_bytes": 1 << 30}, ValueError, "stash_bytes=1073741824; only 0 is allowed"),
+    ((X, Y), {"stash_bytes": -1}, ValueError, "stash_bytes=-1; it must be 0"),
     ((X, Y), {"impl": "cuda"}, ValueError, "impl='cuda' is unknown; allowed: triton, cpu, reference"),
     ((X.double(), Y.double()), {"impl": "triton"}, RuntimeError, "not in float64; use impl='cpu'"),
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastvlp_kernels._inputs import sum_dtype
+from fastvlp_kernels._memory import zeros
 
 # A tile of logits, its scratch, and the blocks of features and gradients beside it (2 MB each at width 512) stay in a 32 MB cache;
 # smaller tiles lower the rate of the products.
@@ -48,7 +49,7 @@ def forward(
     shapes = ((M, D), (N, D), (M,), (N,), (M,), (N,))
     wanted = (need_x, need_y, *needs[4:])
     dx, dy, drow_bias, dcol_bias, drow_weight, dcol_weight = (
-        x.new_zeros(shape if want else (0,), dtype=accumulate) for shape, want in zip(shapes, wanted, strict=True)
+        zeros(x, shape if want else (0,), accumulate) for shape, want in zip(shapes, wanted, strict=True)
     )
     vectors = (row_bias, col_bias, row_weight, col_weight)
     row_bias, col_bias, row_weight, col_weight = (None if v is None else v.to(accumulate) for v in vectors)

@@ -45,16 +45,18 @@ def _forward(
     exclude: bool,
     offset: int | None,
     dtype: torch.dtype,
+    factor: float,
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _module(impl).forward(
+    made = _module(impl).forward(
         x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, exclude, offset, dtype, needs
     )
+    return made if factor == 1 else tuple(tensor.mul_(factor) for tensor in made)
 
 
 @_forward.register_fake
-def _(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, exclude, offset, dtype, needs, impl):
+def _(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, exclude, offset, dtype, factor, needs, impl):
     inputs = (x, y, scale, bias, row_bias, col_bias, row_weight, col_weight)
     accumulate = _inputs.sum_dtype(dtype)
     gradients = (x.new_empty(tensor.shape if need else (0,), dtype=accumulate) for tensor, need in zip(inputs, needs, strict=True))
@@ -74,7 +76,7 @@ def _(grad, gradients, inputs):
 
 
 def _setup(ctx, inputs, output) -> None:
-    needs = inputs[13]
+    needs = inputs[14]
     ctx.needed = [i for i, need in enumerate(needs) if need]
     ctx.save_for_backward(*(output[1 + i] for i in ctx.needed), *(inputs[i] for i in ctx.needed))
     ctx.mark_non_differentiable(*output[1:])
@@ -82,12 +84,18 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _scale(ctx, grad: Tensor | None, *_: Tensor):
-    result: list[Tensor | None] = [None] * 15
+    result: list[Tensor | None] = [None] * 16
     if grad is None:
         return tuple(result)
     saved = ctx.saved_tensors
     half = len(ctx.needed)
-    scaled = torch.ops.fastvlp.pairwise_sigmoid_backward(grad, saved[:half], saved[half:])
+    gradients, inputs = saved[:half], saved[half:]
+    dtypes_fit = all(gradient.dtype == tensor.dtype for gradient, tensor in zip(gradients, inputs, strict=True))
+    # On the CPU the upstream gradient can be read: 1 spares a copy of everything. Under tracing it is not a plain tensor.
+    if type(grad) is Tensor and grad.device.type == "cpu" and dtypes_fit and not torch.is_grad_enabled() and grad.item() == 1:
+        scaled = gradients
+    else:
+        scaled = torch.ops.fastvlp.pairwise_sigmoid_backward(grad, gradients, inputs)
     for i, gradient in zip(ctx.needed, scaled, strict=True):
         result[i] = gradient
     return tuple(result)
@@ -139,7 +147,7 @@ def sigmoid_forward(
     needs = [*needs, *[False] * (8 - len(needs))]
     args = _arguments(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, ids, offset, compute_dtype)
     chosen = _choose(impl, x, args[-1], IMPLEMENTATIONS[:2])
-    return SigmoidSweep(*torch.ops.fastvlp.pairwise_sigmoid(*args, needs, chosen))
+    return SigmoidSweep(*torch.ops.fastvlp.pairwise_sigmoid(*args, 1.0, needs, chosen))
 
 
 def pairwise_sigmoid(
@@ -156,6 +164,7 @@ def pairwise_sigmoid(
     col_ids: Tensor | None = None,
     ids: str = "positive",
     offset: int | None = 0,
+    factor: float = 1.0,
     compute_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -175,6 +184,8 @@ def pairwise_sigmoid(
         ids: "positive": pairs of equal id are positive; "exclude": they are left out unless they lie on the offset.
         offset: pairs (i, i + offset) are positive; None: no pair is by its place. In a block of a larger batch, the number of
             the block's first row less that of its first column.
+        factor: a number that multiplies the sum and, in the same sweep, its gradients: 1 / M makes the mean of SigLIP. With upstream
+            gradient 1, a division after the sum costs a copy of all gradients that this does not.
         compute_dtype: what the features are rounded to for the products; None: autocast's dtype, else that of the features.
         impl: "triton", "cpu", "reference"; None takes the first that runs on the device.
 
@@ -189,8 +200,8 @@ def pairwise_sigmoid(
     args = _arguments(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, ids, offset, compute_dtype)
     chosen = _choose(impl, x, args[-1], IMPLEMENTATIONS)
     if chosen == "reference":
-        return reference.pairwise_sigmoid(*args)
-    return torch.ops.fastvlp.pairwise_sigmoid(*args, _inputs.needs_grad(*args[:8]), chosen)[0]
+        return reference.pairwise_sigmoid(*args) * factor
+    return torch.ops.fastvlp.pairwise_sigmoid(*args, factor, _inputs.needs_grad(*args[:8]), chosen)[0]
 
 
 def _choose(impl: str | None, x: Tensor, dtype: torch.dtype, implementations: Sequence[str]) -> str:

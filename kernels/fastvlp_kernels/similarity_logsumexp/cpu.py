@@ -1,4 +1,7 @@
-"""similarity_logsumexp in cache-sized tiles of plain torch: one sweep forward, one sweep that recomputes S backward."""
+"""similarity_logsumexp in cache-sized tiles of plain torch: one sweep forward; one backward, which recomputes S or reads it from a stash.
+
+Exponents are in base 2, tiles hold L = S / log 2: PyTorch vectorises exp2 itself, while exp may be a library's that is three times slower.
+"""
 
 import math
 from collections.abc import Iterator
@@ -7,20 +10,42 @@ import torch
 from torch import Tensor
 
 from .._inputs import sum_dtype
+from .._memory import empty, zeros
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 # A tile of S and one buffer of its size (1 MiB each in float32) stay in the second-level caches of two cores.
 TILE = 512
-# exp(S) itself serves, without a maximum, while maxima or log-sum-exps lie in this range; gradients also stay normal numbers.
-RANGE = (-30.0, 60.0)
-# exp(S - t) with one t for rows and columns serves while they lie this close: for sums, where underflow is all that
-# matters, and for gradients, where p - 1 may remain and S - t has to be nearly exact.
-SPREAD = 50.0
-GRADIENT_SPREAD = 16.0
+# 2^L itself serves, without a maximum, while maxima or log-sum-exps lie in this range: sums, the terms that count in them (down to
+# 2^-36 of the largest) and the factors of gradients are normal numbers.
+RANGE = (-90.0, 90.0)
+# 2^(L - t) with one t for rows and columns serves while they lie this close: for sums, where underflow is all that
+# matters, and for gradients, where p - 1 may remain and L - t has to be nearly exact.
+SPREAD = 72.0
+GRADIENT_SPREAD = 23.0
+LN2 = math.log(2)
+
+
+def _tile_sides(M: int, N: int) -> tuple[int, int]:
+    """At most a third of each side, so that a tile is never a large part of S."""
+    return min(TILE, max(16, -(-M // 3))), min(TILE, max(16, -(-N // 3)))
+
+
+def stash_shape(M: int, N: int, dtype: torch.dtype, stash_bytes: int) -> tuple[int, int]:
+    """The stash: [tiles, elements of a tile] in the dtype of sums, the first tiles of the sweep; [0, 0] without a budget."""
+    if stash_bytes == 0:
+        return 0, 0
+    tile_m, tile_n = _tile_sides(M, N)
+    size = tile_m * tile_n
+    return min(-(-M // tile_m) * -(-N // tile_n), stash_bytes // (size * sum_dtype(dtype).itemsize)), size
+
+
+def new_stash(a: Inputs, stash_bytes: int) -> Tensor:
+    """Where the forward leaves tiles of L for the backward, at most ``stash_bytes``."""
+    return empty(a.x, stash_shape(len(a.x), len(a.y), a.dtype, stash_bytes), sum_dtype(a.dtype))
 
 
 class _Tiles:
-    """The features as products read them, and tiles of S in buffers that are allocated once."""
+    """The features as products read them, and tiles of L = S / log 2 in buffers that are allocated once."""
 
     def __init__(self, a: Inputs) -> None:
         self.a = a
@@ -31,8 +56,8 @@ class _Tiles:
             self.y = self.y * a.col_scale[:, None]
         self.row_ids = None if a.row_ids is None else a.row_ids.masked_fill(a.row_ids < 0, -1)
         self.col_ids = None if a.col_ids is None else a.col_ids.masked_fill(a.col_ids < 0, -2)
-        # At most a third of each side, so that a tile is never a large part of S.
-        self.tile_m, self.tile_n = (min(TILE, max(16, -(-size // 3))) for size in (self.M, self.N))
+        self.tile_m, self.tile_n = _tile_sides(self.M, self.N)
+        self.row_bias, self.col_bias = (None if bias is None else bias / LN2 for bias in (a.row_bias, a.col_bias))
         self._buffers = [self.y.new_empty(self.tile_m * self.tile_n) for _ in range(2)]
 
     def exact(self, features: Tensor) -> Tensor:
@@ -49,16 +74,41 @@ class _Tiles:
         x = self.exact(self.a.x[i])
         return x if self.a.row_scale is None else x * self.a.row_scale[i, None]
 
+    def scaled(self, row_operand: Tensor) -> Tensor:
+        return row_operand * (self.a.scale / LN2)
+
     def similarities(self, scaled: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
-        """S[i, j] and a buffer of its shape; ``scaled``: scale times row_operand(i)."""
+        """L[i, j] and a buffer of its shape; ``scaled``: of row_operand(i)."""
+        L, buffer = self._views(i, j)
+        torch.mm(scaled, self.y[j].T, out=L)
+        if self.row_bias is not None:
+            L.add_(self.row_bias[i, None])
+        if self.col_bias is not None:
+            L.add_(self.col_bias[j])
+        return L, buffer
+
+    def stashed(self, stash: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor] | None:
+        """The same from the stash, or None where it ends."""
+        place = self._stash_place(i, j)
+        if place >= len(stash):
+            return None
+        L, buffer = self._views(i, j)
+        L.copy_(stash[place, : L.numel()].view_as(L))
+        return L, buffer
+
+    def keep(self, stash: Tensor, L: Tensor, i: slice, j: slice) -> None:
+        """Leave L in the stash while it has room."""
+        place = self._stash_place(i, j)
+        if place < len(stash):
+            stash[place, : L.numel()].view_as(L).copy_(L)
+            stash[place, L.numel() :] = 0
+
+    def _stash_place(self, i: slice, j: slice) -> int:
+        return i.start // self.tile_m * -(-self.N // self.tile_n) + j.start // self.tile_n
+
+    def _views(self, i: slice, j: slice) -> list[Tensor]:
         m, n = i.stop - i.start, j.stop - j.start
-        S, buffer = (flat[: m * n].view(m, n) for flat in self._buffers)
-        torch.mm(scaled, self.y[j].T, out=S)
-        if self.a.row_bias is not None:
-            S.add_(self.a.row_bias[i, None])
-        if self.a.col_bias is not None:
-            S.add_(self.a.col_bias[j])
-        return S, buffer
+        return [flat[: m * n].view(m, n) for flat in self._buffers]
 
     def same(self, i: slice, j: slice) -> Tensor | None:
         """Where ids are equal, or None without ids."""
@@ -66,28 +116,28 @@ class _Tiles:
             return None
         return self.row_ids[i, None] == self.col_ids[j]
 
-    def positives(self, S: Tensor, i: slice, j: slice) -> tuple[Tensor, slice]:
+    def positives(self, tile: Tensor, i: slice, j: slice) -> tuple[Tensor, slice]:
         """The part of the offset diagonal that lies in the tile, as a view, and the rows of x that it belongs to."""
         k = (self.a.offset or 0) + i.start - j.start
-        if self.a.offset is None or not -S.shape[0] < k < S.shape[1]:
-            return S.new_empty(0), slice(0, 0)
-        diagonal = S.diagonal(k)
+        if self.a.offset is None or not -tile.shape[0] < k < tile.shape[1]:
+            return tile.new_empty(0), slice(0, 0)
+        diagonal = tile.diagonal(k)
         first = i.start + max(0, -k)
         return diagonal, slice(first, first + len(diagonal))
 
     def bounded(self) -> bool:
-        """Whether all S lie in RANGE by Cauchy-Schwarz. It reads values, so only on the CPU."""
+        """Whether all L lie in RANGE by Cauchy-Schwarz. It reads values, so only on the CPU."""
         if self.y.device.type != "cpu":
             return False
         longest = max(torch.linalg.vector_norm(self.row_operand(i), dim=1).max().item() for i in self.rows())
         bound = abs(self.a.scale.item()) * longest * torch.linalg.vector_norm(self.y, dim=1).max().item()
         for bias in (self.a.row_bias, self.a.col_bias):
             bound += 0.0 if bias is None else bias.abs().max().item()
-        return bound <= -RANGE[0]
+        return bound / LN2 <= RANGE[1]
 
 
 class _Running:
-    """log(sum(exp)) per row or column, accumulated as a sum relative to a maximum; ``common`` is that of all, while there is one."""
+    """log2(sum(2^L)) per row or column, accumulated as a sum relative to a maximum; ``common`` is that of all, while there is one."""
 
     def __init__(self, length: int, like: Tensor) -> None:
         self.maximum = like.new_zeros(length)
@@ -107,48 +157,49 @@ class _Running:
         known = self.maximum[where].masked_fill(self.total[where] == 0, -torch.inf)
         highest = torch.maximum(known, maximum)
         shift = _finite(highest)
-        self.total[where] = self.total[where] * (known - shift).exp() + total * (maximum - shift).exp()
+        self.total[where] = self.total[where] * (known - shift).exp2() + total * (maximum - shift).exp2()
         self.maximum[where] = shift
         self.common = None
 
     def lse(self) -> Tensor:
-        return self.maximum.double() + self.total.double().log()
+        """The natural logarithm."""
+        return (self.maximum.double() + self.total.double().log2()) * LN2
 
 
 def _finite(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
 
 
-def _accumulate(S: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: slice, j: slice, bounded: bool) -> None:
-    """Add the tile S to the sums of its rows and columns; S is overwritten."""
+def _accumulate(L: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: slice, j: slice, bounded: bool) -> None:
+    """Add a tile to the sums of its rows and columns; L is overwritten."""
     shift = 0.0
     if not bounded:
-        row_max, col_max = S.amax(1), S.amax(0)
-        on_cpu = S.device.type == "cpu"
+        row_max, col_max = L.amax(1), L.amax(0)
+        on_cpu = L.device.type == "cpu"
         found = _shift(min(row_max.min().item(), col_max.min().item()), row_max.max().item(), SPREAD) if on_cpu else None
         if found is None:
-            torch.sub(S, _finite(col_max), out=buffer).exp_()
+            torch.sub(L, _finite(col_max), out=buffer).exp2_()
             cols.add(j, col_max, buffer.sum(0))
-            S.sub_(_finite(row_max)[:, None]).exp_()
-            rows.add(i, row_max, S.sum(1))
+            L.sub_(_finite(row_max)[:, None]).exp2_()
+            rows.add(i, row_max, L.sum(1))
             return
         shift = found
     if shift:
-        S.sub_(shift)
-    S.exp_()
-    rows.add(i, shift, S.sum(1))
-    cols.add(j, shift, S.sum(0))
+        L.sub_(shift)
+    L.exp2_()
+    rows.add(i, shift, L.sum(1))
+    cols.add(j, shift, L.sum(0))
 
 
 def _shift(lowest: float, highest: float, spread: float) -> float | None:
-    """One t for exp(S - t), when maxima or log-sum-exps lie between ``lowest`` and ``highest``; None if there is none."""
+    """One t for 2^(L - t), when maxima or log-sum-exps lie between ``lowest`` and ``highest``; None if there is none."""
     if RANGE[0] <= lowest and highest <= RANGE[1]:
         return 0.0
     return highest if math.isfinite(highest) and highest - lowest <= spread else None
 
 
-def forward(a: Inputs) -> Results:
-    """Log-sum-exps of the rows and columns of S, and its offset diagonal."""
+def forward(a: Inputs, stash: Tensor) -> Results:
+    """Log-sum-exps of the rows and columns of S, and its offset diagonal. ``stash``, from ``new_stash``, is filled."""
     tiles = _Tiles(a)
     like = tiles.y
     counted = _Running(tiles.M, like), _Running(tiles.N, like)
@@ -156,40 +207,41 @@ def forward(a: Inputs) -> Results:
     positive = like.new_zeros(0 if a.offset is None else tiles.M)
     bounded = tiles.bounded()
     for i in tiles.rows():
-        scaled = tiles.row_operand(i) * a.scale
+        scaled = tiles.scaled(tiles.row_operand(i))
         for j in tiles.cols():
-            S, buffer = tiles.similarities(scaled, i, j)
-            diagonal, where = tiles.positives(S, i, j)
-            positive[where] = diagonal
+            L, buffer = tiles.similarities(scaled, i, j)
+            tiles.keep(stash, L, i, j)
+            diagonal, where = tiles.positives(L, i, j)
+            positive[where] = diagonal * LN2
             same = tiles.same(i, j)
             if alike is not None and same is not None:
-                _accumulate(S.masked_fill(~same, -torch.inf), buffer, *alike, i, j, bounded)
+                _accumulate(L.masked_fill(~same, -torch.inf), buffer, *alike, i, j, bounded)
             elif same is not None:
-                S.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
-            _accumulate(S, buffer, *counted, i, j, bounded)
+                L.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
+            _accumulate(L, buffer, *counted, i, j, bounded)
     row_positives, col_positives = (like.new_empty(0).double() if alike is None else alike[side].lse() for side in (0, 1))
     return Results(counted[0].lse(), counted[1].lse(), row_positives, col_positives, positive)
 
 
 class _Side:
-    """Gradients of the log-sum-exps of one side, as weights of exp(S - something); nothing flows where a sum is empty."""
+    """Gradients of the log-sum-exps of one side, as weights of 2^(L - something); nothing flows where a sum is empty."""
 
     def __init__(self, lse: Tensor, grad: Tensor | None, acc: torch.dtype) -> None:
         self.grad = grad
-        self.lse = lse.double().masked_fill(lse == -torch.inf, torch.inf)
+        self.lse = lse.double().masked_fill(lse == -torch.inf, torch.inf) / LN2
         if grad is None:
             return
         self.rounded = self.lse.to(acc)
         lost = (self.lse - self.rounded).masked_fill(self.lse == torch.inf, 0.0)
-        self.weight = ((-lost).exp() * grad).to(acc)
+        self.weight = ((-lost).exp2() * grad).to(acc)
 
     def shifted(self, shift: float) -> Tensor | None:
-        """What exp(S - shift) is multiplied by."""
-        return None if self.grad is None else ((shift - self.lse).exp() * self.grad).to(self.weight.dtype)
+        """What 2^(L - shift) is multiplied by."""
+        return None if self.grad is None else ((shift - self.lse).exp2() * self.grad).to(self.weight.dtype)
 
 
 class _Flow:
-    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col for tiles of S, from one exp where one shift serves all of S."""
+    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col for tiles of L, from one exp2 where one shift serves all of them."""
 
     def __init__(self, row: _Side, col: _Side) -> None:
         self.row, self.col = row, col
@@ -201,27 +253,27 @@ class _Flow:
         if self.shift is not None:
             self.u, self.v = row.shifted(self.shift), col.shifted(self.shift)
 
-    def tile(self, S: Tensor, buffer: Tensor, i: slice, j: slice) -> Tensor:
-        """In place of S."""
+    def tile(self, L: Tensor, buffer: Tensor, i: slice, j: slice) -> Tensor:
+        """In place of L."""
         row, col = self.row, self.col
         if row.grad is None and col.grad is None:
-            return S.zero_()
+            return L.zero_()
         if self.shift is not None:
             if self.shift:
-                S.sub_(self.shift)
-            S.exp_()
+                L.sub_(self.shift)
+            L.exp2_()
             if self.v is None:
-                return S if self.u is None else S.mul_(self.u[i, None])
-            return S.mul_(self.v[j] if self.u is None else torch.add(self.u[i, None], self.v[j], out=buffer))
+                return L if self.u is None else L.mul_(self.u[i, None])
+            return L.mul_(self.v[j] if self.u is None else torch.add(self.u[i, None], self.v[j], out=buffer))
         if col.grad is not None:
-            torch.sub(S, col.rounded[j], out=buffer).exp_().mul_(col.weight[j])
+            torch.sub(L, col.rounded[j], out=buffer).exp2_().mul_(col.weight[j])
         if row.grad is None:
-            return S.copy_(buffer)
-        S.sub_(row.rounded[i, None]).exp_().mul_(row.weight[i, None])
-        return S if col.grad is None else S.add_(buffer)
+            return L.copy_(buffer)
+        L.sub_(row.rounded[i, None]).exp2_().mul_(row.weight[i, None])
+        return L if col.grad is None else L.add_(buffer)
 
 
-def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads:
+def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: Tensor) -> Grads:
     """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
     tiles = _Tiles(a)
     M, N, D = tiles.M, tiles.N, tiles.D
@@ -231,24 +283,24 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
         alike = _Flow(_Side(results.row_positives, g.row_positives, tiles.acc), _Side(results.col_positives, g.col_positives, tiles.acc))
     by_y = needs.y or needs.col_scale
     by_x = needs.x or needs.row_scale or (needs.scale and not by_y)
-    d_x = torch.empty((M, D) if needs.x else 0, dtype=a.x.dtype, device=a.x.device)
-    d_y = new((N, D) if by_y else 0)
+    d_x = empty(a.x, (M, D) if needs.x else (0,), a.x.dtype)
+    d_y = zeros(tiles.y, (N, D) if by_y else (0,), tiles.acc)
     d_scale = new(() if needs.scale else 0)
     d_row_bias, d_col_bias = new(M if needs.row_bias else 0), new(N if needs.col_bias else 0)
     d_row_scale, d_col_scale = new(M if needs.row_scale else 0), new(N if needs.col_scale else 0)
     products = new(tiles.tile_m if by_x else 0, D)
     for i in tiles.rows():
         row_operand = tiles.row_operand(i)
-        scaled = row_operand * a.scale
+        scaled = tiles.scaled(row_operand)
         A = products[: i.stop - i.start]  # sum over j of dS_ij * col_scale_j * y_j
         for j in tiles.cols():
-            S, buffer = tiles.similarities(scaled, i, j)
+            L, buffer = tiles.stashed(stash, i, j) or tiles.similarities(scaled, i, j)
             same, positives = tiles.same(i, j), None
             if same is not None and a.both:
-                positives = S.masked_fill(~same, -torch.inf)
+                positives = L.masked_fill(~same, -torch.inf)
             elif same is not None:
-                S.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
-            dS = counted.tile(S, buffer, i, j)
+                L.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
+            dS = counted.tile(L, buffer, i, j)
             if positives is not None:
                 dS.add_(alike.tile(positives, buffer, i, j))
             if g.positive is not None:

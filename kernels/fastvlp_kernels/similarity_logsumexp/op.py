@@ -8,23 +8,15 @@ from torch import Tensor
 
 from .. import _check
 from .._backend import choose
-from .._inputs import product_dtype, scalar, sum_dtype
+from .._inputs import needs_grad, product_dtype, scalar, sum_dtype
 from . import cpu, reference
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 OP = "similarity_logsumexp"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
 IDS = ("exclude", "only", "both")
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _implementation(impl: str) -> Any:
-    if impl == "triton":
-        from . import triton
-
-        return triton
-    return cpu
 
 
 @torch.library.custom_op("fastvlp::similarity_logsumexp", mutates_args=())
@@ -42,19 +34,26 @@ def _forward(
     offset: int | None,
     dtype: torch.dtype,
     impl: str,
-) -> Five:
+    stash_bytes: int,
+) -> Six:
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
     with torch.autocast(x.device.type, enabled=False):  # dtypes are decided; autocast would round sums
-        return tuple(_implementation(impl).forward(inputs))
+        if impl == "triton":
+            from . import triton
+
+            return *triton.forward(inputs), x.new_empty((0, 0), dtype=sum_dtype(dtype))
+        stash = cpu.new_stash(inputs, stash_bytes)
+        return *cpu.forward(inputs, stash), stash
 
 
 @_forward.register_fake
-def _(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl):
+def _(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl, stash_bytes):
     M, N = x.shape[0], y.shape[0]
     both = ids == "both" and row_ids is not None
-    lengths = (M, N, M if both else 0, N if both else 0, 0 if offset is None else M)
-    dtypes = (*[torch.float64] * 4, sum_dtype(dtype))
-    return tuple(x.new_empty(length, dtype=d) for length, d in zip(lengths, dtypes, strict=True))
+    stash = (0, 0) if impl == "triton" else cpu.stash_shape(M, N, dtype, stash_bytes)
+    shapes = (M, N, M if both else 0, N if both else 0, 0 if offset is None else M, stash)
+    dtypes = (*[torch.float64] * 4, sum_dtype(dtype), sum_dtype(dtype))
+    return tuple(x.new_empty(shape, dtype=d) for shape, d in zip(shapes, dtypes, strict=True))
 
 
 @torch.library.custom_op("fastvlp::similarity_logsumexp_backward", mutates_args=())
@@ -74,33 +73,39 @@ def _backward(
     dtype: torch.dtype,
     impl: str,
     lses: Sequence[Tensor],
+    stash: Tensor,
     needs: Sequence[bool],
 ) -> Seven:
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
     row, col, row_positives, col_positives = lses
     results = Results(row, col, row_positives, col_positives, row.new_empty(0))
     with torch.autocast(x.device.type, enabled=False):
-        return tuple(_implementation(impl).backward(ResultGrads(*grads), inputs, results, Needs(*needs)))
+        if impl == "triton":
+            from . import triton
+
+            return (*triton.backward(ResultGrads(*grads), inputs, results, Needs(*needs)),)
+        return (*cpu.backward(ResultGrads(*grads), inputs, results, Needs(*needs), stash),)
 
 
 @_backward.register_fake
-def _(grads, x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl, lses, needs):
+def _(grads, x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl, lses, stash, needs):
     (M, D), N, acc = x.shape, y.shape[0], sum_dtype(dtype)
     shapes = ((M, D), (N, D), (), (M,), (N,), (M,), (N,))
     dtypes = (x.dtype, y.dtype, acc, acc, acc, acc, acc)
     return tuple(x.new_empty(shape if need else 0, dtype=d) for shape, d, need in zip(shapes, dtypes, needs, strict=True))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
-    ctx.save_for_backward(*inputs[:9], *output[:4])
-    ctx.rest = inputs[9:]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
+    ctx.save_for_backward(*inputs[:9], *output[:4], output[5])
+    ctx.rest = inputs[9:13]
+    ctx.mark_non_differentiable(output[5])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:7]
-    found = _backward(grads, *saved[:9], *ctx.rest, saved[9:], needs)
-    return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 6)
+    found = _backward(grads[:5], *saved[:9], *ctx.rest, saved[9:13], saved[13], needs)
+    return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 7)
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
@@ -184,7 +189,7 @@ def logsumexp_forward(
     with torch.no_grad():
         a = _inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, compute_dtype)
         chosen = _choose(impl, a)
-        results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen))
+        results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen, 0)[:5])
         return Results(*(result.to(sum_dtype(a.dtype)) for result in results))
 
 
@@ -225,7 +230,8 @@ def logsumexp_backward(
         a = _inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, compute_dtype)
         chosen = _choose(impl, a)
         grads = ResultGrads(*(g if g is None else g.contiguous() for g in grads))
-        return Grads(*_backward(list(grads), *a, "cpu" if chosen == "reference" else chosen, list(results[:4]), list(needs)))
+        chosen = "cpu" if chosen == "reference" else chosen
+        return Grads(*_backward(list(grads), *a, chosen, list(results[:4]), a.x.new_empty(0, 0), list(needs)))
 
 
 def similarity_logsumexp(
@@ -263,7 +269,9 @@ def similarity_logsumexp(
         prefixes: widths p_1 < ... < p_K = D: the same for x[:, :p_k], y[:, :p_k] (Matryoshka, Kusupati et al. 2022); every
             result gains a leading K, row_scale and col_scale are [K, M] and [K, N].
         compute_dtype: dtype of the operands of products, None for autocast's, else that of x. Sums are float32.
-        stash_bytes: only 0: the backward recomputes S.
+        stash_bytes: memory that may be left for the backward, which then reads S instead of computing it again. It holds tiles of S in
+            the dtype of sums, as many as fit; with 4 * M * N bytes the work falls from four products to three. Nothing is kept
+            where no gradient is needed. impl "triton" keeps nothing yet.
         impl: None, "triton", "cpu" or "reference" (dense).
 
     Returns:
@@ -274,16 +282,17 @@ def similarity_logsumexp(
     Raises:
         TypeError, ValueError: wrong inputs. RuntimeError: ``impl`` cannot run here, or a second derivative is asked for.
     """
-    if stash_bytes != 0:
-        raise ValueError(f"{OP}: stash_bytes={stash_bytes}; only 0 is allowed: this version recomputes, a later one brings the stash")
+    if stash_bytes < 0:
+        raise ValueError(f"{OP}: stash_bytes={stash_bytes}; it must be 0 (recompute) or a number of bytes")
     if prefixes is not None:
         return _by_prefix(
             prefixes, x, y, scale, row_scale, col_scale, row_bias=row_bias, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids,
-            ids=ids, offset=offset, compute_dtype=compute_dtype, impl=impl,
+            ids=ids, offset=offset, compute_dtype=compute_dtype, stash_bytes=stash_bytes // max(1, len(prefixes)), impl=impl,
         )  # fmt: skip
     a = _inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, compute_dtype)
     chosen = _choose(impl, a)
-    results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen))
+    stash_bytes = stash_bytes if any(needs_grad(*a[:7])) else 0
+    results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen, stash_bytes)[:5])
     lses = (lse.to(sum_dtype(a.dtype)) for lse in results[: 4 if a.both else 2])
     return (*lses, *(() if offset is None else (results.positive,)))
 
