@@ -74,8 +74,8 @@ def always(device: torch.device) -> str:
 class Provider:
     """Somebody who computes the case. ``why_not(device)`` is empty where it can run, else the reason in a few words.
 
-    ``same_function=False`` marks a provider that does comparable work with weights of its own, so that its results cannot
-    be compared.
+    ``work`` replaces the case's, for a provider that trades memory for work. ``same_function=False`` marks a provider that does
+    comparable work with weights of its own, so that its results cannot be compared.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Provider:
     distribution: str = "torch"
     why_not: Callable[[torch.device], str] = always
     same_function: bool = True
+    work: Callable[[Problem, Mode], tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,10 @@ def measure_mode(
     taken = sample({name: lambda task=task: results(task, mode) for name, task in tasks.items()}, clock, budget)  # type: ignore[misc]
     medians = {name: percentile(seconds, 50) for name, seconds in taken.items()}
     rival, eager = _best_rival(providers, medians), next((p.name for p in providers if p.kind == "eager"), None)
-    flops, moved = case.work(problem, mode)
-    floor = limits.seconds(flops, moved, problem.shape.dtype)
     rows = []
     for provider in providers:
+        flops, moved = (provider.work or case.work)(problem, mode)
+        floor = limits.seconds(flops, moved, problem.shape.dtype)
         seconds, median = taken[provider.name], medians[provider.name]
         extra = extra_bytes(case, problem, provider, tasks[provider.name], mode) if memory else None
         rows.append({

@@ -78,8 +78,13 @@ def _implementation(name: str) -> Iterator[None]:
             os.environ["FASTVLP_IMPL"] = before
 
 
-def ours(loss_class: Callable[[], Callable[[], Callable[..., Tensor]]], impl: str) -> Provider:
-    """Our drop-in loss with the implementation forced."""
+def ours(
+    loss_class: Callable[[], Callable[[], Callable[..., Tensor]]], impl: str, variant: str = "", units: Mapping[Mode, int] | None = None
+) -> Provider:
+    """Our drop-in loss with the implementation forced.
+
+    ``variant`` says in the provider's name what ``loss_class`` does differently, ``units`` how many products it needs then.
+    """
 
     def build(problem: Problem) -> Task:
         own, loss = leaves(problem), loss_class()()
@@ -90,7 +95,9 @@ def ours(loss_class: Callable[[], Callable[[], Callable[..., Tensor]]], impl: st
 
         return Task(forward, own)
 
-    return Provider(f"fastvlp {impl}", "ours", build, "fastvlp", needs("triton", cuda=True) if impl == "triton" else always)
+    why_not = needs("triton", cuda=True) if impl == "triton" else always
+    counted = None if units is None else lambda problem, mode: work(problem, mode, units)
+    return Provider(f"fastvlp {impl}{variant}", "ours", build, "fastvlp", why_not, work=counted)
 
 
 def sums(problem: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.registry import Case, Exact, Problem, Provider, Task, needs, nee
 from benchmarks.rivals import import_open_clip
 
 SCALE = 50.0  # memeff's fixed maximum underflows above about 87
+STASH_BYTES = 4 * 8192 * 8192  # all of S at the largest size of the CPU
 
 
 def eager(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -59,6 +61,12 @@ def _our_loss() -> Any:
     return ClipLoss
 
 
+def _our_loss_with_stash() -> Any:
+    from fastvlp.losses import ClipLoss
+
+    return functools.partial(ClipLoss, stash_bytes=STASH_BYTES)
+
+
 def _without_scale(problem: Problem) -> dict[str, Tensor]:
     own = contrastive.leaves(problem)
     return {"x": own["x"], "y": own["y"]}
@@ -102,6 +110,7 @@ CASE = Case(
     work=lambda problem, mode: contrastive.work(problem, mode, {"forward": 1, "forward+backward": 4}),
     providers=(
         contrastive.ours(_our_loss, "cpu"),
+        contrastive.ours(_our_loss_with_stash, "cpu", ", stash", {"forward": 1, "forward+backward": 3}),
         contrastive.ours(_our_loss, "triton"),
         Provider("eager", "eager", contrastive.loss_task(eager)),
         Provider("torch.compile", "compiled", contrastive.compiled_task(eager), why_not=needs_compiler),
