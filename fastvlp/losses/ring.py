@@ -161,7 +161,7 @@ class SigmoidRing(torch.autograd.Function):
         factor = gradient * batch.factor
         if of_text is not None:
             everyone = batch.members.gather(factor)
-            same = ((everyone == factor) | everyone.isnan()).all()
+            same = ((everyone == factor) | everyone.isnan() | factor.isnan()).all()
             torch._assert_async(same, UNEQUAL)
             of_text = ((of_text + ctx.home.wait()[0]) * factor).to(ctx.dtypes[1])
         if of_image is not None:

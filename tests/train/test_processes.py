@@ -100,8 +100,11 @@ def torchrun(*arguments):
     return run("--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000), *arguments, module="torch.distributed.run")
 
 
-def test_two_processes_give_the_curve_of_one(settings, tmp_path):
+@pytest.mark.parametrize("name,strategy", [("clip", "gather"), ("siglip", "ring")])
+def test_two_processes_give_the_curve_of_one(settings, tmp_path, name, strategy):
     """An odd batch, micro-batches, dropped patches: the same losses, gradient norms and weights to float32 rounding."""
+    settings["loss"] = {"name": name, "strategy": strategy}
+    settings["model"]["init_bias"] = -3.0 if name == "siglip" else None
     settings["data"]["batch_size"] = 13
     settings["optim"]["eps"] = 1e-3  # attention's key biases have gradient 0; Adam would blow its rounding up to whole steps
     settings["train"] |= {"image_tokens": 60, "text_tokens": 40}
