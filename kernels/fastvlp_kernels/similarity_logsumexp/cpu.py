@@ -57,7 +57,7 @@ class _Tiles:
         self.row_ids = None if a.row_ids is None else a.row_ids.masked_fill(a.row_ids < 0, -1)
         self.col_ids = None if a.col_ids is None else a.col_ids.masked_fill(a.col_ids < 0, -2)
         self.tile_m, self.tile_n = _tile_sides(self.M, self.N)
-        self.row_bias, self.col_bias = (None if bias is None else bias / LN2 for bias in (a.row_bias, a.col_bias))
+        self.row_bias, self.col_bias = (None if bias is None else (bias.double() / LN2).to(self.acc) for bias in (a.row_bias, a.col_bias))
         self._buffers = [self.y.new_empty(self.tile_m * self.tile_n) for _ in range(2)]
 
     def exact(self, features: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ class _Tiles:
         return x if self.a.row_scale is None else x * self.a.row_scale[i, None]
 
     def scaled(self, row_operand: Tensor) -> Tensor:
-        return row_operand * (self.a.scale / LN2)
+        # In float64, rounded element by element: an error of the factor itself would not average out.
+        return (row_operand.double() * (self.a.scale.double() / LN2)).to(self.acc)
 
     def similarities(self, scaled: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
         """L[i, j] and a buffer of its shape; ``scaled``: of row_operand(i)."""
@@ -212,7 +213,7 @@ def forward(a: Inputs, stash: Tensor) -> Results:
             L, buffer = tiles.similarities(scaled, i, j)
             tiles.keep(stash, L, i, j)
             diagonal, where = tiles.positives(L, i, j)
-            positive[where] = diagonal * LN2
+            positive[where] = (diagonal.double() * LN2).to(tiles.acc)
             same = tiles.same(i, j)
             if alike is not None and same is not None:
                 _accumulate(L.masked_fill(~same, -torch.inf), buffer, *alike, i, j, bounded)
