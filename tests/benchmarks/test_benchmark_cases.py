@@ -40,6 +40,19 @@ def test_the_exact_losses_equal_autograd_on_the_dense_matrix(op, chunk, monkeypa
         torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-12)
 
 
+def test_exact_softmax_of_similarities_equals_autograd_on_the_dense_matrix(monkeypatch):
+    monkeypatch.setattr(contrastive, "CHUNK", 7)
+    case = find("similarity_attend")
+    problem = case.problem(Shape("", torch.float32, {"b": 37, "d": 12, "e": 5}), CPU)
+    x, y, v, scale = leaves = [problem.inputs[name].double().requires_grad_() for name in ("x", "y", "v", "scale")]
+    value = (scale * x @ y.T).softmax(1) @ v
+    gradients = torch.autograd.grad(value, leaves, problem.inputs["upstream"].double())
+    found = case.exact(problem).results
+    for name, tensor in zip(("value", "x", "y", "v", "scale"), (value, *gradients), strict=True):
+        torch.testing.assert_close(found.pop(name), tensor, rtol=1e-10, atol=1e-12)
+    assert not found
+
+
 def test_exact_attention_equals_torch_segment_by_segment():
     case = find("packed_attention")
     for shape in case.shapes("cpu", True):

@@ -1,0 +1,1 @@
+from .op import maxsim as maxsim
