@@ -115,7 +115,7 @@ class Case:
         return next(provider for provider in self.providers if provider.name == name)
 
 
-OPS = ("similarity_logsumexp", "pairwise_sigmoid", "similarity_attend", "maxsim", "packed_attention", "towers")
+OPS = ("similarity_logsumexp", "pairwise_sigmoid", "similarity_attend", "maxsim", "packed_attention", "token_merge", "towers")
 ENDS = ("mini",)
 
 

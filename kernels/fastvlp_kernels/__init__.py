@@ -4,5 +4,10 @@ from fastvlp_kernels.maxsim import maxsim as maxsim
 from fastvlp_kernels.packed import Packed as Packed
 from fastvlp_kernels.packed_attention import packed_attention as packed_attention
 from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid as pairwise_sigmoid
+from fastvlp_kernels.segment_pool import segment_pool as segment_pool
 from fastvlp_kernels.similarity_attend import similarity_attend as similarity_attend
 from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp as similarity_logsumexp
+from fastvlp_kernels.token_merge import MergePlan as MergePlan
+from fastvlp_kernels.token_merge import merge_plan as merge_plan
+from fastvlp_kernels.token_select import TokenSelection as TokenSelection
+from fastvlp_kernels.token_select import token_select as token_select

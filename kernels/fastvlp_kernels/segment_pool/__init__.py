@@ -1,0 +1,1 @@
+from .op import segment_pool as segment_pool

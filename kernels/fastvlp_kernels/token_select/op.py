@@ -1,0 +1,158 @@
+"""``token_select``: keep the tokens of highest score of each segment."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvlp_kernels import _backend, _check
+from fastvlp_kernels._ragged import check_number, check_segments, counted, host_lengths
+from fastvlp_kernels.packed import Packed
+
+from . import cpu, reference
+
+IMPLEMENTATIONS = ("triton", "cpu", "reference")
+
+
+@torch.library.custom_op("fastvlp::token_select", mutates_args=())
+def _select(
+    scores: Tensor, cu_seqlens: Tensor, lengths: Tensor | None, keep: float, share: bool, each: Tensor | None, protected: int, total: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    lengths = host_lengths("token_select", cu_seqlens, lengths, scores.shape[0])
+    counts = _counts(lengths, keep, share, each, protected)
+    if total != int(counts.sum()):
+        raise ValueError(f"token_select: total is {total}; {int(counts.sum())} tokens are kept, pass that or leave total out")
+    if impl == "triton":
+        from . import triton
+
+        longest = int(lengths.max()) if len(lengths) else 0
+        return triton.select(scores, cu_seqlens, longest, keep, share, each, protected, total)
+    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(scores.device, torch.int32)
+    if impl == "reference":
+        return reference.select(scores, lengths.tolist(), counts.tolist(), protected), starts
+    return cpu.select(scores, lengths, counts, protected, total), starts
+
+
+@_select.register_fake
+def _(scores, cu_seqlens, lengths, keep, share, each, protected, total, impl):
+    return scores.new_empty(total, dtype=torch.int64), scores.new_empty(cu_seqlens.shape[0], dtype=torch.int32)
+
+
+def _counts(lengths: Tensor, keep: float, share: bool, each: Tensor | None, protected: int) -> Tensor:
+    return torch.minimum(counted(lengths, keep, share, each).clamp_min(protected), lengths)
+
+
+@torch.library.custom_op("fastvlp::token_take", mutates_args=())
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
+
+
+@_take.register_fake
+def _(x, index):
+    return x.new_empty(index.shape[0], *x.shape[1:])
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.rows = inputs[0].shape[0]
+
+
+def _backward(ctx, grad):
+    (index,) = ctx.saved_tensors  # no token twice: a copy, where index_select would add
+    return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy(0, index, grad), None
+
+
+_take.register_autograd(_backward, setup_context=_setup)
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """The tokens that :func:`token_select` keeps.
+
+    Attributes:
+        index: int64 [T'], ascending. cu_seqlens: int32 [S+1] on the device. lengths: int64 [S] on the CPU.
+        tokens: T, how many there were.
+    """
+
+    index: Tensor
+    cu_seqlens: Tensor
+    lengths: Tensor
+    tokens: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """The kept rows of ``x`` [T, ...]: [T', ...], differentiable."""
+        _check.plain_tensors("TokenSelection.take", index=self.index, x=x)
+        if x.ndim == 0 or x.shape[0] != self.tokens:
+            raise ValueError(f"TokenSelection.take: x has shape {tuple(x.shape)}; the selection is of {self.tokens} rows")
+        return torch.ops.fastvlp.token_take(x, self.index)
+
+    def apply(self, packed: Packed) -> Packed:
+        """The kept tokens of a packed batch, with their sizes and positions."""
+        size, pos = (None if t is None else self.take(t) for t in (packed.size, packed.pos))
+        if torch.compiler.is_compiling():
+            longest = packed.max_seqlen
+        else:
+            longest = int(self.lengths.max()) if len(self.lengths) else 0
+        return dataclasses.replace(
+            packed, x=self.take(packed.x), cu_seqlens=self.cu_seqlens, lengths=self.lengths, total=self.index.shape[0],
+            max_seqlen=longest, size=size, pos=pos,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def token_select(
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    keep: int | float | Tensor,
+    *,
+    lengths: Tensor | None = None,
+    total: int | None = None,
+    protected: int = 0,
+    impl: str | None = None,
+) -> TokenSelection:
+    """Keep the tokens of highest score in each segment (of equals the first), in their order. Random scores drop at random.
+
+    Scores are compared in float32 (float64 for float64), have no gradient here, and NaN is the lowest.
+
+    Args:
+        scores: [T] floating point: attention a token receives (PyramidDrop, FastV), random numbers (FLIP, PatchDropout).
+        cu_seqlens: int32 or int64 [S+1]: where each segment starts, then T.
+        keep: how many tokens of each segment stay, protected ones among them: a count (int), or a share of its length, rounded down (float
+            from 0 to 1); or a tensor [S] of counts (integers) or shares (floating point), on the CPU, else reading it costs a
+            synchronisation. A shorter segment stays whole.
+        lengths: integers [S] on the CPU, what cu_seqlens says (``Packed.lengths``). Without them the lengths are read from
+            cu_seqlens, which on a CUDA device costs a synchronisation.
+        total: how many tokens are kept in all, for torch.compile, which cannot read it from the lengths. None: counted.
+        protected: the first tokens of each segment that stay whatever their scores (and however low ``keep`` is): 1 for a class token.
+        impl: "triton", "cpu", "reference"; None takes the first that runs on the device.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit; total is not what is kept.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    op, segments = "token_select", cu_seqlens.shape[0] - 1 if cu_seqlens.ndim == 1 else 0
+    check_segments(op, "scores", scores, cu_seqlens, lengths)
+    check_number(op, "keep", keep, segments)
+    if scores.ndim != 1 or scores.dtype not in _check.FLOATS:
+        raise ValueError(f"{op}: scores are {scores.dtype} {tuple(scores.shape)}; they must be [tokens], floating point")
+    if protected < 0:
+        raise ValueError(f"{op}: protected is {protected}; it must be 0 or more, the leading tokens of a segment that stay")
+    each = keep.cpu() if isinstance(keep, Tensor) else None
+    number = 0.0 if isinstance(keep, Tensor) else float(keep)
+    share = isinstance(keep, float)
+    chosen = _backend.choose(op, impl, scores.device, IMPLEMENTATIONS)
+    if chosen == "triton" and scores.dtype == torch.float64:
+        if impl == "triton":
+            raise RuntimeError(f"{op}: impl='triton' compares float32, bfloat16 or float16, not float64; use impl='cpu'")
+        chosen = "cpu"
+    host = cu_seqlens.cpu().diff() if lengths is None else lengths
+    after = _counts(host.long(), number, share, each, protected)
+    total = int(after.sum()) if total is None else total
+    index, starts = torch.ops.fastvlp.token_select(
+        scores.detach(), cu_seqlens, host, number, share, each, protected, total, chosen
+    )
+    return TokenSelection(index, starts, after, scores.shape[0])
