@@ -44,7 +44,7 @@ def forward(
             masses += [mass] if with_mass else []
             lse = out.new_zeros(out.shape[:3], dtype=sum_dtype(q.dtype))
         if fused:
-            out, lse = _flash(*_operands(x, run), 0.0, causal, scale=scale)
+            out, lse = _flash(*_operands(x, run), 0.0, causal, attn_mask=_mask(x, run), scale=scale)
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.flatten())
     out = _join(outs, q.new_empty(0, q.shape[1], v.shape[2]))
@@ -70,9 +70,9 @@ def backward(
     parts: tuple[list[Tensor], ...] = ([], [], [], [])
     for run in runs:
         g, o = _view(grad, run.queries, run.batch), _view(out, run.queries, run.batch)
-        if _flashes(x, run):
+        if _flashes(x, run) and not needs[3]:
             log_sums = lse[run.queries.start * heads : run.queries.stop * heads].view(run.batch, heads, run.n)
-            grads = _flash_backward(g, *_operands(x, run), o, log_sums, 0.0, causal, scale=scale)
+            grads = _flash_backward(g, *_operands(x, run), o, log_sums, 0.0, causal, attn_mask=_mask(x, run), scale=scale)
         else:
             grads = _dense_backward(g, x, run, needs)
         for index, part in enumerate(grads):
@@ -147,10 +147,18 @@ def _operands(x: _Inputs, run: Run) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _flashes(x: _Inputs, run: Run) -> bool:
-    """Whether PyTorch's fused attention for CPUs computes this run: it aligns causality at the start and knows no biases."""
-    masked = x.bias is not None or (x.causal and (x.prefix_len is not None or run.n != run.m))
+    """Whether PyTorch's fused attention for CPUs computes this run: it aligns causality at the start and takes no bias beside it."""
+    masked = x.causal and (x.prefix_len is not None or run.n != run.m or x.bias is not None)
+    biased = x.bias is not None and x.bias.dtype != x.q.dtype
     dense_rows = all(t.stride(2) == 1 for t in (x.q, x.k, x.v))
-    return not masked and dense_rows and x.q.device.type == "cpu" and min(run.n, run.m) > 0 and x.q.shape[2] == x.v.shape[2]
+    return not (masked or biased) and dense_rows and x.q.device.type == "cpu" and min(run.n, run.m) > 0 and x.q.shape[2] == x.v.shape[2]
+
+
+def _mask(x: _Inputs, run: Run) -> Tensor | None:
+    """The bias of a run as the fused attention takes it: [batch, 1 or H, n, m], one row for all queries."""
+    if x.bias is None:
+        return None
+    return x.bias[:, run.keys].unflatten(1, (run.batch, run.m)).transpose(0, 1)[:, :, None].expand(-1, -1, run.n, -1)
 
 
 def _pieces(run: Run, heads: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
