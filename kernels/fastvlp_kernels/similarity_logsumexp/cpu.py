@@ -41,7 +41,7 @@ def stash_shape(M: int, N: int, dtype: torch.dtype, stash_bytes: int) -> tuple[i
 
 def new_stash(a: Inputs, stash_bytes: int) -> Tensor:
     """Where the forward leaves tiles of L for the backward, at most ``stash_bytes``."""
-    return empty(a.x, stash_shape(len(a.x), len(a.y), a.dtype, stash_bytes), sum_dtype(a.dtype))
+    return a.x.new_empty(stash_shape(len(a.x), len(a.y), a.dtype, stash_bytes), dtype=sum_dtype(a.dtype))
 
 
 class _Tiles:
