@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fastvlp.integrations import accelerate as accelerate
     from fastvlp.models import load as load
 
 
@@ -13,4 +14,8 @@ def __getattr__(name: str) -> Any:
         from fastvlp.models import load
 
         return load
+    if name == "accelerate":
+        from fastvlp.integrations import accelerate
+
+        return accelerate
     raise AttributeError(f"module 'fastvlp' has no attribute {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -14,6 +15,18 @@ from .inputs import Batch, align, asked_sizes, check, tell_refusal, told_sizes
 from .members import Members
 
 STRATEGIES = ("gather", "ring")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a loss was called with, checked: features of one dtype, scalars of the dtype of sums, and which of the four need a gradient."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    batch: Batch
+    trains: list[bool]
 
 
 class ContrastiveLoss(nn.Module, ABC):
@@ -57,29 +70,45 @@ class ContrastiveLoss(nn.Module, ABC):
                 processes raise when one refuses.
             RuntimeError: another process refused its input, died, or did not answer within the process group's timeout.
         """
+        given = self._given(image_features, text_features, logit_scale, logit_bias, local_sizes)
+        if given.batch.members.size == 1:
+            loss = self._alone(given.image, given.text, given.scale, given.bias)
+        else:
+            loss = self._across(given.image, given.text, given.scale, given.bias, given.batch, given.trains)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _given(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+        local_sizes: Sequence[int] | None,
+    ) -> Given:
+        """The checked inputs of a call, and the batch that they are a part of."""
         members = self._members()
-        asks = members.size > 1 and local_sizes is None
         try:
-            check(self.name, image_features, text_features)
-            image, text = align(self.name, image_features, text_features)
+            check(self.name, image, text)
+            image, text = align(self.name, image, text)
             dtype = _inputs.product_dtype(self.name, image, None)
             sums = _inputs.sum_dtype(dtype)
             scale = _inputs.scalar(self.name, "logit_scale", logit_scale, image, sums)
             bias = None if logit_bias is None else _inputs.scalar(self.name, "logit_bias", logit_bias, image, sums)
         except (TypeError, ValueError):
-            if asks:
-                tell_refusal(members)
+            self._tell_refusal(local_sizes)
             raise
         trains = _inputs.needs_grad(image, text, scale, bias)
-        if asks:
+        if members.size > 1 and local_sizes is None:
             sizes = asked_sizes(self.name, self.strategy, image, dtype, trains, members)
         else:
             sizes = (len(image),) if local_sizes is None else told_sizes(self.name, local_sizes, members, len(image))
-        if members.size == 1:
-            loss = self._alone(image, text, scale, bias)
-        else:
-            loss = self._across(image, text, scale, bias, Batch(members, sizes, dtype, sums), trains)
-        return {"contrastive_loss": loss} if output_dict else loss
+        return Given(image, text, scale, bias, Batch(members, sizes, dtype, sums), trains)
+
+    def _tell_refusal(self, local_sizes: Sequence[int] | None) -> None:
+        """Before an error of this process alone: let the others, which may be asking for its size, stop too."""
+        members = self._members()
+        if members.size > 1 and local_sizes is None:
+            tell_refusal(members)
 
     def _members(self) -> Members:
         members = Members.of(self.name, self.group)

@@ -12,7 +12,10 @@ from fastvlp_kernels import _check
 
 from .members import Members
 
-KINDS = ("ClipLoss gather", "ClipLoss ring", "SigLipLoss gather", "SigLipLoss ring")
+KINDS = (
+    *("ClipLoss gather", "ClipLoss ring", "SigLipLoss gather", "SigLipLoss ring"),
+    *("CoCaLoss gather", "CoCaLoss ring", "DistillClipLoss gather"),
+)
 
 
 @dataclass(frozen=True)

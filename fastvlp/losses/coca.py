@@ -1,0 +1,116 @@
+"""The contrastive and the captioning loss of CoCa."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from fastvlp_kernels import _inputs
+
+from .clip import ClipLoss
+
+
+class CoCaLoss(ClipLoss):
+    """CLIP's loss and the cross-entropy of each caption token, each with its weight (Yu et al. 2022, arXiv:2205.01917).
+
+    Takes the arguments and the call of ``open_clip.CoCaLoss`` 3.3. What :class:`ClipLoss` says of the contrastive part holds here. Of the
+    captions:
+
+    * The mean is over the tokens of the whole batch: the mean over processes of the returned losses is that of one process. open_clip
+      averages the processes' own means, in which a token of a short caption batch weighs more. A batch without tokens has loss 0.
+    * With ``clip_loss_weight=0`` the features and logit_scale have gradient 0 instead of none, which DDP refuses in open_clip.
+
+    Args:
+        caption_loss_weight, clip_loss_weight: of the two losses.
+        pad_id: label that is not counted.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, strategy, group, stash_bytes: as in :class:`ClipLoss`.
+
+    Raises:
+        ValueError: ``strategy`` is unknown, or ``use_horovod`` is True.
+    """
+
+    name = "CoCaLoss"
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        strategy: str = "gather",
+        group: dist.ProcessGroup | None = None,
+        stash_bytes: int = 0,
+    ) -> None:
+        super().__init__(
+            local_loss,
+            gather_with_grad,
+            cache_labels,
+            rank,
+            world_size,
+            use_horovod,
+            strategy=strategy,
+            group=group,
+            stash_bytes=stash_bytes,
+        )
+        self.caption_loss_weight = caption_loss_weight
+        self.clip_loss_weight = clip_loss_weight
+        self.pad_id = pad_id
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: float | Tensor,
+        output_dict: bool = False,
+        *,
+        local_sizes: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """This process's shares of both losses.
+
+        Args:
+            image_features, text_features, logit_scale, local_sizes: as in :class:`ClipLoss`.
+            logits: [b, L, V] of the next token. labels: [b, L] integers below V, or ``pad_id``.
+            output_dict: return ``{"contrastive_loss": ..., "caption_loss": ...}`` instead of both in this order.
+
+        Returns:
+            0-d tensors, float32 (float64 for float64 input), already weighted.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as in :class:`ClipLoss`; or logits and labels do not fit.
+        """
+        if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+            if self.clip_loss_weight:
+                self._tell_refusal(local_sizes)
+            raise ValueError(
+                f"{self.name}: logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; they must be [b, L, V] and [b, L]"
+            )
+        if self.clip_loss_weight:
+            loss = super().forward(image_features, text_features, logit_scale, local_sizes=local_sizes)
+            assert isinstance(loss, Tensor)
+            contrastive = self.clip_loss_weight * loss
+        else:
+            parts = (image_features, text_features, torch.as_tensor(logit_scale, device=logits.device).reshape(-1))
+            contrastive = torch.stack([part[:0].sum(dtype=_inputs.sum_dtype(part.dtype)) for part in parts]).sum()
+        caption = self.caption_loss_weight * self._captions(logits, labels)
+        return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
+
+    def _captions(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """This process's share of the mean over the tokens of all processes."""
+        wide = logits.flatten(0, 1).to(_inputs.sum_dtype(logits.dtype))
+        total = F.cross_entropy(wide, labels.flatten(), ignore_index=self.pad_id, reduction="sum")
+        tokens, members = (labels != self.pad_id).sum(), self._members()
+        if members.size > 1:
+            tokens = members.gather(tokens).sum()
+        return total * members.size / tokens.clamp(min=1)

@@ -1,0 +1,153 @@
+"""CLIP's loss with a teacher: cross-entropy against the softmax of the teacher's similarities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+
+from fastvlp_kernels import _inputs
+from fastvlp_kernels.similarity_attend import similarity_attend
+from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+
+from .base import Given
+from .clip import ClipLoss
+from .gather import gather_texts, return_gradient
+from .inputs import Batch, align, check
+
+
+class DistillClipLoss(ClipLoss):
+    """CLIP's loss, and the cross-entropy of the student's similarities against the teacher's (as in CLIP-KD, arXiv:2307.12732).
+
+    With S the student's matrix of similarities and T the softmax over the rows of the teacher's, the distillation loss of images to
+    texts is 1/N * sum_i (logsumexp_j S_ij - sum_j T_ij S_ij); that of texts to images likewise on the transposed matrices, and the mean of
+    both is returned. Since sum_j T_ij S_ij = logit_scale * <image_i, (T text)_i>, neither matrix is stored: T text is
+    :func:`fastvlp.ops.similarity_attend`, and the student's log-sum-exps serve both losses.
+
+    Takes the arguments and the call of ``open_clip.DistillClipLoss`` 3.3. What :class:`ClipLoss` says of values and gradients across
+    processes holds for both losses; they travel by ``strategy="gather"``, both towers. The teacher gets no gradient; its features may
+    have another width than the student's.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, strategy, group, stash_bytes: as in :class:`ClipLoss`.
+
+    Raises:
+        ValueError: ``strategy`` is not "gather", or ``use_horovod`` is True.
+    """
+
+    name = "DistillClipLoss"
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        strategy: str = "gather",
+        group: dist.ProcessGroup | None = None,
+        stash_bytes: int = 0,
+    ) -> None:
+        if strategy != "gather":
+            raise ValueError(f'{self.name}: strategy={strategy!r} is not supported; a teacher needs strategy="gather"')
+        super().__init__(
+            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group=group, stash_bytes=stash_bytes
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: float | Tensor,
+        output_dict: bool = False,
+        *,
+        local_sizes: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """This process's shares of both losses.
+
+        Args:
+            image_features, text_features, logit_scale, local_sizes: of the student, as in :class:`ClipLoss`.
+            dist_image_features, dist_text_features: [b, E] of the teacher, the same pairs. dist_logit_scale: its scale.
+            output_dict: return ``{"contrastive_loss": ..., "distill_loss": ...}`` instead of both in this order.
+
+        Returns:
+            0-d tensors, float32 (float64 for float64 features).
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as in :class:`ClipLoss`; or the teacher's features do not fit the student's.
+        """
+        try:
+            teacher = self._teacher(dist_image_features, dist_text_features, image_features)
+        except (TypeError, ValueError):
+            self._tell_refusal(local_sizes)
+            raise
+        given = self._given(image_features, text_features, logit_scale, None, local_sizes)
+        sums = given.batch.sums
+        temperature = _inputs.scalar(self.name, "dist_logit_scale", dist_logit_scale, given.image, sums).detach()
+        terms = self._alone_terms if given.batch.members.size == 1 else self._across_terms
+        row, column, positive, of_row, of_column = terms(given, (teacher[0].to(sums), teacher[1].to(sums)), temperature)
+        share = given.batch.factor / 2
+        contrastive = ((row - positive) + (column - positive)).sum() * share
+        distill = ((row - of_row) + (column - of_column)).sum() * share
+        return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
+
+    def _teacher(self, image: Tensor, text: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        check(f"{self.name}, teacher", image, text)
+        if len(image) != len(student):
+            raise ValueError(f"{self.name}: {len(student)} pairs of the student, {len(image)} of the teacher; both must see the same batch")
+        image, text = align(f"{self.name}, teacher", image, text)
+        return image.detach(), text.detach()
+
+    def _alone_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> tuple[Tensor, ...]:
+        """Row and column log-sum-exps, positives, and the means of rows and of columns under the teacher's softmax; each [N]."""
+        image, text, dtype = given.image.to(given.batch.sums), given.text.to(given.batch.sums), given.batch.dtype
+        row, column, positive = similarity_logsumexp(
+            image, text, given.scale, offset=0, compute_dtype=dtype, stash_bytes=self.stash_bytes
+        )
+        of_row = _mean_similarity(image, text, given.scale, teacher[0], teacher[1], temperature, dtype)
+        of_column = _mean_similarity(text, image, given.scale, teacher[1], teacher[0], temperature, dtype)
+        return row, column, positive, of_row, of_column
+
+    def _across_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> tuple[Tensor, ...]:
+        """The same of this process's pairs, among those of all processes; each [b]."""
+        batch = given.batch
+        image, text = given.image.to(batch.sums), given.text.to(batch.sums)
+        images, texts = (_Gather.apply(rows, batch) for rows in (image, text))
+        teacher_images, teacher_texts = (gather_texts(rows, batch).to(batch.sums) for rows in teacher)
+        start = batch.start(batch.members.rank)
+        row, _, positive = similarity_logsumexp(image, texts, given.scale, offset=start, compute_dtype=batch.dtype)
+        column, _ = similarity_logsumexp(text, images, given.scale, compute_dtype=batch.dtype)
+        of_row = _mean_similarity(image, texts, given.scale, teacher[0], teacher_texts, temperature, batch.dtype)
+        of_column = _mean_similarity(text, images, given.scale, teacher[1], teacher_images, temperature, batch.dtype)
+        return row, column, positive, of_row, of_column
+
+
+def _mean_similarity(
+    x: Tensor, y: Tensor, scale: Tensor, teacher_x: Tensor, teacher_y: Tensor, temperature: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[M]: the mean over j of scale * <x_i, y_j> with the weights softmax_j(temperature * <teacher_x_i, teacher_y_j>)."""
+    mean, _ = similarity_attend(teacher_x, teacher_y, y, temperature, compute_dtype=dtype)
+    return scale * (x * mean).sum(1)
+
+
+class _Gather(torch.autograd.Function):
+    """Every process's rows, in the dtype of sums; they travel in the dtype of products, and so do their gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, batch: Batch) -> Tensor:
+        ctx.batch = batch
+        return gather_texts(rows, batch).to(batch.sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return return_gradient(gradient, ctx.batch), None
