@@ -1,11 +1,12 @@
 """Times, memory, share of the device's limit and error of our operators, of PyTorch and of other packages.
 
-    python -m benchmarks                                  lists the cases and who can run them here
+    python -m benchmarks list                             the cases and who can run them here
     python -m benchmarks run --op similarity_logsumexp    one operator (--quick: small sizes, seconds)
     python -m benchmarks run --all                        all operators
     python -m benchmarks run --e2e mini --resume          time to zero-shot accuracy against open_clip's model and loss
+    python -m benchmarks compare A.csv B.csv              what got slower or faster from A to B; exit 1 where something got slower
     python -m benchmarks plot                             pictures of the results, beside them
-    python -m benchmarks report [--check]                 the tables in README.md and kernels/README.md
+    python -m benchmarks report [--check]                 the tables in README.md and kernels/README.md, and a page of all results
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import e2e, plot, report
+from benchmarks import compare, e2e, plot, report
 from benchmarks.measure import ParityError
 from benchmarks.registry import ENDS, OPS, find, suggest
 from benchmarks.run import RESULTS, run_case, split_providers, write
@@ -26,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command")
+    commands.add_parser("list", help="the cases and who can run them here (also without a command)")
     run = commands.add_parser("run", help="measure, and write benchmarks/results/<device>/")
     run.add_argument("--op", action="append", default=[], metavar="OP", help=f"one of {', '.join(OPS)}; may be repeated")
     run.add_argument("--all", action="store_true", help="every operator")
@@ -33,10 +35,17 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="small sizes, no memory; written only where --out is given")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
     run.add_argument("--out", type=Path, help=f"folder for the results (default: {RESULTS})")
+    run.add_argument("--seconds", type=float, metavar="S", help="no further samples of one size and mode after S seconds (default: 10)")
     e2e.add_arguments(run)
-    for name, text in (("plot", "draw the results as PNG"), ("report", "write the marked tables of the READMEs")):
+    compared = commands.add_parser("compare", help="what got slower or faster between two result files")
+    compared.add_argument("a", type=Path, metavar="A.csv")
+    compared.add_argument("b", type=Path, metavar="B.csv")
+    compared.add_argument("--minimal", type=float, default=compare.MINIMAL, metavar="SHARE",
+                          help="a smaller change of the median is none (default: %(default)s)")  # fmt: skip
+    for name, text in (("plot", "draw the results as PNG"), ("report", "write the marked tables of the READMEs and a page of all results")):
         command = commands.add_parser(name, help=text)
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    commands.choices["report"].add_argument("--html", type=Path, metavar="PATH", help="the page (default: index.html beside the results)")
     commands.choices["report"].add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is out of date")
     return top
 
@@ -53,6 +62,10 @@ def list_cases() -> None:
         if absent:
             print(f"    not here: {', '.join(f'{name} ({reason})' for name, reason in absent.items())}")
     print(f"mini: {e2e.__doc__.splitlines()[0]}\n    python -m benchmarks run --e2e mini")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     failed = False
     for op in ops:
         try:
-            result = run_case(find(op), torch.device(arguments.device), arguments.quick, lambda text: print(text, flush=True))
+            result = run_case(find(op), torch.device(arguments.device), arguments.quick, _say, arguments.seconds)
         except ParityError as error:
             print(f"parity: {error}", file=sys.stderr)
             failed = True
@@ -87,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line's exit code."""
     arguments = parser().parse_args(argv)
-    if arguments.command is None:
+    if arguments.command in (None, "list"):
         list_cases()
         return 0
     if arguments.command == "run":
@@ -96,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
         for path in plot.plot(arguments.results):
             print(path)
         return 0
-    return report.main(arguments.results, arguments.check)
+    if arguments.command == "compare":
+        return compare.main(arguments.a, arguments.b, arguments.minimal)
+    return report.main(arguments.results, arguments.check, page=arguments.html)
 
 
 if __name__ == "__main__":

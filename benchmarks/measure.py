@@ -69,11 +69,30 @@ def errors(task: Task, exact: Exact) -> dict[str, float]:
     return relative
 
 
+def _failure(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"fails: {type(error).__name__}: {lines[0][:200]}"
+
+
+def build(providers: Sequence[Provider], problem: Problem) -> tuple[dict[str, Task], dict[str, str]]:
+    """The tasks by name, and the rivals and compilers that cannot even begin, with the reason."""
+    tasks: dict[str, Task] = {}
+    left_out: dict[str, str] = {}
+    for provider in providers:
+        try:
+            tasks[provider.name] = provider.build(problem)
+        except Exception as error:
+            if provider.kind in ("ours", "eager"):
+                raise
+            left_out[provider.name] = _failure(error)
+    return tasks, left_out
+
+
 def check_parity(case: Case, problem: Problem, tasks: Mapping[str, Task]) -> tuple[dict[str, float], dict[str, str]]:
     """Compare everybody with float64 before anything is timed.
 
-    The worst relative error of each provider, and the others that are left out: rivals that compute something else, and whoever
-    runs out of memory. Where eager did, ours only has to be the same function.
+    The worst relative error of each provider, and the others that are left out: rivals that fail or compute something else, and
+    whoever else runs out of memory. Where eager did, ours only has to be the same function.
 
     Raises:
         ParityError: our error exceeds that of eager PyTorch in the same dtype by more than TOLERANCE, or eager itself is wrong.
@@ -86,10 +105,10 @@ def check_parity(case: Case, problem: Problem, tasks: Mapping[str, Task]) -> tup
     for provider in comparable:
         try:
             found[provider.name] = errors(tasks[provider.name], exact)
-        except torch.OutOfMemoryError:
-            if provider.kind == "ours":
+        except Exception as failure:
+            if provider.kind == "ours" or (provider.kind == "eager" and not isinstance(failure, torch.OutOfMemoryError)):
                 raise
-            left_out[provider.name] = "out of memory"
+            left_out[provider.name] = _failure(failure)
     eager = found.get(next(p.name for p in comparable if p.kind == "eager"), {})
     for provider in [p for p in comparable if p.name in found]:
         worst[provider.name] = max(found[provider.name].values())

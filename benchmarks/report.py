@@ -1,4 +1,4 @@
-"""The tables in README.md and kernels/README.md, made from the result files and never typed.
+"""The tables in README.md and kernels/README.md, made from the result files and never typed, and a page of all results.
 
 A table stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; NAME is one of TABLES. What was not measured stays
 empty and says so.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import html
 from benchmarks.machine import ROOT
 from benchmarks.registry import OPS, find, suggest
 from benchmarks.run import Row, write_text
@@ -180,15 +181,18 @@ def render(text: str, results: Results, source: str) -> str:
     return _BLOCK.sub(replace, text)
 
 
-def main(folder: Path, check: bool, files: Sequence[Path] = FILES) -> int:
-    """Write the tables into the files that exist; with ``check`` only compare, and return 1 where one is out of date."""
+def main(folder: Path, check: bool, files: Sequence[Path] = FILES, page: Path | None = None) -> int:
+    """Write the tables into the files that exist, and the page (index.html in the folder, or ``page``).
+
+    With ``check`` only compare what exists, and return 1 where something is out of date.
+    """
     results, stale = load(folder), []
-    for path in files:
-        if not path.exists():
-            continue
-        text = path.read_text(encoding="utf-8")
-        new = render(text, results, str(path))
-        if new != text:
+    wanted = {path: render(path.read_text(encoding="utf-8"), results, str(path)) for path in files if path.exists()}
+    page = page or folder / "index.html"
+    if page.exists() or not check:
+        wanted[page] = html.page(results)
+    for path, new in wanted.items():
+        if not path.exists() or new != path.read_text(encoding="utf-8"):
             stale.append(path)
             if not check:
                 write_text(path, new)

@@ -7,20 +7,22 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.machine import Limits, cores, describe, load, measure_limits
-from benchmarks.measure import FULL, QUICK, Budget, Clock, check_parity, extra_bytes, paired_ratio, percentile, results, sample
+from benchmarks.measure import FULL, QUICK, Budget, Clock, build, check_parity, extra_bytes, paired_ratio, percentile, results, sample
 from benchmarks.registry import Case, Mode, Problem, Provider, Task
 from benchmarks.rivals import version
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = (
     "op", "provider", "kind", "mode", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "samples", "rival", "ratio_rival", "ratio_eager",
-    "tflops", "share_of_limit", "extra_mb", "error", "version", "device", "threads", "torch", "triton", "python", "commit", "timestamp",
+    "flops", "bytes", "tflops", "share_of_limit", "extra_mb", "error",
+    "version", "device", "threads", "torch", "triton", "python", "commit", "timestamp",
 )  # fmt: skip
 
 Row = dict[str, Any]
@@ -58,14 +60,17 @@ def measure_mode(
             "dtype": str(problem.shape.dtype).removeprefix("torch."),
             "p20_ms": 1e3 * percentile(seconds, 20), "p50_ms": 1e3 * median, "p80_ms": 1e3 * percentile(seconds, 80),
             "samples": len(seconds), "rival": rival, "ratio_rival": rival and paired_ratio(taken[rival], seconds),
-            "ratio_eager": eager and paired_ratio(taken[eager], seconds), "tflops": flops / median / 1e12, "share_of_limit": floor / median,
+            "ratio_eager": eager and paired_ratio(taken[eager], seconds), "flops": flops, "bytes": moved,
+            "tflops": flops / median / 1e12, "share_of_limit": floor / median,
             "extra_mb": None if extra is None else extra / 1e6, "version": version(provider.distribution) or "source",
         })  # fmt: skip
     return rows
 
 
-def run_case(case: Case, device: torch.device, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def run_case(case: Case, device: torch.device, quick: bool, say: Callable[[str], None], seconds: float | None = None) -> dict[str, Any]:
     """Every shape of a case: parity first, then times and memory. The result file's content.
+
+    ``seconds`` replaces the time after which one shape in one mode takes no further samples.
 
     Raises:
         ParityError: before anything of that shape is timed.
@@ -80,19 +85,23 @@ def run_case(case: Case, device: torch.device, quick: bool, say: Callable[[str],
     say(f"{case.op}: limits {', '.join(f'{rate:.3g} TFLOP/s {name}' for name, rate in rates.items())}, copy {limits.copy / 1e9:.3g} GB/s")
     for name, reason in absent.items():
         say(f"  {name}: {reason}")
+    budget = QUICK if quick else FULL
+    if seconds is not None:
+        budget = replace(budget, seconds=seconds)
     about, clock, rows, facts = describe(device), Clock(device), [], {}
     for shape in shapes:
         torch._dynamo.reset()
         problem = case.problem(shape, device)
         facts[shape.name] = dict(problem.facts)
-        tasks = {provider.name: provider.build(problem) for provider in providers}
-        worst, left_out = check_parity(case, problem, tasks)
-        for name, reason in left_out.items():
-            say(f"  {shape.name}: {name} is left out, {reason}")
+        tasks, left_out = build(providers, problem)
+        worst, not_timed = check_parity(case, problem, tasks)
+        for name in not_timed:
             del tasks[name]
+        for name, reason in (left_out | not_timed).items():
+            say(f"  {shape.name}: {name} is left out, {reason}")
             absent[f"{name} at {shape.name}"] = reason
         for mode in case.modes:
-            measured = measure_mode(case, problem, tasks, mode, limits, clock, QUICK if quick else FULL, memory=not quick)
+            measured = measure_mode(case, problem, tasks, mode, limits, clock, budget, memory=not quick)
             for row in measured:
                 rows.append(row | {"error": worst.get(row["provider"])} | about)
                 say("  " + line(rows[-1]))

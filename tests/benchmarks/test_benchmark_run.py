@@ -9,7 +9,7 @@ from toys import EAGER, square, toy
 
 from benchmarks import __main__ as command_line
 from benchmarks import measure, run
-from benchmarks.registry import Provider
+from benchmarks.registry import Provider, Task
 
 ABSENT = Provider("elsewhere", "rival", square(), why_not=lambda device: "not installed")
 RIVAL = Provider("rival", "rival", square())
@@ -57,6 +57,43 @@ def test_a_wrong_rival_is_not_timed_and_named():
     assert any("rival is left out" in text for text in said)
 
 
+def fails(at):
+    """A provider that raises while it is built or when it is first called."""
+
+    def build(problem):
+        def forward():
+            raise TypeError("unexpected keyword\nand a long story")
+
+        return forward() if at == "build" else Task(forward, {})
+
+    return build
+
+
+@pytest.mark.parametrize("kind", ["rival", "compiled"])
+@pytest.mark.parametrize("at", ["build", "call"])
+def test_whoever_fails_is_left_out_with_the_reason_and_the_others_are_measured(at, kind):
+    result, said = measured(OURS, EAGER, Provider("broken", kind, fails(at)))
+    assert {row["provider"] for row in result["rows"]} == {"ours", "eager"}
+    assert result["absent"] == {"broken at n=8": "fails: TypeError: unexpected keyword"}
+    assert "  n=8: broken is left out, fails: TypeError: unexpected keyword" in said
+
+
+@pytest.mark.parametrize("kind", ["ours", "eager"])
+@pytest.mark.parametrize("at", ["build", "call"])
+def test_ours_and_eager_must_not_fail(at, kind):
+    providers = [provider for provider in (OURS, EAGER) if provider.kind != kind]
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        measured(*providers, Provider("broken", kind, fails(at)))
+
+
+def test_seconds_bound_the_sampling(monkeypatch):
+    budgets = []
+    real = run.sample
+    monkeypatch.setattr(run, "sample", lambda functions, clock, budget: budgets.append(budget) or real(functions, clock, budget))
+    run.run_case(toy(OURS, EAGER), torch.device("cpu"), True, lambda text: None, 0.0)
+    assert {budget.seconds for budget in budgets} == {0.0} and {budget.min_rounds for budget in budgets} == {measure.QUICK.min_rounds}
+
+
 def test_a_parity_failure_is_the_command_s_exit_code(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command_line, "find", lambda op: toy(Provider("ours", "ours", square(1.1)), EAGER))
     assert command_line.main(["run", "--op", "packed_attention", "--quick", "--out", str(tmp_path)]) == 1
@@ -88,7 +125,8 @@ def test_cuda_is_refused_where_there_is_none(capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_without_a_command_the_cases_are_listed(capsys):
-    assert command_line.main([]) == 0
+@pytest.mark.parametrize("arguments", [[], ["list"]])
+def test_the_cases_are_listed(arguments, capsys):
+    assert command_line.main(arguments) == 0
     listed = capsys.readouterr().out
     assert "similarity_logsumexp: " in listed and "runs here: fastvlp cpu, eager" in listed and "--e2e mini" in listed
