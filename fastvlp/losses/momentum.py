@@ -1,0 +1,123 @@
+"""Encoders that follow others with momentum, and the loss against their features and a queue of them (MoCo, BriVL)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp_kernels import _check, _inputs
+from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+
+from .inputs import align, check
+from .queue import NegativeQueue
+from .terms import operand, softplus
+
+NAME = "queue_contrastive_loss"
+
+
+class MomentumEncoder(nn.Module):
+    """A copy of an encoder that follows it: weights <- m * weights + (1 - m) * the encoder's (He et al. 2020, arXiv:1911.05722).
+
+    Args:
+        encoder: any module; it is copied, and the copy takes no gradient.
+        momentum: m, from 0 to 1.
+
+    Raises:
+        ValueError: ``momentum`` is not in [0, 1].
+    """
+
+    def __init__(self, encoder: nn.Module, momentum: float = 0.999) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"MomentumEncoder: momentum={momentum}; it must be from 0 (a plain copy) to 1 (never moves)")
+        self.momentum = momentum
+        self.module = copy.deepcopy(encoder).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the copy gives, without gradient."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, encoder: nn.Module) -> None:
+        """Move towards ``encoder``, after each step of its optimizer. Buffers (statistics of batch norm) are copied."""
+        torch._foreach_lerp_(list(self.module.parameters()), list(encoder.parameters()), 1 - self.momentum)
+        for kept, new in zip(self.module.buffers(), encoder.buffers(), strict=True):
+            kept.copy_(new)
+
+
+def queue_contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    image_keys: Tensor,
+    text_keys: Tensor,
+    image_queue: NegativeQueue,
+    text_queue: NegativeQueue,
+    scale: float | Tensor = 1.0,
+    *,
+    batch_negatives: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    stash_bytes: int = 0,
+    impl: str | None = None,
+) -> Tensor:
+    """InfoNCE of each tower's features against the other tower's momentum features, with negatives from queues.
+
+    With s = scale * <., .>, the images' part is the mean over i of -log(exp(s(image_i, text_key_i)) / (exp(s(image_i, text_key_i)) +
+    sum over q in text_queue of exp(s(image_i, q)))); the texts' part likewise with image keys; the loss is their mean. This is the loss of
+    BriVL (Huo et al. 2021, arXiv:2103.06561), two of MoCo (He et al. 2020, arXiv:1911.05722). The batch costs O(B * Q * D) and no
+    B x B product; nothing of size B x Q is stored. Keys and queues get no gradient::
+
+        keys = image_momentum(pixels), text_momentum(tokens)
+        queue_contrastive_loss(image, text, *keys, image_queue, text_queue, scale).backward()
+        image_queue.enqueue(keys[0]); text_queue.enqueue(keys[1])
+
+    For towers that meet their own features and a queue as well, give the queues to :func:`contrastive_loss` as negatives.
+
+    Args:
+        image, text: [B, D] each, row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
+        image_keys, text_keys: [B, D] each, the same samples by the momentum encoders.
+        image_queue, text_queue: of width D, with features of earlier batches; places that were never filled do not count.
+        scale: number, 0-d or [1] tensor.
+        batch_negatives: the keys of the other samples of the batch are negatives too (ALBEF, Li et al. 2021, arXiv:2107.07651).
+        compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: the inputs do not fit.
+    """
+    check(NAME, image, text)
+    image, text = align(NAME, image, text)
+    for name, keys in (("image_keys", image_keys), ("text_keys", text_keys)):
+        if keys.shape != image.shape:
+            raise ValueError(f"{NAME}: {name} have shape {tuple(keys.shape)}; they must be like the features, {tuple(image.shape)}")
+    for name, queue in (("image_queue", image_queue), ("text_queue", text_queue)):
+        if queue.features.shape[1] != image.shape[1]:
+            raise ValueError(f"{NAME}: {name} has width {queue.features.shape[1]}, the features have {image.shape[1]}")
+    _check.plain_tensors(NAME, image=image, image_keys=image_keys, image_queue=image_queue.features, text_queue=text_queue.features)
+    dtype = _inputs.product_dtype(NAME, image, compute_dtype)
+    factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
+    how = {"compute_dtype": dtype, "stash_bytes": stash_bytes, "impl": impl}
+    with torch.autocast(image.device.type, enabled=False):
+        of_images = _against_queue(image, text_keys, text_queue, factor, batch_negatives, how)
+        of_texts = _against_queue(text, image_keys, image_queue, factor, batch_negatives, how)
+        return (of_images + of_texts) / 2
+
+
+def _against_queue(
+    features: Tensor, keys: Tensor, queue: NegativeQueue, scale: Tensor, batch_negatives: bool, how: dict[str, Any]
+) -> Tensor:
+    """One direction. The positive is left out of every sweep, so that no term cancels against another."""
+    x, positives, kept = (operand(rows, how["compute_dtype"]) for rows in (features, keys.detach(), queue.features))
+    negatives = similarity_logsumexp(x, kept, scale, col_bias=queue.log_weight, **how)[0]
+    if batch_negatives:
+        places = torch.arange(len(x), device=x.device)
+        others, _, positive = similarity_logsumexp(x, positives, scale, row_ids=places, col_ids=places, offset=0, **how)
+        negatives = torch.logaddexp(negatives, others)
+    else:
+        positive = scale * torch.linalg.vecdot(x, positives)
+    return softplus(negatives - positive).mean()

@@ -1,0 +1,201 @@
+"""The softmax objectives of the literature as one function whose keywords compose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastvlp_kernels import _check, _inputs
+
+from .inputs import align, check
+from .queue import NegativeQueue
+from .terms import Sweep, Terms, make_side, number_groups
+
+NAME = "contrastive_loss"
+EQUAL_IDS = ("mean", "sum", "exclude")
+
+
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    weights: Tensor | tuple[Tensor, Tensor] | None = None,
+    log_weights: Tensor | tuple[Tensor, Tensor] | None = None,
+    ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    equal_ids: str = "mean",
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    tau_plus: float | Tensor | None = None,
+    text_negatives: Tensor | NegativeQueue | None = None,
+    image_negatives: Tensor | NegativeQueue | None = None,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    stash_bytes: int = 0,
+    impl: str | None = None,
+) -> Tensor:
+    """The symmetric softmax loss of images and texts, with what has been proposed on top of it; S is never stored.
+
+    With S_ij = scale * <image_i, text_j>, images look for their text with p_ij = exp(S_ij) / sum_k exp(S_ik), and texts for their image
+    along the columns. The loss is the mean over images of -w_i log p_ii, averaged with the same of the texts (CLIP, Radford et al. 2021,
+    arXiv:2103.00020). The keywords change one thing each, and compose:
+
+    * ``weights``: w. ALIP's sample weight times pair weight (Yang et al. 2023, arXiv:2308.08428). Means divide by the count, not by sum(w).
+    * ``log_weights``: each exp(S_ij) counts u_i * v_j times in the sums: logarithms of u and v, added to S. Corrects for sampling.
+    * ``ids``: pairs of equal id are all positive, and image and text counts may differ. ``equal_ids="mean"``: the mean over an anchor's
+      positives of -log p (UniCL, Yang et al. 2022, arXiv:2204.03610; DreamLIP, Zheng et al. 2024, arXiv:2403.17007; SupCon's L_out, Khosla
+      et al. 2020, arXiv:2004.11362). "sum": -log of the sum of their p (MIL-NCE, Miech et al. 2020, arXiv:1912.06430). "exclude": the pairs
+      stay (i, i), and others of equal id are no negatives. An anchor without a positive has no loss and does not count in the mean.
+    * ``label_smoothing``: e. The target is (1 - e) times the positives plus e times uniform over the anchor's candidates.
+    * ``focal_gamma``: g. The loss of an anchor is (1 - p)^g * -log p (Lin et al. 2017, arXiv:1708.02002; RO-ViT, Kim et al. 2023,
+      arXiv:2305.07011, takes a focal loss to contrastive pre-training). p is the softmax's, not a sigmoid of each pair.
+    * ``tau_plus``: the prior of a negative being a positive in truth. -log(exp(S_ii) / (exp(S_ii) + n g)) with
+      g = max((mean over the n negatives of exp(S_ij) - tau_plus * exp(S_ii)) / (1 - tau_plus), exp(-scale)) (debiased InfoNCE, Chuang et
+      al. 2020, arXiv:2007.00224; the bound is that of normalised features).
+    * ``text_negatives``: more candidates for the images. [J, D]: for all of them (TripletCLIP, Patel et al. 2024, arXiv:2411.02545, once
+      for the pairs and once for the hard pairs; Jina CLIP, Koukounas et al. 2024, arXiv:2405.20204); [M, J, D]: J for each; or a queue.
+      ``image_negatives``: likewise for the texts.
+    * ``prefixes``: the weighted sum of the losses of the first p_1 < ... < p_K = D features, each normalised by itself (Matryoshka,
+      Kusupati et al. 2022, arXiv:2205.13147; jina-clip-v2, Koukounas et al. 2024, arXiv:2412.08802).
+
+    Without ``label_smoothing``, "mean", negatives and prefixes it is one sweep of one operator. Smoothing and "mean" add O((M + N) D).
+    With "mean" and n > 1 positives, 1/n is taken from p only after p has been rounded for its product: impl "triton" in bfloat16 is then
+    less exact than eager PyTorch where p is close to 1/n. A single positive is exact, and so is "sum".
+
+    Args:
+        image: [M, D] and text: [N, D], float32, bfloat16 or float16 (float64 on the CPU). M = N, row i of both is a pair, except with
+            ids of "mean" and "sum".
+        scale: number, 0-d or [1] tensor.
+        weights, log_weights: [N] for pairs, or ([M], [N]) for images and texts.
+        ids: integers, likewise; below zero: equal to nothing. With "exclude" they belong to the pairs: [N].
+        label_smoothing: from 0 to below 1. focal_gamma: 0 or more.
+        tau_plus: from 0 to below 1, a number or one for each pair, [N].
+        text_negatives: [J, D], [M, J, D] or :class:`NegativeQueue`. image_negatives: [J, D], [N, J, D] or a queue.
+        prefixes: widths. prefix_weights: K numbers, all 1 if left out.
+        compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: the inputs do not fit, or two keywords have no common meaning; the message says why.
+    """
+    several = ids is not None and equal_ids != "exclude"
+    _check_options(ids is not None, equal_ids, label_smoothing, focal_gamma, tau_plus, log_weights is not None)
+    image, text = _check_features(image, text, several)
+    weight = _two_sides("weights", weights, image, text)
+    bias = _two_sides("log_weights", log_weights, image, text)
+    if ids is not None and not several and not isinstance(ids, Tensor):
+        raise ValueError(f"{NAME}: equal_ids='exclude' takes one id for each pair, a tensor of shape ({len(text)},), not two of them")
+    of_images, of_texts = _two_sides("ids", ids, image, text, integer=True)
+    _check_negatives("text_negatives", text_negatives, image)
+    _check_negatives("image_negatives", image_negatives, text)
+    dtype = _inputs.product_dtype(NAME, image, compute_dtype)
+    factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
+    how_much = _check_prefixes(prefixes, prefix_weights)
+    sweep = Sweep(factor, dtype, None if prefixes is None else tuple(prefixes), stash_bytes, impl)
+    prior = None if tau_plus is None else _prior(tau_plus, factor, len(text))
+    # Where 1 - p has to keep its digits, or ids say so, the positive is left out of the sums; elsewhere the comparison would cost time.
+    excludes = not several and (ids is not None or focal_gamma > 0 or prior is not None)
+    averages = several and equal_ids == "mean"
+    terms = Terms(sweep, several, averages, excludes, label_smoothing, focal_gamma, prior)
+    shared = averages or label_smoothing > 0 or prefixes is not None or text_negatives is not None or image_negatives is not None
+
+    with torch.autocast(image.device.type, enabled=False):
+        if averages and of_images is not None and of_texts is not None:
+            of_images, of_texts = number_groups(torch.cat([of_images, of_texts]).long()).split([len(image), len(text)])
+        elif excludes:
+            of_images = of_texts = torch.arange(len(text), device=text.device) if of_texts is None else number_groups(of_texts.long())
+        biases = (side if side is None else side.to(factor.dtype) for side in bias)
+        images = make_side(image, sweep, shared, next(biases), of_images)
+        texts = make_side(text, sweep, shared, next(biases), of_texts)
+        mode = "both" if several else "exclude" if excludes else None
+        row, col, *positive = sweep(images, texts, None if several else 0, mode)
+        by_images = terms.direction(images, texts, row, positive[0], text_negatives, weight[0])
+        by_texts = terms.direction(texts, images, col, positive[-1], image_negatives, weight[1])
+        parts = zip([*how_much, *how_much], by_images + by_texts, strict=True)
+        return sum((much / 2 * part for much, part in parts), factor.new_zeros(()))
+
+
+def _check_options(
+    has_ids: bool, equal_ids: str, label_smoothing: float, focal_gamma: float, tau_plus: float | Tensor | None, has_log_weights: bool
+) -> None:
+    """Refuse values out of range, and keywords that have no common meaning."""
+    if equal_ids not in EQUAL_IDS:
+        raise ValueError(f"{NAME}: equal_ids={equal_ids!r} is unknown; allowed: {', '.join(EQUAL_IDS)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{NAME}: label_smoothing={label_smoothing}; it must be at least 0 and below 1")
+    if focal_gamma < 0:
+        raise ValueError(f"{NAME}: focal_gamma={focal_gamma}; it must be 0 (no focus) or more")
+    if isinstance(tau_plus, (int, float)) and not 0 <= tau_plus < 1:
+        raise ValueError(f"{NAME}: tau_plus={tau_plus}; a prior must be at least 0 and below 1")
+    several = has_ids and equal_ids != "exclude"
+    for together, these, why in (
+        (focal_gamma and label_smoothing, "focal_gamma and label_smoothing", "the focus is on the one probability of the positive"),
+        (focal_gamma and has_ids and equal_ids == "mean", "focal_gamma and equal_ids='mean'",
+         "each of several positives would need a weight of its own, which takes the whole matrix; equal_ids='sum' has one probability"),
+        (tau_plus is not None and label_smoothing, "tau_plus and label_smoothing",
+         "the corrected sum of the negatives is an estimate, which leaves no distribution over the candidates to smooth"),
+        (tau_plus is not None and several, f"tau_plus and equal_ids={equal_ids!r}",
+         "the estimate corrects for positives that are not known, given one that is; equal_ids='exclude' leaves known ones out"),
+        (tau_plus is not None and has_log_weights, "tau_plus and log_weights", "the lower bound exp(-scale) is that of similarities alone"),
+    ):  # fmt: skip
+        if together:
+            raise ValueError(f"{NAME}: {these} do not compose: {why}")
+
+
+def _check_features(image: Tensor, text: Tensor, several: bool) -> tuple[Tensor, Tensor]:
+    """The features in one dtype; ``several``: their numbers may differ."""
+    short = image[: len(text)] if several else image
+    check(NAME, short, text[: len(short)] if several else text)
+    return align(NAME, image, text)
+
+
+def _two_sides(
+    name: str, value: Tensor | tuple[Tensor, Tensor] | None, image: Tensor, text: Tensor, integer: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """``value`` for images and for texts."""
+    sides = value if isinstance(value, tuple) else (value, value)
+    if len(sides) != 2:
+        raise ValueError(f"{NAME}: {name} has {len(sides)} tensors; give one for pairs, or two, for images and for texts")
+    for side, features, of in zip(sides, (image, text), ("images", "texts"), strict=True):
+        _check.plain_tensors(NAME, **{"image": image, f"{name} of {of}": side})
+        _check.vector(NAME, f"{name} of {of}", side, len(features), integer=integer)
+    return sides[0], sides[1]
+
+
+def _check_negatives(name: str, extra: Tensor | NegativeQueue | None, anchors: Tensor) -> None:
+    if extra is None:
+        return
+    features = extra.features if isinstance(extra, NegativeQueue) else extra
+    _check.plain_tensors(NAME, **{"image": anchors, name: features})
+    (count, width), shape = anchors.shape, tuple(features.shape)
+    if features.dtype not in _check.FLOATS:
+        raise TypeError(f"{NAME}: {name} are {features.dtype}; features must be float32, bfloat16 or float16 (or float64 on the CPU)")
+    if len(shape) not in (2, 3) or shape[-1] != width or 0 in shape or (len(shape) == 3 and shape[0] != count):
+        raise ValueError(
+            f"{NAME}: {name} have shape {shape}; allowed: [J, {width}] (for all), [{count}, J, {width}] (J for each), or a NegativeQueue"
+        )
+
+
+def _check_prefixes(prefixes: Sequence[int] | None, weights: Sequence[float] | None) -> Sequence[float]:
+    """The weight of each prefix's loss. The operator checks the widths."""
+    if weights is None:
+        return [1.0] * (1 if prefixes is None else len(prefixes))
+    if prefixes is None or len(weights) != len(prefixes):
+        widths = "no prefixes" if prefixes is None else f"{len(prefixes)} prefixes"
+        raise ValueError(f"{NAME}: {len(weights)} prefix_weights for {widths}; give one number for each prefix")
+    return weights
+
+
+def _prior(tau_plus: float | Tensor, like: Tensor, pairs: int) -> Tensor:
+    """``tau_plus``, 0-d or [N], as a tensor like ``like``."""
+    if not isinstance(tau_plus, Tensor):
+        return torch.full_like(like, tau_plus, requires_grad=False)
+    if tau_plus.ndim:
+        _check.vector(NAME, "tau_plus", tau_plus, pairs)
+    _check.plain_tensors(NAME, scale=like, tau_plus=tau_plus)
+    return tau_plus.to(like.dtype)
