@@ -14,8 +14,6 @@ from fastvlp_kernels import _inputs
 from .inputs import Batch, align, asked_sizes, check, tell_refusal, told_sizes
 from .members import Members
 
-STRATEGIES = ("gather", "ring")
-
 
 @dataclass(frozen=True)
 class Given:
@@ -33,11 +31,12 @@ class ContrastiveLoss(nn.Module, ABC):
     """A loss over all pairs of a batch that may be spread over processes; subclasses give the mathematics."""
 
     name: str
+    strategies: tuple[str, ...] = ("gather", "ring")
 
     def __init__(self, rank: int, world_size: int, strategy: str, group: dist.ProcessGroup | None) -> None:
         super().__init__()
-        if strategy not in STRATEGIES:
-            raise ValueError(f"{self.name}: strategy={strategy!r} is unknown; allowed: {', '.join(STRATEGIES)}")
+        if strategy not in self.strategies:
+            raise ValueError(f"{self.name}: strategy={strategy!r} is not one of this loss; allowed: {', '.join(self.strategies)}")
         self.rank = rank
         self.world_size = world_size
         self.strategy = strategy

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from fastvlp_kernels import _inputs
@@ -36,29 +35,11 @@ class DistillClipLoss(ClipLoss):
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, strategy, group, stash_bytes: as in :class:`ClipLoss`.
 
     Raises:
-        ValueError: ``strategy`` is not "gather", or ``use_horovod`` is True.
+        ValueError: ``strategy`` is not "gather" (a teacher needs both towers of all processes), or ``use_horovod`` is True.
     """
 
     name = "DistillClipLoss"
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        *,
-        strategy: str = "gather",
-        group: dist.ProcessGroup | None = None,
-        stash_bytes: int = 0,
-    ) -> None:
-        if strategy != "gather":
-            raise ValueError(f'{self.name}: strategy={strategy!r} is not supported; a teacher needs strategy="gather"')
-        super().__init__(
-            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group=group, stash_bytes=stash_bytes
-        )
+    strategies = ("gather",)
 
     def forward(  # type: ignore[override]
         self,

@@ -1,7 +1,6 @@
 """The mathematics of similarity_attend on the CPU: against loops, float64, eager PyTorch and its own invariants."""
 
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastvlp_kernels import _tiles
 from fastvlp_kernels._testing import assert_no_worse_than, error, forbid_large_tensors
 from fastvlp_kernels.similarity_attend import Needs, ResultGrads, Results, attend_backward, attend_forward, similarity_attend
 
-cpu = import_module("fastvlp_kernels.similarity_attend.cpu")
 BIASES = ("row_bias", "col_bias")
 
 
@@ -78,7 +77,7 @@ def test_formula_by_loops(impl, ids):
 @pytest.mark.parametrize("ids", [None, "exclude", "only"])
 @pytest.mark.parametrize("scale", [1.5, 100.0])
 def test_gradcheck(impl, ids, scale, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", 3)
+    monkeypatch.setattr(_tiles, "TILE", 3)
     x, y, v, options = problem(5, 7, 3, 4, ids, biases=True)
     inputs = [x, y, v, torch.tensor([scale], dtype=torch.float64), *(options.pop(name) for name in BIASES)]
 
@@ -111,7 +110,7 @@ def test_no_worse_than_eager(M, N, D, E, dtype, scale, used, layout, tile):
         x, y, v = (torch.stack([t, t], 1).reshape(-1, t.shape[1])[::2] for t in (x, y, v))
     inputs = [x, y, v, torch.tensor(scale)]
     results, grads = {}, {}
-    usual, cpu.TILE = cpu.TILE, tile
+    usual, _tiles.TILE = _tiles.TILE, tile
     try:
         for kind in ("ours", "eager", "exact"):
             leaves = [(t.double() if kind == "exact" else t).detach().requires_grad_() for t in inputs]
@@ -119,7 +118,7 @@ def test_no_worse_than_eager(M, N, D, E, dtype, scale, used, layout, tile):
             wanted = [leaves[k] for k in ((0, 1, 3, 2) if 0 in used else (0, 1, 3))]
             grads[kind] = gradients(results[kind], wanted, used)
     finally:
-        cpu.TILE = usual
+        _tiles.TILE = usual
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-9, torch.float16: 2**-11}[dtype]
     # Every float32 logit may be half a unit in its last place off, eager's too, and a probability errs by as much.
     logits = 1e-6 + 2**-24 * scale
@@ -145,7 +144,7 @@ def test_no_worse_than_eager(M, N, D, E, dtype, scale, used, layout, tile):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ids", [None, "exclude", "only"])
 def test_tiles_give_the_dense_result(dtype, ids, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", 16)
+    monkeypatch.setattr(_tiles, "TILE", 16)
     x, y, v, options = problem(70, 53, 12, 21, ids, biases=True, dtype=dtype)
     inputs = [x, y, v, torch.tensor(20.0, dtype=dtype), *(options.pop(name) for name in BIASES)]
     pairs = []
@@ -169,7 +168,7 @@ def test_tiles_give_the_dense_result(dtype, ids, monkeypatch):
 @pytest.mark.parametrize(("scale", "kind"), [(14.0, "bounded"), (60.0, "maxima"), (100.0, "far apart")])
 def test_running_maxima(scale, kind, monkeypatch):
     """Rows whose cosines are all near -1, beside rows near +1, at CLIP's largest scale."""
-    monkeypatch.setattr(cpu, "TILE", 32)
+    monkeypatch.setattr(_tiles, "TILE", 32)
     x, y, v, _ = problem(80, 90, 24, 8, dtype=torch.float32)
     if kind == "far apart":
         direction = F.normalize(torch.ones(24), dim=0)

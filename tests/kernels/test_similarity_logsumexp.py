@@ -1,7 +1,6 @@
 """The mathematics of similarity_logsumexp on the CPU: against loops, float64, eager PyTorch and its own invariants."""
 
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastvlp_kernels import _tiles
 from fastvlp_kernels._testing import assert_no_worse_than, error, forbid_large_tensors
 from fastvlp_kernels.similarity_logsumexp import Needs, ResultGrads, Results, logsumexp_backward, logsumexp_forward, similarity_logsumexp
 
-cpu = import_module("fastvlp_kernels.similarity_logsumexp.cpu")
 VECTORS = ("row_bias", "col_bias", "row_scale", "col_scale")
 
 
@@ -84,7 +83,7 @@ def test_formula_by_loops(impl, ids):
 @pytest.mark.parametrize("ids", [None, "exclude", "only", "both"])
 @pytest.mark.parametrize("scale", [1.5, 100.0])
 def test_gradcheck(impl, ids, scale, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", 3)
+    monkeypatch.setattr(_tiles, "TILE", 3)
     x, y, options = problem(5, 7, 3, ids, vectors=True)
     inputs = [x, y, torch.tensor([scale], dtype=torch.float64), *(options.pop(name) for name in VECTORS)]
 
@@ -116,14 +115,14 @@ def test_no_worse_than_eager(M, N, D, dtype, scale, offset, layout, tile):
     inputs = [x, y, torch.tensor(scale, dtype=torch.float32)]
     kinds = {"ours": inputs, "eager": inputs, "exact": [t.double() for t in inputs]}
     results, grads = {}, {}
-    usual, cpu.TILE = cpu.TILE, tile
+    usual, _tiles.TILE = _tiles.TILE, tile
     try:
         for kind, leaves in kinds.items():
             leaves = [t.detach().requires_grad_() for t in leaves]
             results[kind] = similarity_logsumexp(*leaves, offset=offset) if kind == "ours" else eager(*leaves, offset)
             grads[kind] = gradients(results[kind], leaves)
     finally:
-        cpu.TILE = usual
+        _tiles.TILE = usual
     for k, name in enumerate(("row", "col", "positive")):
         assert_no_worse_than(results["ours"][k], results["eager"][k], results["exact"][k], 1e-6, name)
     # Float32 sums err by the size of their terms, which may cancel; a result in 16 bits is rounded once.
@@ -142,7 +141,7 @@ def test_no_worse_than_eager(M, N, D, dtype, scale, offset, layout, tile):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ids", ["exclude", "only", "both"])
 def test_tiles_give_the_dense_result(dtype, ids, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", 16)
+    monkeypatch.setattr(_tiles, "TILE", 16)
     x, y, options = problem(70, 53, 12, ids, vectors=True, dtype=dtype)
     inputs = [x, y, torch.tensor(20.0, dtype=dtype), *(options.pop(name) for name in VECTORS)]
     exact = [t.double().requires_grad_() for t in inputs]

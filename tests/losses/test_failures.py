@@ -38,7 +38,7 @@ def test_refused_on_one_process(module, case):
 
 
 def test_refused_constructors():
-    with pytest.raises(ValueError, match="strategy='tree' is unknown; allowed: gather, ring"):
+    with pytest.raises(ValueError, match="strategy='tree' is not one of this loss; allowed: gather, ring"):
         ClipLoss(strategy="tree")
     with pytest.raises(ValueError, match="dist_impl='tree' is unknown; allowed: None, bidir, shift, reduce, gather"):
         SigLipLoss(dist_impl="tree")

@@ -1,20 +1,15 @@
-"""similarity_logsumexp in cache-sized tiles of plain torch: one sweep forward; one backward, which recomputes S or reads it from a stash.
-
-Exponents are in base 2, tiles hold L = S / log 2: PyTorch vectorises exp2 itself, while exp may be a library's that is three times slower.
-"""
+"""similarity_logsumexp in cache-sized tiles of plain torch: a sweep forward, and one back that recomputes S or reads it from a stash."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .._inputs import sum_dtype
 from .._memory import empty, zeros
+from .._tiles import LN2, Tiles, finite, tile_sides
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
-# A tile of S and one buffer of its size (1 MiB each in float32) stay in the second-level caches of two cores.
-TILE = 512
 # 2^L itself serves, without a maximum, while maxima or log-sum-exps lie in this range: sums, the terms that count in them (down to
 # 2^-36 of the largest) and the factors of gradients are normal numbers.
 RANGE = (-90.0, 90.0)
@@ -22,19 +17,13 @@ RANGE = (-90.0, 90.0)
 # matters, and for gradients, where p - 1 may remain and L - t has to be nearly exact.
 SPREAD = 72.0
 GRADIENT_SPREAD = 23.0
-LN2 = math.log(2)
-
-
-def _tile_sides(M: int, N: int) -> tuple[int, int]:
-    """At most a third of each side, so that a tile is never a large part of S."""
-    return min(TILE, max(16, -(-M // 3))), min(TILE, max(16, -(-N // 3)))
 
 
 def stash_shape(M: int, N: int, dtype: torch.dtype, stash_bytes: int) -> tuple[int, int]:
     """The stash: [tiles, elements of a tile] in the dtype of sums, the first tiles of the sweep; [0, 0] without a budget."""
     if stash_bytes == 0:
         return 0, 0
-    tile_m, tile_n = _tile_sides(M, N)
+    tile_m, tile_n = tile_sides(M, N)
     size = tile_m * tile_n
     return min(-(-M // tile_m) * -(-N // tile_n), stash_bytes // (size * sum_dtype(dtype).itemsize)), size
 
@@ -44,43 +33,23 @@ def new_stash(a: Inputs, stash_bytes: int) -> Tensor:
     return a.x.new_empty(stash_shape(len(a.x), len(a.y), a.dtype, stash_bytes), dtype=sum_dtype(a.dtype))
 
 
-class _Tiles:
-    """The features as products read them, and tiles of L = S / log 2 in buffers that are allocated once."""
+class _Tiles(Tiles):
+    """Tiles of a matrix with factors per row and column, a diagonal of positives, and a stash."""
 
     def __init__(self, a: Inputs) -> None:
+        super().__init__(a.x, a.y, a.scale, a.row_bias, a.col_bias, a.row_ids, a.col_ids, a.dtype)
         self.a = a
-        self.acc = sum_dtype(a.dtype)
-        self.M, self.N, self.D = len(a.x), len(a.y), a.x.shape[1]
-        self.y = self.exact(a.y)
         if a.col_scale is not None:
             self.y = self.y * a.col_scale[:, None]
-        self.row_ids = None if a.row_ids is None else a.row_ids.masked_fill(a.row_ids < 0, -1)
-        self.col_ids = None if a.col_ids is None else a.col_ids.masked_fill(a.col_ids < 0, -2)
-        self.tile_m, self.tile_n = _tile_sides(self.M, self.N)
-        self.row_bias, self.col_bias = (None if bias is None else (bias.double() / LN2).to(self.acc) for bias in (a.row_bias, a.col_bias))
-        self._buffers = [self.y.new_empty(self.tile_m * self.tile_n) for _ in range(2)]
-
-    def exact(self, features: Tensor) -> Tensor:
-        return features.to(self.a.dtype).to(self.acc)
-
-    def rows(self) -> Iterator[slice]:
-        return (slice(i, min(i + self.tile_m, self.M)) for i in range(0, self.M, self.tile_m))
-
-    def cols(self) -> Iterator[slice]:
-        return (slice(j, min(j + self.tile_n, self.N)) for j in range(0, self.N, self.tile_n))
 
     def row_operand(self, i: slice) -> Tensor:
         """[rows, D]: x_i times its row scale."""
-        x = self.exact(self.a.x[i])
+        x = super().row_operand(i)
         return x if self.a.row_scale is None else x * self.a.row_scale[i, None]
-
-    def scaled(self, row_operand: Tensor) -> Tensor:
-        # In float64, rounded element by element: an error of the factor itself would not average out.
-        return (row_operand.double() * (self.a.scale.double() / LN2)).to(self.acc)
 
     def similarities(self, scaled: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
         """L[i, j] and a buffer of its shape; ``scaled``: of row_operand(i)."""
-        L, buffer = self._views(i, j)
+        L, buffer = self.buffers(i, j)
         torch.mm(scaled, self.y[j].T, out=L)
         if self.row_bias is not None:
             L.add_(self.row_bias[i, None])
@@ -93,7 +62,7 @@ class _Tiles:
         place = self._stash_place(i, j)
         if place >= len(stash):
             return None
-        L, buffer = self._views(i, j)
+        L, buffer = self.buffers(i, j)
         L.copy_(stash[place, : L.numel()].view_as(L))
         return L, buffer
 
@@ -107,16 +76,6 @@ class _Tiles:
     def _stash_place(self, i: slice, j: slice) -> int:
         return i.start // self.tile_m * -(-self.N // self.tile_n) + j.start // self.tile_n
 
-    def _views(self, i: slice, j: slice) -> list[Tensor]:
-        m, n = i.stop - i.start, j.stop - j.start
-        return [flat[: m * n].view(m, n) for flat in self._buffers]
-
-    def same(self, i: slice, j: slice) -> Tensor | None:
-        """Where ids are equal, or None without ids."""
-        if self.row_ids is None or self.col_ids is None:
-            return None
-        return self.row_ids[i, None] == self.col_ids[j]
-
     def positives(self, tile: Tensor, i: slice, j: slice) -> tuple[Tensor, slice]:
         """The part of the offset diagonal that lies in the tile, as a view, and the rows of x that it belongs to."""
         k = (self.a.offset or 0) + i.start - j.start
@@ -125,16 +84,6 @@ class _Tiles:
         diagonal = tile.diagonal(k)
         first = i.start + max(0, -k)
         return diagonal, slice(first, first + len(diagonal))
-
-    def bounded(self) -> bool:
-        """Whether all L lie in RANGE by Cauchy-Schwarz. It reads values, so only on the CPU."""
-        if self.y.device.type != "cpu":
-            return False
-        longest = max(torch.linalg.vector_norm(self.row_operand(i), dim=1).max().item() for i in self.rows())
-        bound = abs(self.a.scale.item()) * longest * torch.linalg.vector_norm(self.y, dim=1).max().item()
-        for bias in (self.a.row_bias, self.a.col_bias):
-            bound += 0.0 if bias is None else bias.abs().max().item()
-        return bound / LN2 <= RANGE[1]
 
 
 class _Running:
@@ -157,7 +106,7 @@ class _Running:
             maximum = total.new_tensor(maximum)
         known = self.maximum[where].masked_fill(self.total[where] == 0, -torch.inf)
         highest = torch.maximum(known, maximum)
-        shift = _finite(highest)
+        shift = finite(highest)
         self.total[where] = self.total[where] * (known - shift).exp2() + total * (maximum - shift).exp2()
         self.maximum[where] = shift
         self.common = None
@@ -165,10 +114,6 @@ class _Running:
     def lse(self) -> Tensor:
         """The natural logarithm."""
         return (self.maximum.double() + self.total.double().log2()) * LN2
-
-
-def _finite(maximum: Tensor) -> Tensor:
-    return maximum.masked_fill(maximum == -torch.inf, 0.0)
 
 
 def _accumulate(L: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: slice, j: slice, bounded: bool) -> None:
@@ -179,9 +124,9 @@ def _accumulate(L: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: sl
         on_cpu = L.device.type == "cpu"
         found = _shift(min(row_max.min().item(), col_max.min().item()), row_max.max().item(), SPREAD) if on_cpu else None
         if found is None:
-            torch.sub(L, _finite(col_max), out=buffer).exp2_()
+            torch.sub(L, finite(col_max), out=buffer).exp2_()
             cols.add(j, col_max, buffer.sum(0))
-            L.sub_(_finite(row_max)[:, None]).exp2_()
+            L.sub_(finite(row_max)[:, None]).exp2_()
             rows.add(i, row_max, L.sum(1))
             return
         shift = found
@@ -206,7 +151,7 @@ def forward(a: Inputs, stash: Tensor) -> Results:
     counted = _Running(tiles.M, like), _Running(tiles.N, like)
     alike = (_Running(tiles.M, like), _Running(tiles.N, like)) if a.both else None
     positive = like.new_zeros(0 if a.offset is None else tiles.M)
-    bounded = tiles.bounded()
+    bounded = tiles.bounded(RANGE[1])
     for i in tiles.rows():
         scaled = tiles.scaled(tiles.row_operand(i))
         for j in tiles.cols():
@@ -277,7 +222,7 @@ class _Flow:
 def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: Tensor) -> Grads:
     """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
     tiles = _Tiles(a)
-    M, N, D = tiles.M, tiles.N, tiles.D
+    M, N, D = tiles.M, tiles.N, a.x.shape[1]
     new = tiles.y.new_zeros
     counted = _Flow(_Side(results.row, g.row, tiles.acc), _Side(results.col, g.col, tiles.acc))
     if a.both:
