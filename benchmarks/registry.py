@@ -115,7 +115,10 @@ class Case:
         return next(provider for provider in self.providers if provider.name == name)
 
 
-OPS = ("similarity_logsumexp", "pairwise_sigmoid", "similarity_attend", "maxsim", "packed_attention", "token_merge", "towers")
+OPS = (
+    "similarity_logsumexp", "pairwise_sigmoid", "similarity_attend", "maxsim", "packed_attention", "token_merge", "token_select",
+    "segment_pool", "towers",
+)  # fmt: skip
 ENDS = ("mini",)
 
 

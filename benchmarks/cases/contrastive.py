@@ -79,11 +79,14 @@ def _implementation(name: str) -> Iterator[None]:
 
 
 def ours(
-    loss_class: Callable[[], Callable[[], Callable[..., Tensor]]], impl: str, variant: str = "", units: Mapping[Mode, int] | None = None
+    loss_class: Callable[[], Callable[[], Callable[..., Tensor]]],
+    impl: str,
+    variant: str = "",
+    own_work: Callable[[Problem, Mode], tuple[float, float]] | None = None,
 ) -> Provider:
     """Our drop-in loss with the implementation forced.
 
-    ``variant`` says in the provider's name what ``loss_class`` does differently, ``units`` how many products it needs then.
+    ``variant`` says in the provider's name what ``loss_class`` does differently, ``own_work`` what it needs then.
     """
 
     def build(problem: Problem) -> Task:
@@ -96,8 +99,7 @@ def ours(
         return Task(forward, own)
 
     why_not = needs("triton", cuda=True) if impl == "triton" else always
-    counted = None if units is None else lambda problem, mode: work(problem, mode, units)
-    return Provider(f"fastvlp {impl}{variant}", "ours", build, "fastvlp", why_not, work=counted)
+    return Provider(f"fastvlp {impl}{variant}", "ours", build, "fastvlp", why_not, work=own_work)
 
 
 def sums(problem: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -1,5 +1,6 @@
 """The Triton kernels of similarity_attend: interpreted on the CPU, and compiled for GPUs that are not here."""
 
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -11,7 +12,7 @@ from fastvlp_kernels._testing import assert_no_worse_than, error, forbid_large_t
 from fastvlp_kernels.similarity_attend import Needs, ResultGrads, Results, attend_backward, attend_forward, similarity_attend
 from fastvlp_kernels.similarity_attend.arguments import Inputs
 from tests.kernels.aot import SHARED_LIMIT, Recorder
-from tests.kernels.interpreter import interpreted
+from tests.kernels.interpreter import in_a_process, interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -37,23 +38,25 @@ def _eager(x: Tensor, y: Tensor, v: Tensor, scale: Tensor, row_bias=None, col_bi
     return S.masked_fill(empty, 0.0).softmax(1).masked_fill(empty, 0.0).to(v.dtype) @ v, S.logsumexp(1)
 
 
-def _compare(leaves: list[Tensor], ids: str = "", used: tuple[int, ...] = (0, 1), weight: float = 1.0, tol: float = 1e-5) -> None:
-    """Results and gradients are no worse than eager's in the same dtype: x, y, v, scale and perhaps biases."""
+def _compare(
+    leaves: list[Tensor], ids: str = "", used: tuple[int, ...] = (0, 1), weight: float = 1.0, tol: float = 1e-5, device: str = "cpu"
+) -> None:
+    """Results and gradients on ``device`` are no worse than eager's in the same dtype: x, y, v, scale and perhaps biases."""
     M, N, options, counted = len(leaves[0]), len(leaves[1]), {}, None
     if ids:
-        row_ids, col_ids = torch.arange(M) % 90 - 1, torch.arange(N) % 80 - 1
+        row_ids, col_ids = torch.arange(M, device=device) % 90 - 1, torch.arange(N, device=device) % 80 - 1
         options = {"ids": ids, "row_ids": row_ids, "col_ids": col_ids}
         same = (row_ids[:, None] == col_ids) & (row_ids[:, None] >= 0)
         counted = same if ids == "only" else ~same
     kinds = []
     for kind in ("ours", "eager", "exact"):
-        inputs = [(t.double() if kind == "exact" else t).detach().requires_grad_(t.requires_grad) for t in leaves]
+        inputs = [(t.double() if kind == "exact" else t).detach().to(device).requires_grad_(t.requires_grad) for t in leaves]
         if kind == "ours":
             results = similarity_attend(*inputs[:4], **dict(zip(BIASES, inputs[4:], strict=False)), impl="triton", **options)
         else:
             results = _eager(*inputs, counted=counted)
         random = torch.Generator().manual_seed(1)
-        upstream = [torch.randn(r.shape, generator=random).bfloat16().double() * weight for r in results]
+        upstream = [torch.randn(r.shape, generator=random).bfloat16().double().to(device) * weight for r in results]
         parts = [(torch.where(r.isfinite(), r, 0.0).double() * g).sum() for r, g in zip(results, upstream, strict=True)]
         wanted = [t for t in inputs if t.requires_grad]
         kinds.append([*results, *torch.autograd.grad(sum(parts[k] for k in used), wanted, materialize_grads=True)])
@@ -63,22 +66,23 @@ def _compare(leaves: list[Tensor], ids: str = "", used: tuple[int, ...] = (0, 1)
         assert_no_worse_than(*three, (2e-6 if name == "lse" else tol) + rounding, name)
 
 
-def kernels_against_float64(dtype_name: str) -> None:
+def kernels_against_float64(dtype_name: str, device: str = "cpu") -> None:
     """Blocks as they run on a GPU, several waves, odd sizes, uninitialised memory full of NaN."""
     torch.use_deterministic_algorithms(True)
+    compare = partial(_compare, device=device)
     leaves = _problem(300, 207, 72, 150, DTYPES[dtype_name])
     scale = torch.tensor([20.0], requires_grad=True)
     random = torch.Generator().manual_seed(3)
     biases = [torch.randn(n, generator=random).requires_grad_() for n in (300, 207)]
     for mode in {"float32": ("exclude", "only"), "bfloat16": ("exclude",), "float16": ("only",)}[dtype_name]:
-        _compare([*leaves, scale, *biases], ids=mode)
+        compare([*leaves, scale, *biases], ids=mode)
     x, y, v = (t[:70].detach().T.contiguous().T.requires_grad_() for t in leaves)
     for used in ((0,), (1,)):
-        _compare([x.detach(), y, v, scale], used=used)
-        _compare([x, y.detach(), v.detach(), scale.detach()], used=used)
-        _compare([x.detach(), y.detach(), v.detach(), scale, *(b[:70].detach().requires_grad_() for b in biases)], used=used)
-    _compare([x.detach(), y.detach(), v, scale.detach()], used=(0,))
-    _compare([*(t[:1, :1].detach().requires_grad_() for t in (x, y, v)), scale])
+        compare([x.detach(), y, v, scale], used=used)
+        compare([x, y.detach(), v.detach(), scale.detach()], used=used)
+        compare([x.detach(), y.detach(), v.detach(), scale, *(b[:70].detach().requires_grad_() for b in biases)], used=used)
+    compare([x.detach(), y.detach(), v, scale.detach()], used=(0,))
+    compare([*(t[:1, :1].detach().requires_grad_() for t in (x, y, v)), scale])
 
 
 def extreme_logits() -> None:
@@ -148,6 +152,13 @@ def empty_rows_and_no_large_tensors() -> None:
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_interpreted(dtype):
     interpreted(kernels_against_float64, dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_on_the_device(dtype):
+    """In a process of its own, because it turns determinism on, for which cuBLAS needs a setting from the start."""
+    in_a_process(kernels_against_float64, dtype, "cuda", CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 def extremes() -> None:

@@ -1,5 +1,6 @@
 """The Triton kernels of similarity_logsumexp: interpreted on the CPU, and compiled for GPUs that are not here."""
 
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -11,7 +12,7 @@ from fastvlp_kernels._testing import error, forbid_large_tensors
 from fastvlp_kernels.similarity_logsumexp import ResultGrads, similarity_logsumexp
 from fastvlp_kernels.similarity_logsumexp.arguments import Inputs, Needs, Results
 from tests.kernels.aot import SHARED_LIMIT, Recorder
-from tests.kernels.interpreter import interpreted
+from tests.kernels.interpreter import in_a_process, interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -24,22 +25,25 @@ def _features(M: int, N: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return tuple(F.normalize(torch.randn(size, D, generator=random), dim=1) for size in (M, N))
 
 
-def _compare(leaves: list[Tensor], weight: float = 1.0, used: tuple[int, ...] = (0, 1, 2, 3, 4), tol: float = 1e-5, **options) -> None:
-    """Results and gradients of the kernels against the dense reference in float64 on the same (rounded) inputs."""
+def _compare(
+    leaves: list[Tensor], weight: float = 1.0, used: tuple[int, ...] = (0, 1, 2, 3, 4), tol: float = 1e-5, device: str = "cpu", **options
+) -> None:
+    """Results and gradients of the kernels on ``device`` against the dense reference in float64 on the same (rounded) inputs."""
     dtype = options.get("compute_dtype") or leaves[0].dtype
     vectors = [options.pop(name) for name in VECTORS if name in options]
     names = VECTORS[: len(vectors)]
     kinds = []
     for kind in ("triton", "reference"):
         exact = kind == "reference"
-        inputs = [t.detach().double() if exact else t.detach() for t in (*leaves, *vectors)]
+        inputs = [(t.double() if exact else t).detach().to(device) for t in (*leaves, *vectors)]
         if exact:
             inputs[:2] = [t.to(dtype).double() for t in inputs[:2]]
         inputs = [t.requires_grad_(old.requires_grad) for t, old in zip(inputs, (*leaves, *vectors), strict=True)]
-        rest = {**options, "compute_dtype": None} if exact else options
+        rest = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+        rest |= {"compute_dtype": None} if exact else {}
         results = similarity_logsumexp(*inputs[:3], impl=kind, **dict(zip(names, inputs[3:], strict=True)), **rest)
         random = torch.Generator().manual_seed(1)
-        parts = [(torch.where(r.isfinite(), r, 0.0).double() * torch.randn(r.shape, generator=random)).sum() for r in results]
+        parts = [(torch.where(r.isfinite(), r, 0.0).double() * torch.randn(r.shape, generator=random).to(device)).sum() for r in results]
         total = weight * sum(part for k, part in enumerate(parts) if k in used)
         wanted = [t for t in inputs if t.requires_grad]
         kinds.append((results, torch.autograd.grad(total, wanted)))
@@ -54,9 +58,10 @@ def _compare(leaves: list[Tensor], weight: float = 1.0, used: tuple[int, ...] = 
         assert error(mine, want)[0] < (tol if mine.ndim < 2 else rounded)
 
 
-def kernels_against_float64(dtype_name: str) -> None:
+def kernels_against_float64(dtype_name: str, device: str = "cpu") -> None:
     """Blocks as they run on a GPU, several waves, odd sizes, uninitialised memory full of NaN."""
     torch.use_deterministic_algorithms(True)
+    compare = partial(_compare, device=device)
     dtype = DTYPES[dtype_name]
     x, y = (t.to(dtype).requires_grad_() for t in _features(300, 207, 72))
     scale = torch.tensor([20.0], requires_grad=True)
@@ -64,18 +69,18 @@ def kernels_against_float64(dtype_name: str) -> None:
     sizes = dict(zip(VECTORS, (300, 207, 300, 207), strict=True))
     vectors = {name: (torch.rand(n, generator=random) + 0.5).requires_grad_() for name, n in sizes.items()}
     ids = {"row_ids": torch.arange(300) % 90 - 1, "col_ids": torch.arange(207) % 80 - 1}
-    _compare([x, y, scale], offset=0)
-    _compare([x, y, scale], offset=-40, ids="both", **vectors, **ids)
+    compare([x, y, scale], offset=0)
+    compare([x, y, scale], offset=-40, ids="both", **vectors, **ids)
     small = [t[:70].detach().T.contiguous().T.requires_grad_() for t in (x, y)]
     for mode in ("exclude", "only"):
         pairs = {name: value[:70] for name, value in ids.items()}
-        _compare([*small, scale], offset=150, ids=mode, **pairs, **{name: v[:70].detach().requires_grad_() for name, v in vectors.items()})
+        compare([*small, scale], offset=150, ids=mode, **pairs, **{name: v[:70].detach().requires_grad_() for name, v in vectors.items()})
     for used in ((0,), (1,)):
-        _compare([small[0].detach(), small[1], scale], used=used)
-        _compare([small[0], small[1].detach(), scale.detach()], used=used)
-    _compare([small[0].detach(), small[1].detach(), scale])
+        compare([small[0].detach(), small[1], scale], used=used)
+        compare([small[0], small[1].detach(), scale.detach()], used=used)
+    compare([small[0].detach(), small[1].detach(), scale])
     one = [t[:1, :1].detach().requires_grad_() for t in small]
-    _compare([*one, scale.detach()], offset=0)
+    compare([*one, scale.detach()], offset=0)
 
 
 def extreme_logits() -> None:
@@ -117,6 +122,13 @@ def no_large_tensors() -> None:
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_interpreted(dtype):
     interpreted(kernels_against_float64, dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_on_the_device(dtype):
+    """In a process of its own, because it turns determinism on, for which cuBLAS needs a setting from the start."""
+    in_a_process(kernels_against_float64, dtype, "cuda", CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 def test_interpreted_extremes():
