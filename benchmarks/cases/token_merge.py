@@ -39,7 +39,7 @@ def problem(shape: Shape, device: torch.device) -> Problem:
     return Problem(shape, device, inputs)
 
 
-def _match(metric: Tensor, r: int, precise: bool = False) -> Match:
+def match(metric: Tensor, r: int, precise: bool = False) -> Match:
     """Even places to odd places, the class token at place 0 protected; compared in float32 or in float64."""
     unit = F.normalize(metric.double() if precise else metric.float(), dim=-1)
     similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
@@ -53,22 +53,23 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _merge(x: Tensor, size: Tensor, match: Match) -> Tensor:
-    stay, go, to = match
+def merge(x: Tensor, size: Tensor, matched: Match) -> tuple[Tensor, Tensor]:
+    """The means [B, N - r, C] and the sizes [B, N - r]."""
+    stay, go, to = matched
     size = size[..., None].to(x.dtype)
     sums = []
     for values in (x * size, size):
         a, b = values[:, ::2], values[:, 1::2]
         b = b.scatter_reduce(1, to[..., None].expand(-1, -1, b.shape[2]), _rows(a, go), "sum")
         sums.append(torch.cat((_rows(a, stay), b), 1))
-    return sums[0] / sums[1]
+    return sums[0] / sums[1], sums[1].squeeze(-1)
 
 
 def exact(problem: Problem) -> Exact:
     """The same in float64."""
     x = problem.inputs["x"].double().requires_grad_()
-    match = _match(problem.inputs["metric"], problem.shape.values["r"], precise=True)
-    value = _merge(x, problem.inputs["size"].double(), match)
+    matched = match(problem.inputs["metric"], problem.shape.values["r"], precise=True)
+    value, _ = merge(x, problem.inputs["size"].double(), matched)
     (gradient,) = torch.autograd.grad(value, x, problem.inputs["upstream"].double())
     return Exact({"value": value.detach(), "x": gradient})
 
@@ -96,12 +97,12 @@ def _eager(compiled: bool) -> Callable[[Problem], Task]:
     def build(problem: Problem) -> Task:
         x, r = problem.inputs["x"].detach().requires_grad_(), problem.shape.values["r"]
 
-        def merge(metric: Tensor, x: Tensor, size: Tensor) -> Tensor:
+        def layer(metric: Tensor, x: Tensor, size: Tensor) -> Tensor:
             with torch.no_grad():
-                match = _match(metric, r)
-            return _merge(x, size, match)
+                matched = match(metric, r)
+            return merge(x, size, matched)[0]
 
-        run = torch.compile(merge, dynamic=False) if compiled else merge
+        run = torch.compile(layer, dynamic=False) if compiled else layer
         return Task(lambda: run(problem.inputs["metric"], x, problem.inputs["size"]), {"x": x}, problem.inputs["upstream"])
 
     return build
@@ -109,15 +110,15 @@ def _eager(compiled: bool) -> Callable[[Problem], Task]:
 
 def _tomesd(problem: Problem) -> Task:
     """tomesd matches every patch to one of each 2 x 2 square; the class token is put back in front."""
-    match = importlib.import_module("tomesd.merge").bipartite_soft_matching_random2d
+    find = importlib.import_module("tomesd.merge").bipartite_soft_matching_random2d
     metric, size, r = problem.inputs["metric"], problem.inputs["size"], problem.shape.values["r"]
     x, side = problem.inputs["x"].detach().requires_grad_(), int((metric.shape[1] - 1) ** 0.5)
 
     def forward() -> Tensor:
         with torch.no_grad():
-            merge, _ = match(metric[:, 1:].float(), side, side, 2, 2, r, no_rand=True)
+            join, _ = find(metric[:, 1:].float(), side, side, 2, 2, r, no_rand=True)
         weight = size[:, 1:, None].to(x.dtype)
-        return torch.cat((x[:, :1], merge(x[:, 1:] * weight, mode="sum") / merge(weight, mode="sum")), 1)
+        return torch.cat((x[:, :1], join(x[:, 1:] * weight, mode="sum") / join(weight, mode="sum")), 1)
 
     return Task(forward, {"x": x}, problem.inputs["upstream"])
 

@@ -28,7 +28,7 @@ def create_loss(args: Any, strategy: str = "gather") -> nn.Module:
     """The loss that ``open_clip.create_loss`` would choose for the trainer's arguments, of fastvlp's.
 
     Args:
-        args: the namespace that ``open_clip_train`` parses and completes. strategy: "gather" or "ring".
+        args: the namespace that ``open_clip_train`` parses and completes. strategy: "gather", "ring" or "grouped".
 
     Raises:
         ValueError: with ``--horovod``, or for a strategy that the loss does not have.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ from fastvlp.losses.inputs import align, check
 from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid
 from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
 
+from . import instances
 from .accelerate import Replacement
+from .instances import OPTIONS
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")
 LOGITS = ("logits_per_image", "logits_per_text")
-OPTIONS = "_fastvlp_options"
 
 
 @dataclass(frozen=True)
@@ -134,35 +135,18 @@ def replace(modules: Sequence[tuple[str, nn.Module]], options: Options) -> list[
     """Give each of the modules that is of a known kind the class that computes its loss without logits.
 
     Raises:
-        RuntimeError: it is transformers 4, or a module is accelerated already.
+        RuntimeError: it is transformers 4.
     """
-    for path, module in modules:
-        if hasattr(module, OPTIONS):
-            raise RuntimeError(f"fastvlp.accelerate: {path or 'the model'} is accelerated already; undo the first report to change it")
     chosen = [(path, module, kind) for path, module in modules if (kind := _kind(type(module))) is not None]
     if chosen and int(transformers.__version__.split(".")[0]) < 5:
         raise RuntimeError(f"fastvlp.accelerate: transformers {transformers.__version__} is installed; models of version 5 are supported")
     replaced = []
     for path, module, kind in chosen:
-        original: Any = type(module)
-        setattr(module, OPTIONS, options)
-        module.__class__ = _accelerated(original)
-        replaced.append(Replacement(path, module, original, f"loss from {kind.operator}, logits made when they are read"))
+        expected = "the B x B logits of a batch of B pairs are not stored, forward or backward"
+        change = f"loss from {kind.operator}, logits made when they are read"
+        replaced.append(Replacement(path, module, type(module), loss_forward, change, expected))
+        instances.change(module, loss_forward, options)
     return replaced
-
-
-def restore(module: nn.Module, original: Any) -> None:
-    """Undo ``replace`` of one module.
-
-    Raises:
-        RuntimeError: the class was changed again meanwhile.
-    """
-    if not hasattr(module, OPTIONS):
-        return
-    if type(module) is not _accelerated(original):
-        raise RuntimeError(f"undo: the class of this {original.__name__} was changed after fastvlp.accelerate; undo that change first")
-    module.__class__ = original
-    delattr(module, OPTIONS)
 
 
 def _kind(cls: Any) -> Kind | None:
@@ -170,9 +154,8 @@ def _kind(cls: Any) -> Kind | None:
     return next((kind for kind in KINDS if issubclass(cls, kind.model) and cls.forward is kind.model.forward), None)
 
 
-@cache
-def _accelerated(cls: Any) -> Any:
-    """The subclass of a model's class that computes the loss our way; it keeps the name, which checkpoints record."""
+def loss_forward(cls: Any) -> Callable[..., Any]:
+    """The forward of a model's class that computes the loss our way."""
     kind = _kind(cls)
     assert kind is not None
     original = cls.forward
@@ -193,15 +176,7 @@ def _accelerated(cls: Any) -> Any:
             return kind.output(**{field.name: getattr(result, field.name) for field in fields(kind.output)})
         return result
 
-    def reduce(self: Any, protocol: int) -> Any:
-        return _revive, (cls,), self.__dict__
-
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, "forward": forward, "__reduce_ex__": reduce})
-
-
-def _revive(cls: Any) -> Any:
-    return (accelerated := _accelerated(cls)).__new__(accelerated)
+    return forward
 
 
 def _with_loss(model: Any, kind: Kind, shared: dict[str, Any], given: dict[str, Any]) -> Any:

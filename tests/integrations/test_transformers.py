@@ -1,4 +1,4 @@
-"""``fastvlp.accelerate`` on models of transformers: the same numbers, no logits, nothing else changed, and all of it undone."""
+"""``fastvlp.accelerate`` on models of transformers: the same numbers, no logits, nothing else changed, and all of it restored."""
 
 import copy
 import importlib
@@ -68,14 +68,14 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_numbers_until_undone(transformers, name):
+def test_same_numbers_until_restored(transformers, name):
     model, batch = build(transformers, name), inputs(name, return_loss=True)
     kind, keys, signature = type(model), list(model.state_dict()), inspect.signature(model.forward)
     stock, expected = differentiated(model, batch)
     report = fastvlp.accelerate(model)
     assert isinstance(model, kind) and type(model) is not kind and list(model.state_dict()) == keys
     assert type(model).__name__ == kind.__name__ and inspect.signature(model.forward) == signature
-    assert [part.path for part in report.replaced] == [""] and f"{name}Model" in str(report)
+    assert [part.path for part in report.replaced if "vision_model" not in part.path] == [""] and f"{name}Model" in str(report)
     assert not isinstance(build(transformers, name), type(model)), "another model of the class was changed too"
     output, found = differentiated(model, batch)
     assert isinstance(output, type(stock)) and output.loss.dtype == torch.float32
@@ -83,8 +83,8 @@ def test_same_numbers_until_undone(transformers, name):
     assert set(found) == set(expected)
     for parameter, gradient in expected.items():
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-5, msg=parameter)
-    report.undo()
-    report.undo()
+    report.restore()
+    report.restore()
     assert type(model) is kind and "forward" not in vars(model)
     assert torch.equal(model(**batch).loss, stock.loss)
 
@@ -169,7 +169,7 @@ def test_copies_and_checkpoints(transformers, name, tmp_path):
         next(other.parameters()).data.zero_()
         assert torch.equal(model(**batch).loss, loss), "the copy computes with its own parameters"
     model.save_pretrained(tmp_path)
-    report.undo()
+    report.restore()
     loaded = transformers.AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is type(model) and loaded.config.architectures == [f"{name}Model"]
     torch.testing.assert_close(loaded(**batch).loss, loss)
@@ -184,10 +184,10 @@ def test_models_inside_a_module(transformers):
     both = Both()
     keys = list(both.state_dict())
     report = fastvlp.accelerate(both)
-    assert [part.path for part in report.replaced] == ["teacher", "student"] and list(both.state_dict()) == keys
+    assert [part.path for part in report.replaced][:2] == ["teacher", "student"] and list(both.state_dict()) == keys
     with pytest.raises(RuntimeError, match="accelerated already"):
         fastvlp.accelerate(both.student)
-    report.undo()
+    report.restore()
     fastvlp.accelerate(both.student)
 
 
@@ -202,10 +202,10 @@ def test_subclasses(transformers):
     config = build(transformers, "CLIP").config
     report = fastvlp.accelerate(own := Own(config))
     assert isinstance(own, Own)
-    report.undo()
+    report.restore()
     assert type(own) is Own
-    with pytest.raises(TypeError, match="nothing to replace in Other"):
-        fastvlp.accelerate(Other(config))
+    other = Other(config)
+    assert all(part.path.startswith("vision_model.") for part in fastvlp.accelerate(other).replaced), "its own forward was replaced"
 
 
 def test_what_is_nothing_of_ours():

@@ -45,28 +45,40 @@ def match(
 
 def _away(metric: Tensor, batch: Batch, most: Tensor, threshold: float | None, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of the tokens of even place [B, ceil(width / 2)]: which go, to which token of odd place, and their rank by similarity."""
-    unit = metric.index_select(0, batch.tokens.flatten()).unflatten(0, batch.tokens.shape)
-    unit = unit.to(sum_dtype(metric.dtype))
+    unit = metric.index_select(0, batch.tokens.flatten()).unflatten(0, batch.tokens.shape).to(sum_dtype(metric.dtype))
     norm = unit.norm(dim=2, keepdim=True)
-    unit = torch.where(norm.isfinite() & (norm > 0), unit / norm, 0)
+    unit.div_(torch.where(norm.isfinite() & (norm > 0), norm, torch.inf)).nan_to_num_(0, 0, 0)
     place = torch.arange(unit.shape[1], device=metric.device)
     free = batch.inside & (place >= protected)
-    a, b, free_b = unit[:, ::2], unit[:, 1::2].transpose(1, 2), free[:, None, 1::2]
+    a, b = unit[:, ::2], unit[:, 1::2].transpose(1, 2)
+    hidden = None if batch.full and protected <= 1 else ~free[:, None, 1::2]
     best = torch.full_like(a[:, :, 0], -torch.inf)
     partner = torch.zeros_like(best, dtype=torch.int64)
+    count = min(int(most.max()), a.shape[1])
+    few = 2 * count <= a.shape[1]  # a maximum alone is far cheaper than one with its place
     if b.shape[2]:
         step = max(1, SIMILARITIES // (b.shape[0] * b.shape[2]))
         for first in range(0, a.shape[1], step):
             rows = slice(first, first + step)
-            similarity = torch.bmm(a[:, rows], b)
-            if not batch.full or protected > 1:
-                similarity.masked_fill_(~free_b, -torch.inf)
-            best[:, rows], partner[:, rows] = similarity.max(2)
+            similarity = _similarity(a[:, rows], b, hidden)
+            if few:
+                best[:, rows] = similarity.amax(2)
+            else:
+                best[:, rows], partner[:, rows] = similarity.max(2)
     best.masked_fill_(~free[:, ::2], -torch.inf)
     order = best.argsort(dim=1, descending=True, stable=True)
+    if few and b.shape[2]:
+        top = order[:, :count]
+        going = a.gather(1, top[:, :, None].expand(-1, -1, a.shape[2]))
+        partner.scatter_(1, top, _similarity(going, b, hidden).argmax(2))
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     away = rank < most[:, None]
     return away if threshold is None else away & (best >= threshold), partner, rank
+
+
+def _similarity(a: Tensor, b: Tensor, hidden: Tensor | None) -> Tensor:
+    similarity = torch.bmm(a, b)
+    return similarity if hidden is None else similarity.masked_fill_(hidden, -torch.inf)
 
 
 def listing(source: Tensor, gone: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -133,10 +145,10 @@ def merge_backward(
     if mode == "mean":
         tokens = (starts.diff() > 1)[source].nonzero().squeeze(1)
         rows = source[tokens]
-        g, total = grad[rows].to(sum_dtype(x.dtype)), size_out[rows]
+        g, total = grad[rows].to(sum_dtype(x.dtype)), size_out[rows].to(sum_dtype(x.dtype))
         share = torch.where(total > 0, 1 / total, 0)
         if needs[1]:
-            dsize[tokens] += (g * (x[tokens] - out[rows].to(g.dtype))).sum(1).to(dsize.dtype) * share
+            dsize[tokens] += ((g * (x[tokens] - out[rows].to(g.dtype))).sum(1) * share).to(dsize.dtype)
         if needs[0]:
             weight = share if size is None else share * size[tokens].to(share.dtype)
             dx[tokens] = (g * weight[:, None]).to(dx.dtype)

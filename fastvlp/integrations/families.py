@@ -1,0 +1,196 @@
+"""The image towers of timm, open_clip and transformers that ``fastvlp.accelerate`` knows, and how their blocks are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .tokens import Family, Tokens
+
+Attend = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An image tower: its blocks by name, how they are written, its leading tokens (class, registers), and all its tokens if it says.
+
+    padded: its pooling takes a mask of the tokens, so that none may be dropped behind its back.
+    """
+
+    blocks: Sequence[tuple[str, nn.Module]]
+    family: Family
+    prefix: int
+    tokens: int | None
+    padded: bool = False
+
+
+def _timm_attend(block: Any, x: Tensor, attend: Attend, tokens: Tokens) -> Tensor:
+    return x + tokens.per_image(block.drop_path1, block.ls1(attend(block.norm1(x))))
+
+
+def _timm_mlp(block: Any, x: Tensor, tokens: Tokens) -> Tensor:
+    return x + tokens.per_image(block.drop_path2, block.ls2(block.mlp(block.norm2(x))))
+
+
+def _timm_qkv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim)).unbind(-3)
+    return attention.q_norm(q), attention.k_norm(k), v
+
+
+def _timm_project(attention: Any, out: Tensor, x: Tensor) -> Tensor:
+    out = attention.norm(out)
+    if attention.gate is not None:
+        out = out * attention.gate(x).sigmoid()
+    projected: Tensor = attention.proj_drop(attention.proj(out))
+    return projected
+
+
+def _open_clip_attend(block: Any, x: Tensor, attend: Attend, tokens: Tokens) -> Tensor:
+    out = attend(block.ln_1(x))
+    return x + block.ls_1(block.ln_attn(out) if hasattr(block, "ln_attn") else out)
+
+
+def _open_clip_mlp(block: Any, x: Tensor, tokens: Tokens) -> Tensor:
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _open_clip_qkv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
+    if isinstance(attention, nn.MultiheadAttention):
+        return q, k, v
+    return attention.ln_q(q), attention.ln_k(k), v
+
+
+def _open_clip_project(attention: Any, out: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(attention, nn.MultiheadAttention):
+        if attention.head_scale is not None:
+            out = (out.unflatten(-1, (attention.num_heads, -1)) * attention.head_scale.squeeze(-1)).flatten(-2)
+        out = attention.ln_inner(out)
+    projected: Tensor = attention.out_proj(out)
+    return projected if isinstance(attention, nn.MultiheadAttention) else attention.out_drop(projected)
+
+
+def _clip_attend(block: Any, x: Tensor, attend: Attend, tokens: Tokens) -> Tensor:
+    return x + attend(block.layer_norm1(x))
+
+
+def _clip_mlp(block: Any, x: Tensor, tokens: Tokens) -> Tensor:
+    return x + block.mlp(block.layer_norm2(x))
+
+
+def _vit_attend(block: Any, x: Tensor, attend: Attend, tokens: Tokens) -> Tensor:
+    return block.dropout(attend(block.layernorm_before(x))) + x
+
+
+def _vit_mlp(block: Any, x: Tensor, tokens: Tokens) -> Tensor:
+    return block.dropout(block.mlp(block.layernorm_after(x))) + x
+
+
+def _hugging_face_qkv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (project(x).unflatten(-1, (-1, attention.head_dim)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    return q, k, v
+
+
+def _hugging_face_project(attention: Any, out: Tensor, x: Tensor) -> Tensor:
+    project = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
+    projected: Tensor = project(out)
+    return projected
+
+
+def _dropout(attention: Any) -> float:
+    for name in ("attn_drop", "dropout", "attention_dropout"):
+        if hasattr(attention, name):
+            found = getattr(attention, name)
+            return float(found.p if isinstance(found, nn.Dropout) else found)
+    return 0.0
+
+
+TIMM = Family(_timm_attend, _timm_mlp, (0, "attn_mask"), "attn", _timm_qkv, _timm_project, False, _dropout)
+OPEN_CLIP = Family(_open_clip_attend, _open_clip_mlp, (2, "attn_mask"), "attn", _open_clip_qkv, _open_clip_project, True, _dropout)
+OPEN_CLIP_OWN = Family(_open_clip_attend, _open_clip_mlp, (0, "attn_mask"), "attn", _open_clip_qkv, _open_clip_project, False, _dropout)
+CLIP = Family(_clip_attend, _clip_mlp, (0, "attention_mask"), "self_attn", _hugging_face_qkv, _hugging_face_project, True, _dropout)
+VIT = Family(_vit_attend, _vit_mlp, (0, "attention_mask"), "attention", _hugging_face_qkv, _hugging_face_project, True, _dropout)
+
+
+def find(module: nn.Module) -> Tower | str | None:
+    """The tower that a module is (not its children): a sentence where its blocks are of a kind we do not know, None where it is none."""
+    roots = {cls.__module__.split(".")[0] for cls in type(module).__mro__}
+    finders = {"timm": _find_timm, "open_clip": _find_open_clip, "transformers": _find_hugging_face}
+    for root, finder in finders.items():
+        if root in roots and (found := finder(module)) is not None:
+            return found
+    return None
+
+
+def _find_timm(module: Any) -> Tower | str | None:
+    timm, attention = import_module("timm.models.vision_transformer"), import_module("timm.layers.attention").Attention
+    flexible = isinstance(module, import_module("timm.models.naflexvit").NaFlexVit)
+    if not flexible and not isinstance(module, timm.VisionTransformer):
+        return None
+    blocks = _named(module.blocks, "blocks")
+    if why := _unknown(blocks, timm.Block, "attn", attention):
+        return why
+    patches = None if flexible else module.patch_embed.num_patches
+    return Tower(blocks, TIMM, module.num_prefix_tokens, patches and patches + module.num_prefix_tokens, padded=flexible)
+
+
+def _find_open_clip(module: Any) -> Tower | str | None:
+    transformer = import_module("open_clip.transformer")
+    if not isinstance(module, transformer.VisionTransformer):
+        return None
+    blocks = _named(module.transformer.resblocks, "transformer.resblocks")
+    own = isinstance(module.transformer.resblocks[0], transformer.CustomResidualAttentionBlock)
+    block, attention = (
+        (transformer.CustomResidualAttentionBlock, transformer.Attention) if own else
+        (transformer.ResidualAttentionBlock, nn.MultiheadAttention)
+    )  # fmt: skip
+    if why := _unknown(blocks, block, "attn", attention):
+        return why
+    if own and module.transformer.resblocks[0].attn.logit_scale is not None:
+        return "its attention is a scaled cosine, which packed_attention does not compute"
+    return Tower(blocks, OPEN_CLIP_OWN if own else OPEN_CLIP, 1, module.positional_embedding.shape[0])
+
+
+def _find_hugging_face(module: Any) -> Tower | str | None:
+    name = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in HUGGING_FACE), None)
+    if name is None:
+        return None
+    folder, block, attention, prefix = HUGGING_FACE[name]
+    modeling = import_module(f"transformers.models.{folder}.modeling_{folder}")
+    where = "layers" if name == "ViTModel" else "encoder.layers"
+    family = VIT if name == "ViTModel" else CLIP
+    blocks = _named(module.get_submodule(where), where)
+    if why := _unknown(blocks, getattr(modeling, block), family.attention, getattr(modeling, attention)):
+        return why
+    config = module.config
+    flexible = name == "Siglip2VisionModel"
+    tokens = config.num_patches if flexible else (config.image_size // config.patch_size) ** 2 + prefix
+    return Tower(blocks, family, prefix, tokens, padded=flexible)
+
+
+HUGGING_FACE = {
+    "CLIPVisionModel": ("clip", "CLIPEncoderLayer", "CLIPAttention", 1),
+    "SiglipVisionModel": ("siglip", "SiglipEncoderLayer", "SiglipAttention", 0),
+    "Siglip2VisionModel": ("siglip2", "Siglip2EncoderLayer", "Siglip2Attention", 0),
+    "ViTModel": ("vit", "ViTLayer", "ViTAttention", 1),
+}
+
+
+def _named(blocks: Any, path: str) -> list[tuple[str, nn.Module]]:
+    return [(f"{path}.{name}", block) for name, block in blocks.named_children()]
+
+
+def _unknown(blocks: Sequence[tuple[str, nn.Module]], block: Any, attention: str, attention_class: Any) -> str:
+    """Why these blocks are none of ours: their forward, or that of their attention, is another one."""
+    for path, module in blocks:
+        for part, expected in ((module, block), (getattr(module, attention, module), attention_class)):
+            forward: Any = type(part).forward
+            if forward is not expected.forward:
+                return f"{path} has a {type(part).__name__}; {expected.__name__} is supported"
+    return ""

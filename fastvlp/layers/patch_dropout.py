@@ -1,0 +1,64 @@
+"""Dropping tokens at random in training: PatchDropout, FLIP."""
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp_kernels import token_select
+
+
+def patch_dropout(x: Tensor, prob: float, num_prefix_tokens: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
+    """Keep max(1, int(L * (1 - prob))) random tokens of the L after the prefix of each row.
+
+    Args:
+        x: [B, N, C].
+
+    Returns:
+        The prefix and the kept tokens [B, N', C], and which they are: int64 [B, L'], counted after the prefix, ascending if ``ordered``.
+    """
+    rows, tokens = x.shape[:2]
+    patches = tokens - num_prefix_tokens
+    kept = max(1, int(patches * (1 - prob)))
+    scores = torch.rand(rows, patches, device=x.device)
+    if not ordered:
+        keep = scores.topk(kept, dim=1).indices
+    else:
+        starts = torch.arange(0, rows * patches + 1, patches, dtype=torch.int32, device=x.device)
+        lengths = torch.full((rows,), patches)
+        selection = token_select(scores.flatten(), starts, kept, lengths=lengths, total=rows * kept)
+        keep = selection.index.unflatten(0, (rows, kept)) - starts[:-1, None]
+    prefix = torch.arange(num_prefix_tokens, device=x.device).expand(rows, -1)
+    index = torch.cat((prefix, keep + num_prefix_tokens), 1)
+    places = (index + torch.arange(rows, device=x.device)[:, None] * tokens).flatten()
+    taken = torch.ops.fastvlp.token_take(x.flatten(0, 1), places)
+    return taken.unflatten(0, index.shape), keep
+
+
+class PatchDropoutWithIndices(nn.Module):
+    """timm's PatchDropoutWithIndices: in training, random tokens of each row stay (https://arxiv.org/abs/2212.00794).
+
+    Args:
+        prob: the share that is dropped, from 0 to below 1. At least one token stays.
+        num_prefix_tokens: leading tokens (class, registers) that always stay. ordered: the kept tokens keep their order.
+
+    Raises:
+        ValueError: ``prob`` is no such share.
+    """
+
+    def __init__(self, prob: float = 0.5, num_prefix_tokens: int = 1, ordered: bool = False) -> None:
+        super().__init__()
+        if not 0 <= prob < 1:
+            raise ValueError(f"PatchDropout: prob is {prob}; it must be the share that is dropped, from 0 to below 1")
+        self.prob, self.num_prefix_tokens, self.ordered = prob, num_prefix_tokens, ordered
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, N, C] -> [B, N', C], and the kept places int64 [B, L'] after the prefix; ``x`` and None in eval mode."""
+        if not self.training or self.prob == 0:
+            return x, None
+        return patch_dropout(x, self.prob, self.num_prefix_tokens, self.ordered)
+
+
+class PatchDropout(PatchDropoutWithIndices):
+    """timm's PatchDropout: the tokens of :class:`PatchDropoutWithIndices` alone, [B, N, C] -> [B, N', C]."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]

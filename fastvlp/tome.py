@@ -1,0 +1,125 @@
+"""Token merging by the names and calls of ToMe (https://arxiv.org/abs/2210.09461), on ``fastvlp.ops.merge_plan``.
+
+Dense tensors [B, N, C] as in ToMe's scripts. Differences: nothing depends on an unstable sort or on atomics, a mean is taken in float32 and
+rounded once, and merging differentiates to exact gradients. To merge inside a whole model, see ``fastvlp.accelerate(model, merge=...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvlp.layers.token_merger import even_segments
+from fastvlp_kernels import MergePlan, merge_plan
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What :func:`bipartite_soft_matching` returns first: call it to merge [B, N, C] into [B, N', C]."""
+
+    plan: MergePlan
+    rows: int
+    order: Tensor | None  # int64 [N'], where a distillation token moves the rows of each image
+
+    def __call__(self, x: Tensor, mode: str = "mean") -> Tensor:
+        """Merge by "mean" (each token counts once), "sum" or "amax"."""
+        return self.weighted(x, None, mode)[0]
+
+    def weighted(self, x: Tensor, size: Tensor | None, mode: str = "mean") -> tuple[Tensor, Tensor]:
+        """x [B, N', C] and the sums of the sizes [B, N']; ``size`` [B, N] weighs a mean."""
+        merged, sizes = self.plan.merge(x.flatten(0, 1), None if size is None else size.flatten(), mode)
+        shape = (self.rows, self.plan.total // self.rows)
+        return self._ordered(merged.unflatten(0, shape)), self._ordered(sizes.unflatten(0, shape))
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x[:, self.order]
+
+
+@dataclass(frozen=True)
+class Unmerge:
+    """What :func:`bipartite_soft_matching` returns second: gives every token the row it went to, [B, N', C] to [B, N, C]."""
+
+    merge: Merge
+
+    def __call__(self, x: Tensor) -> Tensor:
+        order = self.merge.order
+        rows = x if order is None else x[:, order.argsort()]
+        return self.merge.plan.unmerge(rows.flatten(0, 1)).unflatten(0, (x.shape[0], -1))
+
+
+def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, distill_token: bool = False) -> tuple[Merge, Unmerge]:
+    """Match the tokens of even place to the most similar of odd place, and merge the ``r`` most similar of them.
+
+    Args:
+        metric: [B, N, d], what is compared by cosine. r: at most half of the tokens, without the protected ones, are merged.
+        class_token: the first token never merges. distill_token: neither does the second one.
+
+    Returns:
+        merge, unmerge. The merged tokens are in ToMe's order: those of even place that stayed (most similar first; with a class token,
+        in their own order), then those of odd place; with a distillation token the two special tokens are first.
+
+    Raises:
+        ValueError: a distillation token without a class token, a metric that is not [B, N, d].
+    """
+    if metric.ndim != 3:
+        raise ValueError(f"bipartite_soft_matching: metric is {tuple(metric.shape)}; it must be [B, N, d], what is compared of each token")
+    if distill_token and not class_token:
+        raise ValueError("bipartite_soft_matching: a distillation token is the second token and needs class_token=True before it")
+    rows, tokens = metric.shape[:2]
+    protected = int(class_token) + int(distill_token)
+    r = max(0, min(r, (tokens - protected) // 2))
+    starts, lengths = even_segments(rows, tokens, metric.device)
+    plan = merge_plan(
+        metric.flatten(0, 1), starts, r, lengths=lengths, total=rows * (tokens - r), protected=protected, keep_order=r == 0
+    )
+    order = None
+    if distill_token and r:
+        stayed = (tokens + 1) // 2 - r
+        places = torch.arange(tokens - r, device=metric.device)
+        order = torch.cat((places[:1], places[stayed : stayed + 1], places[1:stayed], places[stayed + 1 :]))
+    merge = Merge(plan, rows, order)
+    return merge, Unmerge(merge)
+
+
+def merge_wavg(merge: Callable[..., Tensor], x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The mean of merged tokens weighted by their sizes: x [B, N', C] and size [B, N', 1].
+
+    Args:
+        merge: of :func:`bipartite_soft_matching`. x: [B, N, C]. size: [B, N, 1], how many patches each token stands for; None: 1 each.
+    """
+    if isinstance(merge, Merge):
+        merged, sizes = merge.weighted(x, None if size is None else size.squeeze(-1))
+        return merged, sizes.unsqueeze(-1)
+    size = torch.ones_like(x[..., :1]) if size is None else size
+    total = merge(size, mode="sum")
+    return merge(x * size, mode="sum") / total, total
+
+
+def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None = None) -> Tensor:
+    """Which of the first N tokens each merged token is made of: [B, N', N] of 0 and 1; ``source`` is that of the mergings before.
+
+    ``merge.plan.source`` says the same in N integers per image.
+    """
+    if source is None:
+        source = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)
+    return merge(source, mode="amax")
+
+
+def parse_r(num_layers: int, r: int | Sequence[int] | tuple[int, float]) -> list[int]:
+    """How many tokens each layer merges.
+
+    Args:
+        r: a number for all layers; a list, filled up with 0; or a tuple (r, inflect): from r (1 - inflect) in the first layer straight to
+            r (1 + inflect) in the last, r on average.
+    """
+    if isinstance(r, int):
+        return [r] * num_layers
+    if isinstance(r, tuple):
+        mean, inflect = r
+        low = int(mean * (1 - inflect))
+        span = 2 * (int(mean) - low)
+        return [low + span * layer // max(1, num_layers - 1) for layer in range(num_layers)]
+    return [*r, *[0] * (num_layers - len(r))]
