@@ -1,4 +1,4 @@
-# make train: the default recipe on the data that ships · make test · make lint · make bench
+# make train: the default recipe on the data that ships · make test · make lint · make bench · make soak · make docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,9 @@ TORCH := --constraint constraints-cpu.txt
 TORCH_INDEX := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: train test lint bench clean
+SOAK_MINUTES ?= 15
+
+.PHONY: train test lint bench soak docs clean
 
 train: $(VENV)/.train
 	$(BIN)/fastvlp train
@@ -26,6 +28,13 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks run --all
 	$(BIN)/python -m benchmarks report
 
+soak: $(VENV)/.dev
+	$(BIN)/python -m benchmarks soak --minutes $(SOAK_MINUTES)
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m benchmarks report
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 $(VENV)/.train: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"fastvlp needs Python 3.10 or newer and got {sys.version.split()[0]}: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -40,5 +49,9 @@ $(VENV)/.dev: $(VENV)/.train requirements-rivals.txt
 	$(PIP) --no-deps --requirement requirements-rivals.txt
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) --editable '.[docs]' $(TORCH)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -4,9 +4,12 @@
     python -m benchmarks run --op similarity_logsumexp    one operator (--quick: small sizes, seconds)
     python -m benchmarks run --all                        all operators
     python -m benchmarks run --e2e mini --resume          time to zero-shot accuracy against open_clip's model and loss
+    python -m benchmarks run --e2e ladder                 a training step from open_clip's to ours, one mechanism at a time
+    python -m benchmarks run --e2e scaling                the loss over batch and processes, the image tower over picture size
     python -m benchmarks compare A.csv B.csv              what got slower or faster from A to B; exit 1 where something got slower
     python -m benchmarks plot                             pictures of the results, beside them
-    python -m benchmarks report [--check]                 the tables in README.md and kernels/README.md, and a page of all results
+    python -m benchmarks report [--check]                 the tables in the READMEs and docs/, and a page of all results
+    python -m benchmarks soak --minutes 15                faults on purpose: random calls, damaged data, killed processes; exit 1 for a loss
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, e2e, plot, report
+from benchmarks import compare, e2e, ladder, plot, report, scaling
 from benchmarks.measure import ParityError
 from benchmarks.registry import ENDS, OPS, find, suggest
 from benchmarks.run import RESULTS, run_case, split_providers, write
+from benchmarks.soak import run as soak
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     compared.add_argument("b", type=Path, metavar="B.csv")
     compared.add_argument("--minimal", type=float, default=compare.MINIMAL, metavar="SHARE",
                           help="a smaller change of the median is none (default: %(default)s)")  # fmt: skip
+    soaked = commands.add_parser("soak", help="faults on purpose for some minutes, and what survived them")
+    soaked.add_argument("--out", type=Path, default=RESULTS, help="folder for <device>/soak.json (default: %(default)s)")
+    soak.add_arguments(soaked)
     for name, text in (("plot", "draw the results as PNG"), ("report", "write the marked tables of the READMEs and a page of all results")):
         command = commands.add_parser(name, help=text)
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
@@ -61,7 +68,8 @@ def list_cases() -> None:
         print(f"    runs here: {', '.join(provider.name for provider in present)}")
         if absent:
             print(f"    not here: {', '.join(f'{name} ({reason})' for name, reason in absent.items())}")
-    print(f"mini: {e2e.__doc__.splitlines()[0]}\n    python -m benchmarks run --e2e mini")
+    for name, module in (("mini", e2e), ("ladder", ladder), ("scaling", scaling)):
+        print(f"{name}: {(module.__doc__ or '').splitlines()[0]}\n    python -m benchmarks run --e2e {name}")
 
 
 def _say(text: str) -> None:
@@ -92,8 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         if not arguments.quick or arguments.out:
             print(f"wrote {write(result, out)}")
-    if arguments.e2e:
+    if arguments.e2e == "mini":
         e2e.run(arguments, out)
+    elif arguments.e2e:
+        (ladder if arguments.e2e == "ladder" else scaling).run(arguments, out if not arguments.quick or arguments.out else None)
     return int(failed)
 
 
@@ -111,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.command == "compare":
         return compare.main(arguments.a, arguments.b, arguments.minimal)
+    if arguments.command == "soak":
+        return soak.run(arguments, arguments.out)
     return report.main(arguments.results, arguments.check, page=arguments.html)
 
 

@@ -125,17 +125,50 @@ def _accuracy(parts: Sequence[dict[str, Any]]) -> str:
     return f'<div class="charts">{_figure("accuracy over training time", chart)}</div>\n'
 
 
+def _ladder(rungs: Sequence[dict[str, Any]]) -> str:
+    """Images per second of every rung; the line is the first one."""
+    some = [Bar(rung["rung"], "ours" if number else "rival", rung["ratio_first"],
+                f"{rung['images_per_second']:.0f}/s {rung['ratio_first']:.2f}x") for number, rung in enumerate(rungs)]  # fmt: skip
+    return _figure("images per second, as a multiple of the first rung (dashed)", bars([("training step", some)], "ladder"))
+
+
+def _scaling(rows: Sequence[dict[str, Any]]) -> str:
+    """Time, and memory where it was measured, of every sweep."""
+    charts = []
+    for sweep in dict.fromkeys(row["sweep"] for row in rows):
+        for key, unit in (("p50_ms", "ms"), ("extra_mb", "extra MB")):
+            series: list[Series] = []
+            for provider, kind in dict.fromkeys((row["provider"], row["kind"]) for row in rows if row["sweep"] == sweep):
+                points = [(float(row["x"]), row[key]) for row in rows
+                          if (row["sweep"], row["provider"]) == (sweep, provider) and row.get(key)]  # fmt: skip
+                if points:
+                    series.append(Series(provider, kind, points, _DASHES[sum(line.style == kind for line in series) % len(_DASHES)]))
+            if series and len({x for line in series for x, _ in line.points}) > 1:
+                charts.append(_figure(f"{unit} over {sweep}", curves(series, (sweep, unit), f"{unit} over {sweep}")))
+    return "".join(charts)
+
+
+_CHARTS = {"ladder": _ladder, "scaling": _scaling}
+
+
 def _generic(content: dict[str, Any]) -> str:
-    """A table for every list of records in a result file of another kind, such as time to accuracy."""
+    """A table for every list of records in a result file of another kind, such as time to accuracy; the machine is said once, above."""
     parts = []
+    if content.get("op") in _CHARTS and content.get("rows"):
+        parts.append(f'<div class="charts">{_CHARTS[content["op"]](content["rows"])}</div>\n')
     for name, records in content.items():
         if not (isinstance(records, list) and records and all(isinstance(record, dict) for record in records)):
             continue
-        header = list(dict.fromkeys(key for record in records for key, value in record.items() if isinstance(value, str | int | float)))
-        lines = [[number(value) if isinstance(value := record.get(key, ""), float) else str(value) for key in header] for record in records]
+        header = list(dict.fromkeys(key for record in records for key, value in record.items()
+                                    if isinstance(value, str | int | float) and key not in content.get("machine", {})))  # fmt: skip
+        lines = [[_cell(record.get(key)) for key in header] for record in records]
         parts.append(f'<p class="soft">{escape(name)}</p>{_table(header, lines, [""] * len(lines))}')
         parts.append(_accuracy(records))
     return "".join(parts)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else number(value) if isinstance(value, float) else str(value)
 
 
 def _operator(content: dict[str, Any]) -> str:

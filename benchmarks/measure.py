@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.machine import ROOT, environment, synchronise
+from benchmarks.machine import synchronise
+from benchmarks.peak import elsewhere, growth
 from benchmarks.registry import Case, Exact, Mode, Problem, Provider, Task
 
 # How much larger than eager's our error against float64 may be, relative to the norm of the result; below each dtype's own rounding.
@@ -176,17 +174,5 @@ def extra_bytes(case: Case, problem: Problem, provider: Provider, task: Task, mo
     CUDA: the allocator's peak. CPU: the growth of resident memory in a process of its own (benchmarks/memory.py).
     """
     if problem.device.type == "cuda":
-        torch.cuda.synchronize(problem.device)
-        before = torch.cuda.memory_allocated(problem.device)
-        torch.cuda.reset_peak_memory_stats(problem.device)
-        kept = results(task, mode)
-        torch.cuda.synchronize(problem.device)
-        peak = torch.cuda.max_memory_allocated(problem.device)
-        del kept
-        return peak - before
-    command = [sys.executable, "-m", "benchmarks.memory", case.op, problem.shape.name, provider.name, mode]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
-    peak = json.loads(done.stdout.splitlines()[-1])["extra_bytes"]
-    return None if peak is None else int(peak)
+        return growth(lambda: results(task, mode), problem.device)
+    return elsewhere("benchmarks.memory", case.op, problem.shape.name, provider.name, mode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.registry import OPS
 from benchmarks.report import load
 
 _COLOURS = {"ours": "tab:red", "eager": "tab:gray", "compiled": "tab:blue", "rival": "tab:green"}
@@ -23,9 +24,9 @@ def plot(folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     written = []
     for device, files in load(folder).items():
-        for name, content in files.items():
+        for name in [name for name in (*OPS, "mini") if name in files]:
             path = folder / device / f"{name}.png"
-            _accuracy(content, path) if name == "mini" else _bars(content, path)
+            _accuracy(files[name], path) if name == "mini" else _bars(files[name], path)
             written.append(path)
     return written
 

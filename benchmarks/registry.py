@@ -117,9 +117,9 @@ class Case:
 
 OPS = (
     "similarity_logsumexp", "pairwise_sigmoid", "similarity_attend", "maxsim", "packed_attention", "token_merge", "token_select",
-    "segment_pool", "towers",
+    "segment_pool", "patch_embed", "towers", "merging",
 )  # fmt: skip
-ENDS = ("mini",)
+ENDS = ("mini", "ladder", "scaling")
 
 
 def suggest(got: str, allowed: Sequence[str], what: str) -> str:

@@ -1,4 +1,4 @@
-"""The tables in README.md and kernels/README.md, made from the result files and never typed, and a page of all results.
+"""The tables in the READMEs and in docs/, made from the result files and never typed, and a page of all results.
 
 A table stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; NAME is one of TABLES. What was not measured stays
 empty and says so.
@@ -18,8 +18,9 @@ from benchmarks.machine import ROOT
 from benchmarks.registry import OPS, find, suggest
 from benchmarks.run import Row, write_text
 
-FILES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+FILES = (ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 UNMEASURED = "unmeasured"
+MODELS = ("towers", "merging")  # cases of whole models, with tables of their own
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)
 
 Results = dict[str, dict[str, dict[str, Any]]]  # device -> op -> content of the file
@@ -118,11 +119,27 @@ def towers(results: Results) -> str:
     return _table(header, lines)
 
 
+def merging(results: Results) -> str:
+    """A model whose blocks merge tokens, inference: against the untouched model and against eager ToMe."""
+    header = ("device", "model", "fastvlp ms", "eager ToMe ms", "unmerged ms", "operations saved", "faster than unmerged",
+              "than eager ToMe")  # fmt: skip
+    lines = []
+    for device, shape, rows in _measurements(results, "merging", "forward"):
+        ours = _best(rows, "ours")
+        if ours is None:
+            lines.append([device, shape, UNMEASURED, *[""] * (len(header) - 3)])
+            continue
+        times = [_ms(ours), _ms(_best(rows, "eager")), _ms(_best(rows, "rival"))]
+        saved = results[device]["merging"]["facts"][shape]["flops_saved"]
+        lines.append([device, shape, *times, f"{saved:.0%}", f"{ours['ratio_rival']:.2f}x", f"{ours['ratio_eager']:.2f}x"])
+    return _table(header, lines)
+
+
 def operators(results: Results) -> str:
     """One line per operator for kernels/README.md: what it computes and the fastest measured, with its share of the limit."""
     lines = []
     for op in OPS:
-        if op == "towers":
+        if op in MODELS:
             continue
         fastest = []
         for device, shape, rows in _measurements(results, op, "forward+backward"):
@@ -152,12 +169,40 @@ def mini(results: Results) -> str:
     return _table(header, lines) + ("\n".join(reached) if len(reached) > 1 else "")
 
 
+def ladder(results: Results) -> str:
+    """Every rung from open_clip's training step to ours."""
+    header = ("device", "rung", "what it is", "images/s", "than open_clip's", "than the one before", "extra MB")
+    lines = [
+        [device, row["rung"], row["about"], f"{row['images_per_second']:.0f}", f"{row['ratio_first']:.2f}x",
+         f"{row['ratio_previous']:.2f}x", _number(row["extra_mb"])]
+        for device, files in results.items() for row in files.get("ladder", {}).get("rows", [])
+    ]  # fmt: skip
+    return _table(header, lines or [["CPU", "open_clip", UNMEASURED, *[""] * (len(header) - 3)]])
+
+
+def scaling(results: Results) -> str:
+    """Time and memory of ours and of open_clip's as a batch, a picture or the number of processes grows."""
+    header = ("device", "what grows", "to", "ours", "ms", "extra MB", "open_clip ms", "its extra MB", "faster")
+    lines = []
+    for device, files in results.items():
+        rows = files.get("scaling", {}).get("rows", [])
+        others = {(row["sweep"], row["x"]): row for row in rows if row["kind"] == "rival"}
+        for row in (row for row in rows if row["kind"] == "ours"):
+            other = others.get((row["sweep"], row["x"]), {})
+            cells = [row.get("note") or _number(row["p50_ms"]), _number(row.get("extra_mb"))]
+            cells += [other.get("note") or _number(other.get("p50_ms")), _number(other.get("extra_mb"))]
+            ratio = row.get("ratio_rival")
+            lines.append([device, row["sweep"], str(row["x"]), row["provider"], *cells, f"{ratio:.2f}x" if ratio else ""])
+    return _table(header, lines or [["CPU", "batch", UNMEASURED, *[""] * (len(header) - 3)]])
+
+
 def _reached(system: dict[str, Any]) -> str:
     return f"{system['system']} {100 * system['top1']:.1f} % top-1 after {system['train_seconds'] / 60:.1f} minutes"
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    **{op.replace("_", "-"): operator(op) for op in OPS if op != "towers"}, "towers": towers, "operators": operators, "mini": mini,
+    **{op.replace("_", "-"): operator(op) for op in OPS if op not in MODELS}, "towers": towers, "merging": merging, "operators": operators,
+    "mini": mini, "ladder": ladder, "scaling": scaling,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -38,3 +39,13 @@ def import_open_clip() -> ModuleType:
         _kept_alive.append(library)
         importlib.import_module("torchvision")
     return importlib.import_module("open_clip")
+
+
+def clip_loss(fused: bool, **options: Any) -> Any:
+    """CLIP's loss with these constructor arguments: ours (``fused``) or open_clip's own."""
+    if fused:
+        from fastvlp.losses import ClipLoss
+
+        return ClipLoss(**options)
+    import_open_clip()
+    return importlib.import_module("open_clip.loss").ClipLoss(**options)

@@ -76,7 +76,7 @@ def run_case(case: Case, device: torch.device, quick: bool, say: Callable[[str],
         ParityError: before anything of that shape is timed.
     """
     providers, absent = split_providers(case, device)
-    shapes = case.shapes(device.type, quick)
+    shapes = case.shapes(device.type, quick) if providers else []
     busy = load()
     if device.type == "cpu" and busy is not None and busy > 0.3 * cores():
         say(f"the machine is busy (load {busy:.1f}, {cores()} cores): these times will not be clean")

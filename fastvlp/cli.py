@@ -1,4 +1,4 @@
-"""The command line: fastvlp train | eval | recipes | env."""
+"""The command line: fastvlp train | eval | recipes | env | profile | plan | show."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ EPILOG = """examples:
   fastvlp eval runs/mini --data mini:val-openclipart
   fastvlp recipes
   fastvlp env
+  fastvlp profile mini
+  fastvlp plan mini data.batch_size=1048576 --devices 256
+  fastvlp show tokens picture.png --merge 0.4       which patches become one token
 
 exit codes: 0 done, 1 failed while running, 2 wrong usage or settings, 130 stopped by Ctrl-C (143 by SIGTERM) with a checkpoint
 """
@@ -40,6 +43,16 @@ the samples of --data name their class in the field "class" of their .json
 CHECKPOINT is a run, one of its checkpoints, or a model directory
 """
 
+PROFILE = """Count the tokens of the first batch of a recipe's data, in each of its stages, and the operations of every layer for them."""
+PLAN = """Say, before anything runs, what a step of a recipe costs on a cluster: bytes over fast and slow links, memory and seconds for each
+way in which the loss can cross devices (loss.strategy), and which one wins."""
+PLAN_EPILOG = """example, a batch of a million pairs on 256 GPUs in machines of 8:
+  fastvlp plan mini data.batch_size=1048576 model.embed_dim=1024 --devices 256 --per-node 8 --intra 300 --inter 40 --tflops 400
+
+bytes and memory are exact up to a few per cent; seconds are those of ideal links and products at the rates given, a lower bound
+"""
+SHOW = """Draw the patches of a picture as tokens: --keep fades those that would be dropped, --merge paints those that become one token."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of all commands."""
@@ -58,6 +71,28 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be repeated")
     score.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     commands.add_parser("recipes", help="list the recipes that ship")
+    shape = commands.add_parser("profile", help="tokens and operations of every layer of a recipe", description=PROFILE)
+    shape.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help="recipe, then changes, as for fastvlp train")
+    ahead = commands.add_parser("plan", help="bytes, memory and seconds of a step on a cluster", description=PLAN, epilog=PLAN_EPILOG,
+                                formatter_class=raw)
+    ahead.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help="recipe, then changes, as for fastvlp train")
+    ahead.add_argument("--devices", type=int, default=8, metavar="N", help="in all (default: %(default)s)")
+    ahead.add_argument("--per-node", type=int, default=8, metavar="N", help="that share fast links (default: %(default)s)")
+    for flag, default, what in (("--intra", 300.0, "GB/s that a device sends inside its node"),
+                                ("--inter", 40.0, "GB/s that a device sends to other nodes"),
+                                ("--tflops", 400.0, "10^12 operations per second that its products reach"),
+                                ("--latency", 20.0, "microseconds of one exchange")):
+        ahead.add_argument(flag, type=float, default=default, metavar="X", help=f"{what} (default: %(default)g)")
+    ahead.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of features (default: %(default)s)")
+    ahead.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    show = commands.add_parser("show", help="draw what becomes of the patches of a picture", description=SHOW)
+    show.add_argument("what", choices=["tokens"], help="what to show")
+    show.add_argument("image", metavar="IMAGE", help="a picture file")
+    fate = show.add_mutually_exclusive_group(required=True)
+    fate.add_argument("--keep", type=float, metavar="SHARE", help="the patches that differ most from the mean stay, the others fade")
+    fate.add_argument("--merge", type=float, metavar="SHARE", help="that share of the patches, the most similar, merges away (ToMe)")
+    show.add_argument("--model", metavar="CHECKPOINT", help="compare patches as this model embeds them, not by their pixels")
+    show.add_argument("--out", default="tokens.png", metavar="FILE", help="where the picture goes (default: %(default)s)")
     commands.add_parser("env", help="versions, devices, and what computes each operator")
     return root
 
@@ -69,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [argument for argument in rest if options.command != "train" or argument.startswith("-") or "=" not in argument]
     if unknown:
         root.error(f"unrecognized arguments: {' '.join(unknown)}")
-    commands = {"train": _train, "eval": _eval, "recipes": _recipes, "env": _env}
+    commands = {"train": _train, "eval": _eval, "recipes": _recipes, "env": _env, "profile": _profile, "plan": _plan,
+                "show": _show}
     if options.command == "train":
         options.arguments += rest  # changes that come after a flag
     try:
@@ -84,9 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     from fastvlp._schema import ConfigError
 
-    recipe, changes = None, list(options.arguments)
-    if changes and "=" not in changes[0]:
-        recipe = changes.pop(0)
+    recipe, changes = _recipe(options.arguments)
     if options.resume is not None:
         changes.append(f"run.resume={json.dumps(options.resume)}")
     try:
@@ -134,6 +168,60 @@ def _eval(options: argparse.Namespace) -> int:
 
     print("\n".join(table({"retrieval" if options.classes is None else "zero_shot": scores})))
     return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from fastvlp._schema import ConfigError
+
+    try:
+        from fastvlp.config import load
+        from fastvlp.profile import profile, table
+
+        config = load(*_recipe(options.arguments))
+        print(table(profile(config), config))
+    except (ConfigError, FileNotFoundError, ImportError, ValueError) as error:
+        return _fail(error, 2)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from fastvlp._schema import ConfigError
+
+    try:
+        from fastvlp import plan
+        from fastvlp.config import load
+
+        config = load(*_recipe(options.arguments))
+        cluster = plan.Cluster(options.devices, options.per_node, options.intra, options.inter, options.tflops, options.latency)
+        found = plan.plan(config.loss.name, config.data.batch_size, config.model.embed_dim, cluster, options.dtype)
+        around = plan.towers(config, cluster)
+    except (ConfigError, ValueError) as error:
+        return _fail(error, 2)
+    if options.json:
+        print(json.dumps({"cluster": asdict(cluster), "strategies": [asdict(one) for one in found], "towers": asdict(around)}))
+    else:
+        print(plan.table(found, around, config, cluster, options.dtype))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    import fastvlp
+    from fastvlp.show import save
+
+    try:
+        model = None if options.model is None else fastvlp.load(options.model)
+        print(save(options.image, options.out, options.keep, options.merge, model))
+    except (OSError, ValueError) as error:
+        return _fail(error, 2)
+    return 0
+
+
+def _recipe(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe, where the first word is one, and the changes."""
+    changes = list(arguments)
+    return (changes.pop(0) if changes and "=" not in changes[0] else None), changes
 
 
 def _recipes(options: argparse.Namespace) -> int:

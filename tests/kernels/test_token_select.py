@@ -65,6 +65,14 @@ def test_any_segments_equal_the_loop(lengths, keep, protected, impl, ties, seed)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_segment_shorter_than_the_protected_prefix_stays_whole(impl):
+    """Beside a longer one whose scores are higher, so that padding would outrank its tokens."""
+    lengths, scores = [1, 2, 6], torch.tensor([0.0, 1.0, 2.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
+    check(token_select(scores, cu(lengths), 4, protected=3, impl=impl), brute(scores.tolist(), lengths, 4, 3))
+    check(token_select(-scores, cu(lengths), 4, protected=3, impl=impl), brute((-scores).tolist(), lengths, 4, 3))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_number_for_each_segment_and_every_dtype(impl, dtype):
     lengths = [7, 0, 20, 5]

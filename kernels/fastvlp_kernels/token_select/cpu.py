@@ -18,7 +18,7 @@ def select(scores: Tensor, lengths: Tensor, counts: Tensor, protected: int, tota
         # Two stable sorts, because scores may be infinite themselves: padding last, the protected prefix first.
         order = values[batch.tokens].argsort(dim=1, descending=True, stable=True)
         group = torch.where(batch.inside, 1, 2)
-        group[:, :protected] = 0
+        group[:, :protected].masked_fill_(batch.inside[:, :protected], 0)
         order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
         place = torch.arange(order.shape[1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(1, order, place)

@@ -1,0 +1,1 @@
+"""Soak: random calls, damaged data, lost processes and killed trainings, for as long as one likes."""

@@ -1,0 +1,108 @@
+"""A tiny training that is killed at random moments and started again, against the same training undisturbed, bit by bit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.processes import forkserver
+
+STEPS, MOST_KILLS = 12, 30
+PATIENCE = 120.0  # seconds in which one undisturbed training has to end
+
+
+def settings(seed: int, folder: Path, name: str) -> dict[str, Any]:
+    """A run of a few steps on the shipped data, with what a checkpoint has to hold drawn at random: averages, micro-batches, the loss."""
+    draw = random.Random(seed)
+    loss = draw.choice(("clip", "siglip"))
+    stages = [{"until": 0.5, "image_size": 32, "keep": 0.5}, {"image_size": 64, "augment": 0.5}]
+    return {
+        "run": {"name": name, "dir": str(folder), "seed": seed % 2**31, "device": "cpu"},
+        "data": {"train": ["mini:val-openclipart"], "batch_size": draw.choice((8, 13)), "workers": 0},
+        "model": {"embed_dim": 16, "image": {"width": 32, "depth": 2, "heads": 2}, "text": {"width": 32, "depth": 1, "heads": 2},
+                  "init_bias": -10.0 if loss == "siglip" else None},
+        "loss": {"name": loss},
+        "optim": {"grad_clip": draw.choice((None, 1.0))},
+        "schedule": {"steps": STEPS, "warmup": 2, "stages": stages},
+        "train": {"ema": draw.choice((None, 0.9)), "image_tokens": draw.choice((None, 60)), "text_tokens": draw.choice((None, 50)),
+                  "checkpoint_every": draw.choice((1, 2)), "keep": draw.choice((1, 2))},
+    }  # fmt: skip
+
+
+def run(values: dict[str, Any], output: str) -> None:
+    """Train in this process, its words and its traceback to a file."""
+    torch.set_num_threads(1)
+    from fastvlp.config import from_dict
+    from fastvlp.train import plots, train
+
+    no_pictures = mock.patch.object(plots, "available", return_value=False)  # they would take longer than the training
+    with open(output, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), no_pictures:
+        try:
+            train(from_dict(values))
+        except BaseException:
+            traceback.print_exc()
+            file.flush()
+            os._exit(1)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Everything that training ended with, by name: weights, averages and the optimizer's state."""
+    from fastvlp.train.checkpoint import checkpoints, load
+
+    state = load(checkpoints(folder / "checkpoints")[-1])
+    found = dict(state["model"]) | {f"average {name}": x for name, x in (state["ema"] or {"averages": {}})["averages"].items()}
+    for number, moments in state["optimizer"]["state"].items():
+        found |= {f"optimizer {number} {name}": x for name, x in moments.items()}
+    return found
+
+
+def train(values: dict[str, Any], kill_after: float | None = None) -> bool:
+    """Train in a process of its own; whether it came to its end before it was killed.
+
+    Raises:
+        AssertionError: it failed, or hung; with what it said.
+    """
+    folder, name = values["run"]["dir"], values["run"]["name"]
+    output = Path(folder) / f"{name}.txt"
+    process = forkserver().Process(target=run, args=(values, str(output)), daemon=True)
+    process.start()
+    process.join(PATIENCE if kill_after is None else kill_after)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        assert kill_after is not None, f"a training hung for {PATIENCE:.0f} s:\n{output.read_text(encoding='utf-8')[-2000:]}"
+        return False
+    said = output.read_text(encoding="utf-8") if output.exists() else ""
+    assert process.exitcode == 0, f"a training ended with exit code {process.exitcode}:\n{said[-2000:]}"
+    return True
+
+
+def case(seed: int, folder: Path, device: torch.device) -> int:
+    """One training killed until it ends; returns how often it was killed.
+
+    The moments are those of the seed, as shares of the time that the undisturbed training took.
+
+    Raises:
+        AssertionError: it failed to go on, or ended with other weights.
+    """
+    draw = random.Random(seed)
+    whole, parts = settings(seed, folder, "whole"), settings(seed, folder, "parts")
+    begin = time.perf_counter()
+    train(whole)
+    length, kills = time.perf_counter() - begin, 0
+    while not train(parts, kill_after=length * draw.random() if kills < MOST_KILLS else None):
+        kills += 1
+    one, other = weights(folder / "whole"), weights(folder / "parts")
+    assert one.keys() == other.keys(), f"after {kills} kills the training holds other things: {sorted(one.keys() ^ other.keys())}"
+    wrong = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not wrong, f"after {kills} kills {len(wrong)} of {len(one)} tensors differ, the first is {wrong[0]}"
+    return kills

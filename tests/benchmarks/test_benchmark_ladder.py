@@ -1,0 +1,126 @@
+"""The ladder and the scaling curves: every rung trains, what does not fit is named and not tried, and both are drawn."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from benchmarks import html, ladder, measure, report, rivals, scaling
+
+pytestmark = pytest.mark.skipif(rivals.version("open_clip_torch") is None, reason="both begin with open_clip, which is not installed")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Few pairs, few rounds, and nothing flushed."""
+    monkeypatch.setattr(ladder, "QUICK_PAIRS", 6)
+    monkeypatch.setattr(measure.Clock, "__init__", lambda self, device: vars(self).update(device=device, _flush=torch.empty(1)))
+    for module in (ladder, scaling):
+        monkeypatch.setattr(module, "QUICK", measure.Budget(0, 1, 1))
+
+
+def options(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**{"quick": True, "device": "cpu", "seconds": None} | changes)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return ladder.draw(6, CPU)
+
+
+def test_both_batches_hold_the_same_pairs(pairs):
+    assert pairs.clip.keys == pairs.own.keys and all(map(torch.equal, pairs.clip.images, pairs.own.images))
+    ids, square = pairs.padded(), pairs.square()
+    assert [row[row != 0].tolist() for row in ids] == [text.tolist() for text in pairs.clip.texts]
+    assert torch.equal(ids.argmax(1), torch.tensor([len(text) - 1 for text in pairs.clip.texts]))  # where open_clip pools
+    for canvas, picture in zip(square, pairs.clip.images, strict=True):
+        height, width = picture.shape[:2]
+        top, left = (64 - height) // 2, (64 - width) // 2
+        assert torch.equal(canvas[:, top : top + height, left : left + width].permute(1, 2, 0), picture)
+        assert int(canvas.long().sum()) == int(picture.long().sum()) + 255 * 3 * (64 * 64 - height * width)
+
+
+def test_every_rung_is_a_step_that_changes_the_weights(tmp_path, monkeypatch):
+    optimizers = []
+    real = torch.optim.AdamW.__init__
+
+    def remember(self, parameters, **options):
+        real(self, parameters, **options)
+        optimizers.append((self, [p.detach().clone() for group in self.param_groups for p in group["params"]]))
+
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", remember)
+    found = ladder.run(options(), tmp_path)
+    assert [row["rung"] for row in found["rows"]] == list(ladder.RUNGS) and len(optimizers) == len(ladder.RUNGS)
+    for optimizer, before in optimizers:
+        after = [p for group in optimizer.param_groups for p in group["params"]]
+        changed = [not torch.equal(old, new) for old, new in zip(before, after, strict=True)]
+        assert sum(changed) > 0.95 * len(changed)
+    first = found["rows"][0]
+    assert first["ratio_first"] == first["ratio_previous"] == 1 and all(row["images_per_second"] > 0 for row in found["rows"])
+    (path,) = tmp_path.glob("*/ladder.json")
+    assert json.loads(path.read_text())["rows"] == found["rows"]
+    assert path.with_suffix(".csv").read_text().startswith("rung,about,images_per_second")
+    assert report.ladder({"cpu-x": {"ladder": found}}).count("\n") == 2 + len(ladder.RUNGS)
+    page = html.page({"cpu-x": {"ladder": found}})
+    assert page.count("<rect ") == len(ladder.RUNGS) and "GradCache" in page and "None" not in page
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_grad_cache_splits_the_batch_that_the_rung_before_takes_whole(pairs, drop, monkeypatch):
+    from fastvlp.train import grad_cache
+
+    seen = []
+    real = grad_cache.backward
+    monkeypatch.setattr(grad_cache, "backward", lambda towers, model, micro, *rest: seen.append(micro) or real(towers, model, micro, *rest))
+    ladder.RUNGS["GradCache" if drop else "half of the patches"][1](pairs)()
+    (micro,) = seen
+    assert micro.image_tokens == sum(max(1, int(i.shape[0] * i.shape[1] / 256 * 0.5 + 0.5)) for i in pairs.own.images)
+    assert (len(micro.images) > 1) == (len(micro.texts) > 1) == drop
+
+
+def test_what_does_not_fit_is_named_and_the_other_goes_on(monkeypatch):
+    """open_clip's memory grows with the square of the batch, ours less; 0.9 GB are free."""
+    monkeypatch.setattr(scaling, "free_memory", lambda device: 9 * 10**8)
+    needs = {"open_clip": lambda batch: 12000 * batch**2, "fastvlp": lambda batch: 1000 * batch}
+    monkeypatch.setattr(scaling, "elsewhere", lambda *command: needs[command[3]](int(command[4])))
+    rows = list(scaling.sweep("batch", (64, 128, 256, 512), CPU, measure.Budget(0, 1, 1), memory=True))
+    theirs, ours = ([row for row in rows if row["kind"] == kind] for kind in ("rival", "ours"))
+    notes = [f"would need up to {needed} GB of 0.9 GB that are free" for needed in (0.8, 3.1)]
+    assert [row.get("note") for row in theirs] == [None, None, *notes]
+    assert [row["x"] for row in ours if row["p50_ms"] > 0] == [64, 128, 256, 512]
+    assert [row["ratio_rival"] is None for row in ours] == [False, False, True, True]
+    table = report.scaling({"cpu-x": {"scaling": {"rows": rows}}})
+    assert "| cpu-x | batch | 512 | fastvlp |" in table and f"| {notes[1]} |" in table
+
+
+def test_all_sweeps_are_measured_written_and_drawn(tmp_path):
+    found = scaling.run(options(), tmp_path)
+    sweeps = {(row["sweep"], row["x"]): set() for row in found["rows"]}
+    for row in found["rows"]:
+        sweeps[row["sweep"], row["x"]].add(row["provider"])
+    assert sweeps["batch", 64] == {"fastvlp", "open_clip"} and sweeps["image size", 128] == {"packed", "open_clip"}
+    assert sweeps["processes", 1] == sweeps["processes", 2] >= {"fastvlp gather", "fastvlp ring", "open_clip"}
+    (path,) = tmp_path.glob("*/scaling.json")
+    assert json.loads(path.read_text())["rows"] == found["rows"]
+    page = html.page({"cpu-x": {"scaling": found}})
+    assert page.count("ms over ") == 2 * len(scaling.SWEEPS) and "extra MB over" not in page  # memory is not measured by a quick run
+    with_memory = [row | {"extra_mb": 1.0 + row["x"]} for row in found["rows"] if row["sweep"] == "batch"]
+    assert html.page({"cpu-x": {"scaling": found | {"rows": with_memory}}}).count("extra MB over batch") == 2
+
+
+def test_both_losses_of_the_batch_sweep_are_the_same_function():
+    ours, theirs = (scaling.task("batch", provider, "96")() for provider in ("fastvlp", "open_clip"))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_is_measured_in_a_process_of_its_own():
+    """open_clip's loss keeps several matrices of 1024 x 1024."""
+    from benchmarks.peak import elsewhere
+
+    extra = elsewhere("benchmarks.peak", "benchmarks.scaling", "batch", "open_clip", "1024")
+    assert extra is None or 2 * 4 * 1024**2 < extra < 20 * 4 * 1024**2
+    with pytest.raises(RuntimeError, match=r"(?s)benchmarks.scaling speed .*failed with exit code 1:.*KeyError: 'speed'"):
+        elsewhere("benchmarks.peak", "benchmarks.scaling", "speed", "open_clip", "8")

@@ -1,0 +1,138 @@
+"""The pages are true: their samples run, their commands parse, their links lead somewhere, their error messages are those of the code."""
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+NAV = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_samples_run(page, tmp_path, monkeypatch):
+    """The samples of a page run one after the other, as a reader would type them."""
+    import torch
+
+    from benchmarks.rivals import import_open_clip
+    from fastvlp.data import load_tokenizer
+    from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
+
+    code = "\n".join(blocks(page, "python"))
+    for package in re.findall(r"^(?:import|from) (open_clip|timm|transformers)\b", code, re.MULTILINE):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the sample uses {package}, which is not installed")
+        if importlib.util.find_spec("open_clip") is not None:
+            import_open_clip()  # makes a torchvision importable that was built for another torch
+    model = TwoTower(ModelConfig(image=ImageConfig(width=32, depth=1, heads=1), text=TextConfig(width=32, depth=1, heads=1)))
+    model.tokenizer = load_tokenizer("mini", 24)
+    model.save(tmp_path / "runs" / "mini" / "model")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {"picture": torch.zeros(40, 60, 3, dtype=torch.uint8)})
+
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
+    assert sorted(re.findall(r"[\w/]+\.md", NAV)) == sorted(PAGES)
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+            assert (DOCS / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_every_operator_has_a_page_with_its_table():
+    from benchmarks.registry import OPS
+
+    for op in (op for op in OPS if (ROOT / "kernels/fastvlp_kernels" / op).is_dir()):
+        text = PAGES[f"operators/{op}.md"]
+        assert f"<!-- begin: {op.replace('_', '-')} -->" in text and "::: fastvlp_kernels." in text and "```text" in text, op
+
+
+def test_what_the_api_pages_describe_exists():
+    names = [name for text in PAGES.values() for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)]
+    assert len(names) > 25
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        found = importlib.import_module(module)
+        if not hasattr(found, attribute):
+            found = importlib.import_module(name)
+        described = found if isinstance(found, type(os)) else getattr(found, attribute)
+        assert described.__doc__, name
+
+
+def commands() -> list[str]:
+    return [line.strip() for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+
+
+def test_commands_are_ones_that_exist():
+    from benchmarks import __main__ as benchmark_command
+    from fastvlp import cli
+    from fastvlp.config import load
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    seen = set()
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] == "make":
+            seen.add("make")
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
+            assert all(re.search(rf"^{word.partition('=')[0]} \?=", makefile, re.MULTILINE) for word in words[2:]), command
+        elif "benchmarks" in words[:3] and "-m" in words:
+            seen.add("benchmarks")
+            benchmark_command.parser().parse_args(words[3:])
+        elif words[0] == "fastvlp" or words[:3] == ["torchrun", "--nproc-per-node", "8"]:
+            rest = words[words.index("fastvlp") + 1 :]
+            seen.add(rest[0])
+            options = cli.parser().parse_args(rest)
+            if options.command == "train":
+                changes = [word for word in options.arguments if "=" in word]
+                load(next((word for word in options.arguments if "=" not in word), None), changes)
+        else:
+            assert words[0] == "pytest" or words[2] == "fastvlp.integrations.open_clip", command
+    assert seen == {"make", "benchmarks", "train", "recipes", "profile", "show"}
+
+
+def templates() -> list[tuple[re.Pattern[str], int]]:
+    """Every string of the sources with its formatted values as wildcards, and how many characters of it are fixed."""
+    found = []
+    for folder in ("fastvlp", "kernels/fastvlp_kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    parts: list[str | None] = [node.value]
+                elif isinstance(node, ast.JoinedStr):
+                    parts = [value.value if isinstance(value, ast.Constant) else None for value in node.values]
+                else:
+                    continue
+                fixed = sum(len(part) for part in parts if part)
+                found.append((re.compile("".join(".+?" if part is None else re.escape(part) for part in parts), re.DOTALL), fixed))
+    return found
+
+
+def test_error_messages_are_those_of_the_code():
+    """Each quoted message is one that a string of the source makes, whose fixed part is a few words at least."""
+    messages = re.findall(r"^> (.+)$", PAGES["troubleshooting.md"], re.MULTILINE)
+    assert len(messages) > 15
+    known = templates()
+    for message in messages:
+        assert any(fixed > 12 and pattern.fullmatch(message) for pattern, fixed in known), message
+        assert not any(fixed > 12 and pattern.fullmatch(message.replace(" ", "  ")) for pattern, fixed in known), message
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None,
+                    reason="the site needs mkdocs: pip install 'fastvlp[docs]'")  # fmt: skip
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "of equals the first" in (tmp_path / "site/operators/token_merge/index.html").read_text(encoding="utf-8")  # from the docstring
