@@ -61,9 +61,7 @@ def contrastive_loss(
     * ``prefixes``: the weighted sum of the losses of the first p_1 < ... < p_K = D features, each normalised by itself (Matryoshka,
       Kusupati et al. 2022, arXiv:2205.13147; jina-clip-v2, Koukounas et al. 2024, arXiv:2412.08802).
 
-    Without ``label_smoothing``, "mean", negatives and prefixes it is one sweep of one operator. Smoothing and "mean" add O((M + N) D).
-    With "mean" and n > 1 positives, 1/n is taken from p only after p has been rounded for its product: impl "triton" in bfloat16 is then
-    less exact than eager PyTorch where p is close to 1/n. A single positive is exact, and so is "sum".
+    Without ``label_smoothing``, negatives and prefixes it is one sweep of one operator. Smoothing adds O((M + N) D).
 
     Args:
         image: [M, D] and text: [N, D], float32, bfloat16 or float16 (float64 on the CPU). M = N, row i of both is a pair, except with
@@ -85,7 +83,8 @@ def contrastive_loss(
     """
     several = ids is not None and equal_ids != "exclude"
     _check_options(ids is not None, equal_ids, label_smoothing, focal_gamma, tau_plus, log_weights is not None)
-    image, text = _check_features(image, text, several)
+    check(NAME, image, text, pairs=not several)
+    image, text = align(NAME, image, text)
     weight = _two_sides("weights", weights, image, text)
     bias = _two_sides("log_weights", log_weights, image, text)
     if ids is not None and not several and not isinstance(ids, Tensor):
@@ -102,7 +101,7 @@ def contrastive_loss(
     excludes = not several and (ids is not None or focal_gamma > 0 or prior is not None)
     averages = several and equal_ids == "mean"
     terms = Terms(sweep, several, averages, excludes, label_smoothing, focal_gamma, prior)
-    shared = averages or label_smoothing > 0 or prefixes is not None or text_negatives is not None or image_negatives is not None
+    shared = label_smoothing > 0 or prefixes is not None or text_negatives is not None or image_negatives is not None
 
     with torch.autocast(image.device.type, enabled=False):
         if averages and of_images is not None and of_texts is not None:
@@ -112,7 +111,7 @@ def contrastive_loss(
         biases = (side if side is None else side.to(factor.dtype) for side in bias)
         images = make_side(image, sweep, shared, next(biases), of_images)
         texts = make_side(text, sweep, shared, next(biases), of_texts)
-        mode = "both" if several else "exclude" if excludes else None
+        mode = "sums" if averages else "both" if several else "exclude" if excludes else None
         row, col, *positive = sweep(images, texts, None if several else 0, mode)
         by_images = terms.direction(images, texts, row, positive[0], text_negatives, weight[0])
         by_texts = terms.direction(texts, images, col, positive[-1], image_negatives, weight[1])
@@ -145,13 +144,6 @@ def _check_options(
     ):  # fmt: skip
         if together:
             raise ValueError(f"{NAME}: {these} do not compose: {why}")
-
-
-def _check_features(image: Tensor, text: Tensor, several: bool) -> tuple[Tensor, Tensor]:
-    """The features in one dtype; ``several``: their numbers may differ."""
-    short = image[: len(text)] if several else image
-    check(NAME, short, text[: len(short)] if several else text)
-    return align(NAME, image, text)
 
 
 def _two_sides(

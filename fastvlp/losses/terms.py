@@ -95,22 +95,25 @@ def total_similarity(anchors: Side, others: Side, sweep: Sweep, count: int | Ten
     return total if anchors.bias is None else total + count * anchors.bias
 
 
-def group_similarity(anchors: Side, others: Side, sweep: Sweep) -> tuple[Tensor, Tensor]:
-    """Sum of S over the candidates of each anchor's group, [K, M], from sums of features by group: O(N D); and how many, [M]."""
+def by_group(anchors: Side, others: Side, values: Tensor) -> Tensor:
+    """Sums of ``values`` [N, ...] over the candidates of each anchor's group, [M, ...]."""
     here, there = anchors.groups, others.groups
     assert here is not None and there is not None
-    x = anchors.views(sweep.prefixes)
-    room = len(here) + len(there)
+    return values.new_zeros(len(here) + len(there), *values.shape[1:]).index_add(0, there, values)[here]
 
-    def by_group(values: Tensor) -> Tensor:
-        return values.new_zeros(room, *values.shape[1:]).index_add(0, there, values)[here]
 
-    count = by_group(x[0].new_ones(len(there)))
-    sums = [torch.linalg.vecdot(x_k, by_group(y_k)) for x_k, y_k in zip(x, others.views(sweep.prefixes), strict=True)]
-    total = sweep.scale * torch.stack(sums)
+def group_size(anchors: Side, others: Side, sweep: Sweep) -> Tensor:
+    """How many candidates are of each anchor's group, [M]."""
+    return by_group(anchors, others, sweep.scale.detach().new_ones(len(others.features)))
+
+
+def group_similarity(anchors: Side, others: Side, sweep: Sweep, count: Tensor) -> Tensor:
+    """Sum of S over the ``count`` candidates of each anchor's group, [K, M], from sums of features by group: O(N D)."""
+    pairs = zip(anchors.views(sweep.prefixes), others.views(sweep.prefixes), strict=True)
+    total = sweep.scale * torch.stack([torch.linalg.vecdot(x, by_group(anchors, others, y)) for x, y in pairs])
     if anchors.bias is not None:
         total = total + count * anchors.bias
-    return total if others.bias is None else total + by_group(others.bias), count
+    return total if others.bias is None else total + by_group(anchors, others, others.bias)
 
 
 def negatives_of(anchors: Side, extra: Tensor | NegativeQueue, sweep: Sweep) -> Negatives:
@@ -171,18 +174,17 @@ class Terms(NamedTuple):
         """The mean over anchors of their losses, one for each prefix.
 
         Args:
-            lse, positive: [K, M], of the sweep.
+            lse, positive: [K, M], of the sweep; with ``averages``, ``positive`` is the sum of S over the positives.
             extra: more candidates, see ``negatives_of``. weight: [M].
         """
         negatives = None if extra is None else negatives_of(anchors, extra, self.sweep)
         if negatives is not None:
             lse = torch.logaddexp(lse, negatives.lse)
-        same_total, same = None, None
+        same = None
         if self.averages or (self.excludes and (self.label_smoothing or self.tau_plus is not None)):
-            same_total, same = group_similarity(anchors, others, self.sweep)
-        if self.averages and same_total is not None and same is not None:
-            # A single positive comes from the sweep: there p - 1 is formed before products round p.
-            positive = torch.where(same > 1, same_total / same.clamp_min(1), positive)
+            same = group_size(anchors, others, self.sweep)
+        if self.averages and same is not None:
+            positive = torch.where(same > 0, positive / same.clamp_min(1), -torch.inf)
         none = positive == -torch.inf if self.several else None
         if none is not None:
             positive = torch.where(none, lse, positive)
@@ -199,7 +201,7 @@ class Terms(NamedTuple):
         if self.focal_gamma:
             loss = loss * focal_weight(loss, margin, self.focal_gamma)
         if self.label_smoothing:
-            loss = loss + self.label_smoothing * (positive - self._uniform(anchors, others, positive, same_total, same, negatives))
+            loss = loss + self.label_smoothing * (positive - self._uniform(anchors, others, positive, same, negatives))
         if none is not None:
             loss = loss.masked_fill(none, 0.0)
         if weight is not None:
@@ -207,16 +209,14 @@ class Terms(NamedTuple):
         counted = loss.shape[1] if none is None else (~none).sum(1).clamp_min(1)
         return list(loss.sum(1) / counted)
 
-    def _uniform(
-        self, anchors: Side, others: Side, positive: Tensor, same_total: Tensor | None, same: Tensor | None, negatives: Negatives | None
-    ) -> Tensor:
+    def _uniform(self, anchors: Side, others: Side, positive: Tensor, same: Tensor | None, negatives: Negatives | None) -> Tensor:
         """The mean of S over the candidates of each anchor, [K, M]."""
         count: int | Tensor = len(others.features)
         total = total_similarity(anchors, others, self.sweep, count)
         if others.bias is not None:
             total = total + others.bias.sum()
-        if self.excludes and same_total is not None and same is not None:
-            total, count = total - same_total + positive, count - same + 1
+        if self.excludes and same is not None:
+            total, count = total - group_similarity(anchors, others, self.sweep, same) + positive, count - same + 1
         if negatives is not None:
             total, count = total + negatives.total, count + negatives.number
         return total / count

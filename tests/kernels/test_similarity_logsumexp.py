@@ -56,7 +56,7 @@ def eager(x: Tensor, y: Tensor, scale: Tensor, offset: int) -> tuple[Tensor, ...
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-@pytest.mark.parametrize("ids", ["exclude", "only", "both"])
+@pytest.mark.parametrize("ids", ["exclude", "only", "both", "sums"])
 def test_formula_by_loops(impl, ids):
     M, N, D, scale, offset = 4, 6, 3, 7.0, 1
     x, y, options = problem(M, N, D, ids, vectors=True)
@@ -69,18 +69,20 @@ def test_formula_by_loops(impl, ids):
             dot = sum(float(x[i, d]) * float(y[j, d]) for d in range(D))
             pairs[i, j] = scale * r_scale[i] * c_scale[j] * dot + r_bias[i] + c_bias[j]
     same = {(i, j) for i, j in pairs if row_ids[i] == col_ids[j] and row_ids[i] >= 0}
-    counted = {"exclude": set(pairs) - same, "only": same, "both": set(pairs)}[ids]
-    for kind, which in enumerate([counted, same] if ids == "both" else [counted]):
+    counted = {"exclude": set(pairs) - same, "only": same}.get(ids, set(pairs))
+    for kind, which in enumerate([counted, same] if ids in ("both", "sums") else [counted]):
         for axis, length in enumerate((M, N)):
             for k in range(length):
-                terms = [math.exp(pairs[pair]) for pair in which if pair[axis] == k]
-                want = math.log(sum(terms)) if terms else -math.inf
+                terms = [pairs[pair] for pair in which if pair[axis] == k]
+                want = math.log(sum(map(math.exp, terms))) if terms else -math.inf
+                want = sum(terms) if kind == 1 and ids == "sums" else want
                 assert float(results[2 * kind + axis][k]) == pytest.approx(want, rel=1e-12)
+    assert len(results) == (5 if ids in ("both", "sums") else 3)
     assert results[-1].tolist() == pytest.approx([pairs[i, i + offset] if i + offset < N else 0.0 for i in range(M)])
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-@pytest.mark.parametrize("ids", [None, "exclude", "only", "both"])
+@pytest.mark.parametrize("ids", [None, "exclude", "only", "both", "sums"])
 @pytest.mark.parametrize("scale", [1.5, 100.0])
 def test_gradcheck(impl, ids, scale, monkeypatch):
     monkeypatch.setattr(_tiles, "TILE", 3)
@@ -139,7 +141,7 @@ def test_no_worse_than_eager(M, N, D, dtype, scale, offset, layout, tile):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ids", ["exclude", "only", "both"])
+@pytest.mark.parametrize("ids", ["exclude", "only", "both", "sums"])
 def test_tiles_give_the_dense_result(dtype, ids, monkeypatch):
     monkeypatch.setattr(_tiles, "TILE", 16)
     x, y, options = problem(70, 53, 12, ids, vectors=True, dtype=dtype)
@@ -155,6 +157,23 @@ def test_tiles_give_the_dense_result(dtype, ids, monkeypatch):
         there = want.isfinite()
         assert torch.equal(there, mine.isfinite())
         assert max(error(mine[there], want[there])) < (1e-5 if mine.dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("used", [(2,), (3,), (0, 3), (1, 2)])
+def test_sums_of_positives_alone(used):
+    """Gradients of some of the results; an anchor without a positive gets 0 and no gradient."""
+    x, y, options = problem(50, 37, 6, "sums")
+    leaves = [x.requires_grad_(), y.requires_grad_(), torch.tensor(9.0, dtype=torch.float64, requires_grad=True)]
+    results = similarity_logsumexp(*leaves, **options)
+    S = leaves[2] * x @ y.T
+    same = (options["row_ids"][:, None] == options["col_ids"]) & (options["row_ids"][:, None] >= 0)
+    dense = S.logsumexp(1), S.logsumexp(0), torch.where(same, S, 0.0).sum(1), torch.where(same, S, 0.0).sum(0)
+    assert not same[0].any() and results[2][0] == 0 and results[3][0] == 0
+    want, mine = (gradients(tuple(found[k] for k in used), leaves) for found in (dense, results))
+    for one, other in zip(mine, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    alone = torch.autograd.grad(similarity_logsumexp(*leaves, **options)[2][0], x)[0]
+    assert not alone.any()
 
 
 @pytest.mark.parametrize(("scale", "kind"), [(14.0, "bounded"), (60.0, "one shift"), (100.0, "far apart")])
@@ -195,7 +214,7 @@ def test_confident_pairs_in_bfloat16():
         assert error(ours, exact)[0] < error(other, exact)[0] / 3
 
 
-@pytest.mark.parametrize("ids", [None, "both"])
+@pytest.mark.parametrize("ids", [None, "both", "sums"])
 def test_blocks_merge_into_the_whole(ids):
     """Statistics merged over blocks, and block gradients from merged statistics, are those of the whole matrix."""
     x, y, options = problem(45, 62, 6, ids, vectors=True)
@@ -213,13 +232,13 @@ def test_blocks_merge_into_the_whole(ids):
         return {**options, **part, "offset": offset + i.start - j.start}
 
     blocks = [(slice(i, min(i + 20, 45)), slice(j, min(j + 31, 62))) for i in (0, 20, 40) for j in (0, 31)]
-    merged = [torch.full_like(r, -torch.inf) for r in whole[:4]]
+    merged = [torch.full_like(r, 0.0 if ids == "sums" and kind > 1 else -torch.inf) for kind, r in enumerate(whole[:4])]
     positive = torch.zeros_like(whole.positive)
     for i, j in blocks:
         part = logsumexp_forward(x[i], y[j], **cut(i, j))
-        for into, values, where in zip(merged, part, (i, j, i, j), strict=False):
+        for kind, (into, values, where) in enumerate(zip(merged, part, (i, j, i, j), strict=False)):
             if into.numel():
-                into[where] = torch.logaddexp(into[where], values)
+                into[where] = (torch.add if ids == "sums" and kind > 1 else torch.logaddexp)(into[where], values)
         positive[i] += part.positive
     for ours, exact in zip([*merged, positive], whole, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
@@ -235,8 +254,9 @@ def test_blocks_merge_into_the_whole(ids):
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
 
 
-def test_prefixes_are_separate_problems():
-    x, y, options = problem(21, 30, 16, "both", dtype=torch.float64)
+@pytest.mark.parametrize("ids", ["both", "sums"])
+def test_prefixes_are_separate_problems(ids):
+    x, y, options = problem(21, 30, 16, ids, dtype=torch.float64)
     random = torch.Generator().manual_seed(2)
     for name, size in (("row_scale", 21), ("col_scale", 30)):
         options[name] = torch.rand(3, size, generator=random, dtype=torch.float64) + 0.5
@@ -296,7 +316,7 @@ def test_a_nan_is_passed_on(scale):
     assert dx[7].isnan().all() and dy.isnan().all()
 
 
-@pytest.mark.parametrize("ids", [None, "exclude", "both"])
+@pytest.mark.parametrize("ids", [None, "exclude", "both", "sums"])
 def test_every_output_is_written(ids):
     """Uninitialised memory is NaN here, and results are the same bits as without that."""
     x, y, options = problem(50, 37, 6, ids, vectors=True, dtype=torch.float32)
@@ -318,7 +338,7 @@ def test_every_output_is_written(ids):
     assert all(torch.equal(a, b) for a, b in zip(plain, poisoned, strict=True))
 
 
-@pytest.mark.parametrize("ids", [None, "both"])
+@pytest.mark.parametrize("ids", [None, "both", "sums"])
 @pytest.mark.parametrize("size", [200, 1600])
 def test_no_tensor_of_the_size_of_the_matrix(ids, size):
     x, y, options = problem(size, size, 8, ids, vectors=True, dtype=torch.float32)

@@ -18,7 +18,7 @@ def ids(M: int = 9, N: int = 13) -> dict[str, torch.Tensor]:
     return {"row_ids": torch.arange(M) % 4 - 1, "col_ids": torch.arange(N) % 5 - 1}
 
 
-@pytest.mark.parametrize("mode,stash_bytes", [(None, 0), (None, 1 << 20), ("exclude", 0), ("both", 0)])
+@pytest.mark.parametrize("mode,stash_bytes", [(None, 0), (None, 1 << 20), ("exclude", 0), ("both", 0), ("sums", 0)])
 def test_opcheck(mode, stash_bytes):
     x, y = features()
     scale = torch.tensor(7.0, requires_grad=True)
@@ -35,7 +35,9 @@ def test_opcheck(mode, stash_bytes):
     torch.library.opcheck(backward.default, (grads, *plain, results[:4], stash, needs))
 
 
-@pytest.mark.parametrize("options", [{"offset": 1}, {"ids": "both"}, {"ids": "only", "offset": 0}, {"prefixes": (20, 32)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"offset": 1}, {"ids": "both"}, {"ids": "sums"}, {"ids": "only", "offset": 0}, {"prefixes": (20, 32)}], ids=str
+)
 def test_a_stash_of_any_size_changes_no_bit(options):
     """No tile, some and all of them; twice from one graph."""
     x, y = features(700, 90, 32)
@@ -74,8 +76,11 @@ def test_a_stash_keeps_within_its_bytes_and_is_not_made_where_nothing_needs_a_gr
     assert kept(1 << 30) == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"offset": 1, "stash_bytes": 1 << 20}, {"ids": "both"}, {"prefixes": (2, 6)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"offset": 1, "stash_bytes": 1 << 20}, {"ids": "both"}, {"ids": "sums"}, {"prefixes": (2, 6)}], ids=str
+)
 def test_compiles_without_graph_breaks(options):
+    torch._dynamo.reset()  # the cases share one function, whose recompilations are limited
     x, y = features()
     options = {**options, **(ids() if "ids" in options else {})}
     scale = torch.tensor([5.0], requires_grad=True)
@@ -114,10 +119,11 @@ def test_autocast_rounds_operands_only():
         assert torch.equal(similarity_logsumexp(x.double(), y.double())[0], similarity_logsumexp(x.double(), y.double(), impl="cpu")[0])
 
 
-def test_meta_tensors():
+@pytest.mark.parametrize("mode", ["both", "sums"])
+def test_meta_tensors(mode):
     x, y = (torch.empty(size, 8, device="meta", requires_grad=True) for size in (5, 7))
     pairs = {name: value.to("meta") for name, value in ids(5, 7).items()}
-    results = similarity_logsumexp(x, y, 3.0, ids="both", offset=0, **pairs)
+    results = similarity_logsumexp(x, y, 3.0, ids=mode, offset=0, **pairs)
     assert [tuple(r.shape) for r in results] == [(5,), (7,), (5,), (7,), (5,)]
     assert all(r.device.type == "meta" and r.dtype == torch.float32 for r in results)
     sum(r.sum() for r in results).backward()
@@ -171,7 +177,8 @@ REFUSED = [
     ((X, Y), {"row_ids": torch.arange(3)}, ValueError, "col_ids is missing"),
     ((X, Y), {"row_ids": torch.ones(3), "col_ids": torch.ones(5)}, TypeError, "row_ids is torch.float32; it must be an integer"),
     ((X, Y), {"ids": "both"}, ValueError, "ids='both' needs row_ids and col_ids"),
-    ((X, Y), {"ids": "some"}, ValueError, "ids='some' is unknown; allowed: exclude, only, both"),
+    ((X, Y), {"ids": "sums"}, ValueError, "ids='sums' needs row_ids and col_ids"),
+    ((X, Y), {"ids": "some"}, ValueError, "ids='some' is unknown; allowed: exclude, only, both, sums"),
     ((X, Y), {"offset": 1.5}, TypeError, "offset is float; it must be an int or None"),
     ((X, Y), {"prefixes": (2, 3)}, ValueError, r"prefixes=\[2, 3\]; they must increase strictly .* 4"),
     ((X, Y), {"prefixes": (2, 4), "row_scale": torch.ones(3)}, ValueError, r"with 2 prefixes it must have shape \(2, 3\)"),

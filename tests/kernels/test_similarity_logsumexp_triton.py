@@ -71,10 +71,13 @@ def kernels_against_float64(dtype_name: str, device: str = "cpu") -> None:
     ids = {"row_ids": torch.arange(300) % 90 - 1, "col_ids": torch.arange(207) % 80 - 1}
     compare([x, y, scale], offset=0)
     compare([x, y, scale], offset=-40, ids="both", **vectors, **ids)
+    compare([x, y, scale], offset=-40, ids="sums", **vectors, **ids)
     small = [t[:70].detach().T.contiguous().T.requires_grad_() for t in (x, y)]
+    pairs = {name: value[:70] for name, value in ids.items()}
     for mode in ("exclude", "only"):
-        pairs = {name: value[:70] for name, value in ids.items()}
         compare([*small, scale], offset=150, ids=mode, **pairs, **{name: v[:70].detach().requires_grad_() for name, v in vectors.items()})
+    for used in ((2,), (0, 3)):
+        compare([*small, scale], used=used, ids="sums", **pairs)
     for used in ((0,), (1,)):
         compare([small[0].detach(), small[1], scale], used=used)
         compare([small[0], small[1].detach(), scale.detach()], used=used)
@@ -157,8 +160,10 @@ CASES = {
     "clip": {"offset": 0},
     "ids": {"offset": 0, "ids": "exclude"},
     "both": {"offset": 0, "ids": "both"},
+    "sums": {"ids": "sums"},
     "vectors": {"offset": 0, "vectors": True},
     "everything": {"offset": 0, "ids": "both", "vectors": True},
+    "everything, sums": {"ids": "sums", "vectors": True},
 }
 
 
@@ -173,7 +178,8 @@ def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, c
     x, y = torch.zeros(M, width, dtype=dtype), torch.zeros(N, width, dtype=dtype)
     sides = [(torch.zeros(n), torch.ones(n)) for n in (M, N)] if "vectors" in case else [(None, None)] * 2
     pairs = [torch.zeros(n, dtype=torch.int64) if "ids" in case else None for n in (M, N)]
-    inputs = Inputs(x, y, torch.ones(()), sides[0][0], sides[1][0], sides[0][1], sides[1][1], *pairs, case.get("ids", "exclude"), 0, dtype)
+    about = (*pairs, case.get("ids", "exclude"), case.get("offset"), dtype)
+    inputs = Inputs(x, y, torch.ones(()), sides[0][0], sides[1][0], sides[0][1], sides[1][1], *about)
     results = module.forward(inputs)
     grads = ResultGrads(*(torch.ones(len(r), dtype=torch.float32) if r.numel() else None for r in results))
     module.backward(grads, inputs, Results(*results), Needs(*[True] * 3, *["vectors" in case] * 4))

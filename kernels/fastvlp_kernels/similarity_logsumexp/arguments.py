@@ -18,7 +18,7 @@ class Inputs(NamedTuple):
     col_scale: Tensor | None  # [N]
     row_ids: Tensor | None  # int64 [M]
     col_ids: Tensor | None  # int64 [N]
-    ids: str  # "exclude" | "only" | "both"
+    ids: str  # "exclude" | "only" | "both" | "sums"
     offset: int | None
     dtype: torch.dtype  # of the operands of products
 
@@ -26,13 +26,17 @@ class Inputs(NamedTuple):
     def both(self) -> bool:
         return self.ids == "both" and self.row_ids is not None
 
+    @property
+    def sums(self) -> bool:
+        return self.ids == "sums" and self.row_ids is not None
+
 
 class Results(NamedTuple):
     """What a sweep gives. Log-sum-exps are kept in float64: p - 1 of a confident pair needs digits of S - lse that float32 lacks."""
 
     row: Tensor  # [M] log-sum-exp over columns; -inf for an empty row
     col: Tensor  # [N] log-sum-exp over rows
-    row_positives: Tensor  # [M] the same over pairs of equal id with ids="both", else 0 elements
+    row_positives: Tensor  # [M] over pairs of equal id: with ids="both" the same, with "sums" the sum of S, else 0 elements
     col_positives: Tensor  # [N]
     positive: Tensor  # [M] S[i, i + offset], 0 elements without an offset
 

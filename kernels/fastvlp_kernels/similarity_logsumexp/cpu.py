@@ -150,6 +150,7 @@ def forward(a: Inputs, stash: Tensor) -> Results:
     like = tiles.y
     counted = _Running(tiles.M, like), _Running(tiles.N, like)
     alike = (_Running(tiles.M, like), _Running(tiles.N, like)) if a.both else None
+    row_sums, col_sums = (like.new_zeros(length if a.sums else 0, dtype=torch.float64) for length in (tiles.M, tiles.N))
     positive = like.new_zeros(0 if a.offset is None else tiles.M)
     bounded = tiles.bounded(RANGE[1])
     for i in tiles.rows():
@@ -162,11 +163,15 @@ def forward(a: Inputs, stash: Tensor) -> Results:
             same = tiles.same(i, j)
             if alike is not None and same is not None:
                 _accumulate(L.masked_fill(~same, -torch.inf), buffer, *alike, i, j, bounded)
+            elif same is not None and a.sums:
+                torch.where(same, L, L.new_zeros(()), out=buffer)
+                row_sums[i] += buffer.sum(1)
+                col_sums[j] += buffer.sum(0)
             elif same is not None:
                 L.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
             _accumulate(L, buffer, *counted, i, j, bounded)
-    row_positives, col_positives = (like.new_empty(0).double() if alike is None else alike[side].lse() for side in (0, 1))
-    return Results(counted[0].lse(), counted[1].lse(), row_positives, col_positives, positive)
+    of_positives = (row_sums.mul_(LN2), col_sums.mul_(LN2)) if alike is None else (alike[0].lse(), alike[1].lse())
+    return Results(counted[0].lse(), counted[1].lse(), *of_positives, positive)
 
 
 class _Side:
@@ -227,6 +232,8 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
     counted = _Flow(_Side(results.row, g.row, tiles.acc), _Side(results.col, g.col, tiles.acc))
     if a.both:
         alike = _Flow(_Side(results.row_positives, g.row_positives, tiles.acc), _Side(results.col_positives, g.col_positives, tiles.acc))
+    if a.sums:
+        of_sums = [new(length) if grad is None else grad.to(tiles.acc) for length, grad in ((M, g.row_positives), (N, g.col_positives))]
     by_y = needs.y or needs.col_scale
     by_x = needs.x or needs.row_scale or (needs.scale and not by_y)
     d_x = empty(a.x, (M, D) if needs.x else (0,), a.x.dtype)
@@ -244,11 +251,13 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
             same, positives = tiles.same(i, j), None
             if same is not None and a.both:
                 positives = L.masked_fill(~same, -torch.inf)
-            elif same is not None:
+            elif same is not None and not a.sums:
                 L.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
             dS = counted.tile(L, buffer, i, j)
             if positives is not None:
                 dS.add_(alike.tile(positives, buffer, i, j))
+            elif same is not None and a.sums:
+                dS.add_(torch.add(of_sums[0][i, None], of_sums[1][j], out=buffer).masked_fill_(~same, 0.0))
             if g.positive is not None:
                 diagonal, where = tiles.positives(dS, i, j)
                 diagonal.add_(g.positive[where])

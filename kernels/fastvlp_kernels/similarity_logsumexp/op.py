@@ -14,7 +14,7 @@ from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 OP = "similarity_logsumexp"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
-IDS = ("exclude", "only", "both")
+IDS = ("exclude", "only", "both", "sums")
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -49,9 +49,9 @@ def _forward(
 @_forward.register_fake
 def _(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl, stash_bytes):
     M, N = x.shape[0], y.shape[0]
-    both = ids == "both" and row_ids is not None
+    positives = ids in ("both", "sums") and row_ids is not None
     stash = (0, 0) if impl == "triton" else cpu.stash_shape(M, N, dtype, stash_bytes)
-    shapes = (M, N, M if both else 0, N if both else 0, 0 if offset is None else M, stash)
+    shapes = (M, N, M if positives else 0, N if positives else 0, 0 if offset is None else M, stash)
     dtypes = (*[torch.float64] * 4, sum_dtype(dtype), sum_dtype(dtype))
     return tuple(x.new_empty(shape, dtype=d) for shape, d in zip(shapes, dtypes, strict=True))
 
@@ -184,7 +184,7 @@ def logsumexp_forward(
 
     Returns:
         Results(row, col, row_positives, col_positives, positive), float32; what is not asked for has 0 elements. Blocks
-        that share rows merge by ``torch.logaddexp(a.row, b.row)``, blocks that share columns likewise.
+        that share rows merge by ``torch.logaddexp(a.row, b.row)``, blocks that share columns likewise; sums of positives add up.
     """
     with torch.no_grad():
         a = _inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, compute_dtype)
@@ -215,7 +215,7 @@ def logsumexp_backward(
     """Gradients of one block, exact also when ``results`` hold the log-sum-exps of a larger matrix.
 
     dS_ij = exp(S_ij - row_i) * g_row_i + exp(S_ij - col_j) * g_col_j (each where the pair is counted), the same for positives
-    with ids="both", plus g_positive_i on the offset diagonal.
+    with ids="both" (with "sums" g_row_positives_i + g_col_positives_j there), plus g_positive_i on the offset diagonal.
 
     Args:
         grads: gradients of the merged results, float32, for the rows and columns of this block; None stands for zero.
@@ -263,7 +263,8 @@ def similarity_logsumexp(
         row_bias, row_scale: [M]. col_bias, col_scale: [N]. A bias of -inf takes a row or column out.
         row_ids: integers [M] and col_ids: [N]; ids below zero match nothing.
         ids: "exclude" leaves pairs of equal id out, "only" counts nothing else, "both" counts all pairs and, separately, the
-            pairs of equal id.
+            pairs of equal id; "sums" counts all pairs and adds S up over the pairs of equal id, so that the mean of several positives
+            meets their probabilities before any rounding.
         offset: also return positive[i] = S[i, i + offset], or 0 where that is outside. Its gradient joins the others' before
             any rounding, so that p - 1 keeps its digits; whether ids count the pair makes no difference to it.
         prefixes: widths p_1 < ... < p_K = D: the same for x[:, :p_k], y[:, :p_k] (Matryoshka, Kusupati et al. 2022); every
@@ -275,9 +276,9 @@ def similarity_logsumexp(
         impl: None, "triton", "cpu" or "reference" (dense).
 
     Returns:
-        (row_lse [M], col_lse [N]), with ids="both" (row_lse, col_lse, row_lse of positives, col_lse of positives), and
-        positive [M] at the end with an offset. Natural logarithms, float32 (float64 for float64). An empty row or column
-        gives -inf and no gradient.
+        (row_lse [M], col_lse [N]), with ids="both" (row_lse, col_lse, row_lse of positives, col_lse of positives), with "sums"
+        (row_lse, col_lse, row sums [M] of positives, column sums [N] of positives), and positive [M] at the end with an offset.
+        Natural logarithms, float32 (float64 for float64). An empty row or column gives -inf (a sum: 0) and no gradient.
 
     Raises:
         TypeError, ValueError: wrong inputs. RuntimeError: ``impl`` cannot run here, or a second derivative is asked for.
@@ -293,8 +294,8 @@ def similarity_logsumexp(
     chosen = _choose(impl, a)
     stash_bytes = stash_bytes if any(needs_grad(*a[:7])) else 0
     results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen, stash_bytes)[:5])
-    lses = (lse.to(sum_dtype(a.dtype)) for lse in results[: 4 if a.both else 2])
-    return (*lses, *(() if offset is None else (results.positive,)))
+    statistics = (result.to(sum_dtype(a.dtype)) for result in results[: 4 if a.both or a.sums else 2])
+    return (*statistics, *(() if offset is None else (results.positive,)))
 
 
 def _by_prefix(

@@ -33,6 +33,8 @@ def forward(a: Inputs) -> Results:
         alike = S.masked_fill(~same, -torch.inf)
         if a.both:
             row_positives, col_positives = alike.logsumexp(1), alike.logsumexp(0)
+        elif a.sums:
+            row_positives, col_positives = (S.masked_fill(~same, 0.0).sum(axis) for axis in (1, 0))
         else:
             counted = alike if a.ids == "only" else S.masked_fill(same, -torch.inf)
     if a.offset is not None:

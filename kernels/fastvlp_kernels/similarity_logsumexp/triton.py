@@ -16,8 +16,8 @@ from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 # Sums of exp(S - t) with one t per tile lose nothing that counts while maxima lie within SPREAD of t.
 SPREAD = tl.constexpr(50.0)
-EXCLUDE, ONLY, BOTH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-MODES = {"exclude": 1, "only": 2, "both": 3}
+EXCLUDE, ONLY, BOTH, SUMS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+MODES = {"exclude": 1, "only": 2, "both": 3, "sums": 4}
 PARTIAL_BYTES = 64 << 20
 WORKSPACE_BYTES = 256 << 20
 
@@ -114,6 +114,10 @@ def _forward_kernel(
         if MODE == BOTH:
             alike = tl.where(same, S, -float("inf"))
             _store_partials(alike, pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, o_row, o_col, in_row, in_col)
+        elif MODE == SUMS:
+            alike = tl.where(same & in_row[:, None] & in_col[None, :], S, 0.0)
+            tl.store(pos_row_sum_ptr + o_row, tl.sum(alike, 1), mask=in_row)
+            tl.store(pos_col_sum_ptr + o_col, tl.sum(alike, 0), mask=in_col)
         elif MODE == ONLY:
             S = tl.where(same, S, -float("inf"))
         else:
@@ -179,6 +183,12 @@ def _backward_kernel(
         if MODE == BOTH:
             dS = _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
             dS += _flow(tl.where(same, S, -float("inf")), pos_row_lse_ptr, pos_col_lse_ptr, g_pos_row_ptr, g_pos_col_ptr, rows, cols)
+        elif MODE == SUMS:
+            dS = _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+            if g_pos_row_ptr is not None:
+                dS += tl.where(same, tl.load(g_pos_row_ptr + rows)[:, None], 0.0)
+            if g_pos_col_ptr is not None:
+                dS += tl.where(same, tl.load(g_pos_col_ptr + cols)[None, :], 0.0)
         elif MODE == ONLY:
             dS = _flow(tl.where(same, S, -float("inf")), row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
         else:
@@ -238,7 +248,8 @@ def forward(a: Inputs) -> Results:
     rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
     sweeps = [(_Running(M, x), _Running(N, x)) for _ in range(2 if a.both else 1)]
     positive = torch.zeros(0 if a.offset is None else M, dtype=torch.float32, device=x.device)
-    per_row = 8 * (triton.cdiv(N, BLOCK_N) + triton.cdiv(N, BLOCK_M)) * len(sweeps)
+    row_sums, col_sums = (torch.zeros(length if a.sums else 0, dtype=torch.float64, device=x.device) for length in (M, N))
+    per_row = 8 * (triton.cdiv(N, BLOCK_N) + triton.cdiv(N, BLOCK_M)) * (len(sweeps) + a.sums)
     wave = max(BLOCK_M, PARTIAL_BYTES // per_row // BLOCK_M * BLOCK_M)
     with torch.cuda.device_of(x):
         for rows in _waves(M, wave):
@@ -246,6 +257,9 @@ def forward(a: Inputs) -> Results:
             tiles_m, tiles_n = triton.cdiv(m, BLOCK_M), triton.cdiv(N, BLOCK_N)
             partials = [x.new_empty(shape, dtype=torch.float32) for _ in sweeps for shape in [(2, tiles_n, m), (2, tiles_m, N)]]
             halves: list[Tensor | None] = [half for part in partials for half in part.unbind()]
+            if a.sums:
+                row_part, col_part = (x.new_empty(shape, dtype=torch.float32) for shape in [(tiles_n, m), (tiles_m, N)])
+                halves += [None, row_part, None, col_part]
             row_bias, row_scale, row_ids = (v if v is None else v[rows] for v in rows_v)
             _forward_kernel[(tiles_m * tiles_n,)](
                 x[rows], y, a.scale, row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
@@ -253,11 +267,14 @@ def forward(a: Inputs) -> Results:
                 m, N, D, (a.offset or 0) + rows.start, x.stride(0), y.stride(0),
                 MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
             )  # fmt: skip
+            if a.sums:
+                row_sums[rows] += row_part.sum(0)
+                col_sums += col_part.sum(0)
             for (row, col), row_part, col_part in zip(sweeps, partials[::2], partials[1::2], strict=True):
                 row.merge(rows, *row_part.unbind())
                 col.merge(slice(None), *col_part.unbind())
     lses = [side.lse for sweep in sweeps for side in sweep]
-    row_lse, col_lse, row_positives, col_positives = lses if a.both else [*lses, *(x.new_empty(0, dtype=torch.float64) for _ in range(2))]
+    row_lse, col_lse, row_positives, col_positives = lses if a.both else [*lses, row_sums, col_sums]
     return Results(row_lse, col_lse, row_positives, col_positives, positive)
 
 
@@ -291,8 +308,9 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
     options = config(a)
     BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
     rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
-    sides = [_side(lse, grad) for lse, grad in zip(results[:4], g[:4], strict=True)]
-    (row_lse, g_row), (col_lse, g_col), (pos_row_lse, g_pos_row), (pos_col_lse, g_pos_col) = sides
+    (row_lse, g_row), (col_lse, g_col) = (_side(lse, grad) for lse, grad in zip(results[:2], g[:2], strict=True))
+    of_positives = zip(results[2:4], g[2:4], strict=True)
+    (pos_row_lse, g_pos_row), (pos_col_lse, g_pos_col) = (_side(lse, grad) if a.both else (None, grad) for lse, grad in of_positives)
     norm = _norm(g, a)
     alpha = a.scale * norm
     tiles_n = triton.cdiv(N, BLOCK_N)

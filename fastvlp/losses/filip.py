@@ -1,0 +1,69 @@
+"""The token-wise contrastive loss of FILIP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvlp_kernels import _inputs
+from fastvlp_kernels.maxsim import maxsim
+from fastvlp_kernels.packed import Packed
+
+from .inputs import align
+from .terms import softplus
+
+NAME = "filip_loss"
+
+
+def filip_loss(
+    image: Packed,
+    text: Packed,
+    scale: float | Tensor = 1.0,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """The symmetric softmax loss over late interactions of image tokens and text tokens (FILIP, Yao et al. 2021, arXiv:2111.07783).
+
+    s_ij is the mean over the tokens of image i of the largest product with a token of text j, t_ij the mean over the tokens of text j of
+    the largest product with a token of image i. Images look for their text along the rows of scale * s, texts for their image along the
+    columns of scale * t; the loss is the mean of both cross-entropies. Products of tokens are never stored (see
+    :func:`fastvlp.ops.maxsim`); s and t, [N, N], are.
+
+    Args:
+        image: N segments of tokens [Tx, D]. text: N segments of tokens [Ty, D]; segments i of both are a pair. float32, bfloat16 or
+            float16 (float64 on the CPU); normalised, as the paper has them. Images or texts without tokens are nobody's candidates, and
+            their pairs have no loss and do not count in the means.
+        scale: number, 0-d or [1] tensor.
+        compute_dtype, impl: see :func:`fastvlp.ops.maxsim`.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64); 0 if no pair has tokens on both sides.
+
+    Raises:
+        TypeError, ValueError: the inputs do not fit.
+    """
+    for name, packed in (("image", image), ("text", text)):
+        if not isinstance(packed, Packed):
+            raise TypeError(f"{NAME}: {name} is {type(packed).__name__}; it must be Packed: make one with Packed.of(tokens, lengths)")
+    if len(image) != len(text) or len(image) == 0:
+        raise ValueError(f"{NAME}: {len(image)} images and {len(text)} texts; segments i of both are a pair, and at least one is needed")
+    x, y = align(NAME, image.x, text.x)
+    dtype = _inputs.product_dtype(NAME, x, compute_dtype)
+    factor = _inputs.scalar(NAME, "scale", scale, x, _inputs.sum_dtype(dtype))
+    of_images, of_texts = maxsim(x, image.cu_seqlens, y, text.cu_seqlens, max_seqlen_x=image.max_seqlen, compute_dtype=dtype, impl=impl)
+    images, texts = (packed.cu_seqlens.diff() > 0 for packed in (image, text))
+    with torch.autocast(x.device.type, enabled=False):
+        found = _direction(factor * of_images, images, texts) + _direction(factor * of_texts.T, texts, images)
+    return found / 2
+
+
+def _direction(S: Tensor, rows: Tensor, candidates: Tensor) -> Tensor:
+    """Mean cross-entropy of S [N, N] against its diagonal, of ``rows`` [N] among ``candidates`` [N].
+
+    The positive is left out of the sum, so that no term of a confident pair cancels against another.
+    """
+    pairs = torch.eye(len(S), dtype=torch.bool, device=S.device)
+    counted = rows & candidates
+    loss = softplus(S.masked_fill(pairs | ~candidates, -torch.inf).logsumexp(1) - S.diagonal())
+    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)

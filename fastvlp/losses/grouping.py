@@ -1,0 +1,106 @@
+"""Sub-captions against the patches that they are about (DreamLIP)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvlp_kernels import _check, _inputs
+from fastvlp_kernels._ragged import batches
+from fastvlp_kernels.packed import Packed
+
+from .objective import contrastive_loss
+
+NAME = "grouping_loss"
+TOKENS = 1 << 16  # of patches in a padded batch of images of similar sizes
+
+
+def group_patches(patches: Packed, captions: Packed, threshold: float | None = 0.1) -> Packed:
+    """For each sub-caption the mean of its image's patches that are like it, normalised; one segment for each image, as ``captions``.
+
+    With s_kp the cosine of sub-caption k and patch p of its image, the weight of a patch is (s_kp - min_p) / (max_p - min_p), or 0 where
+    that is below ``threshold``, over the sum of the weights (DreamLIP, Zheng et al. 2024, arXiv:2403.17007; after SPARC, Bica et al. 2024,
+    arXiv:2401.09865, which has 1 / the number of patches for a threshold). Where all patches are equally like, so are their weights.
+    Products are those of a pair alone: K x P numbers for K sub-captions and P patches, fewer than P x D while K < D.
+
+    Args:
+        patches: an image's patches in each segment, [Tp, D]. captions: its sub-captions, [Tc, D]. float32, bfloat16 or float16 (float64 on
+            the CPU); normalised here. Segments may be empty, but an image with sub-captions has patches.
+        threshold: from 0 to 1; None: 1 over the image's number of patches.
+
+    Returns:
+        ``captions`` with other contents, float32 (float64 for float64); all inputs get gradients.
+
+    Raises:
+        TypeError, ValueError: the inputs do not fit.
+    """
+    _check_segments(patches, captions, threshold)
+    sums = _inputs.sum_dtype(patches.x.dtype)
+    with torch.autocast(patches.x.device.type, enabled=False):
+        p, c = F.normalize(patches.x.to(sums), dim=1), F.normalize(captions.x.to(sums), dim=1)
+        words, _ = captions.replace(x=c).to_padded()
+        grouped, order = [words[:0]], [torch.empty(0, dtype=torch.int64, device=p.device)]
+        for batch in batches(patches.lengths, p.device, TOKENS):
+            own = p[batch.tokens]
+            s = words[batch.segments] @ own.mT
+            inside = batch.inside[:, None]
+            low = s.masked_fill(~inside, torch.inf).amin(2, keepdim=True)
+            span = s.masked_fill(~inside, -torch.inf).amax(2, keepdim=True) - low
+            weight = torch.where(span > 0, (s - low) / torch.where(span > 0, span, 1.0), 1.0)
+            least = 1 / batch.inside.sum(1)[:, None, None] if threshold is None else threshold
+            weight = weight.masked_fill(~inside | (weight < least), 0.0)
+            grouped.append(F.normalize((weight / weight.sum(2, keepdim=True)) @ own, dim=2))
+            order.append(batch.segments)
+        everywhere = words.new_zeros(words.shape).index_copy(0, torch.cat(order), torch.cat(grouped))
+        return captions.replace(x=Packed.from_padded(everywhere, captions.lengths).x)
+
+
+def grouping_loss(
+    patches: Packed,
+    captions: Packed,
+    scale: float | Tensor = 1.0,
+    *,
+    threshold: float | None = 0.1,
+    compute_dtype: torch.dtype | None = None,
+    stash_bytes: int = 0,
+    impl: str | None = None,
+) -> Tensor:
+    """The symmetric softmax loss of DreamLIP's sub-captions and the groups of patches that they are about, among all of the batch.
+
+    :func:`contrastive_loss` of :func:`group_patches` and the normalised sub-captions: each is to find its own group among those of all
+    sub-captions of all images, and each group its sub-caption (Zheng et al. 2024, arXiv:2403.17007). Similarities of sub-captions with
+    patches of other images are never made, and those of groups and sub-captions are not stored.
+
+    Args:
+        patches, captions, threshold: as in :func:`group_patches`; at least one sub-caption.
+        scale: number, 0-d or [1] tensor.
+        compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`; groups are float32 for all features, so that None
+            means autocast's dtype, else float32.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: the inputs do not fit.
+    """
+    grouped = group_patches(patches, captions, threshold)
+    if captions.total == 0:
+        raise ValueError(f"{NAME}: there are no sub-captions; at least one is needed")
+    words = F.normalize(captions.x.to(grouped.x.dtype), dim=1)
+    return contrastive_loss(grouped.x, words, scale, compute_dtype=compute_dtype, stash_bytes=stash_bytes, impl=impl)
+
+
+def _check_segments(patches: Packed, captions: Packed, threshold: float | None) -> None:
+    for name, packed in (("patches", patches), ("captions", captions)):
+        if not isinstance(packed, Packed):
+            raise TypeError(f"{NAME}: {name} is {type(packed).__name__}; it must be Packed: make one with Packed.of(tokens, lengths)")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"{NAME}: threshold={threshold}; it must be from 0 to 1, or None for 1 over the number of patches")
+    if len(patches) != len(captions):
+        raise ValueError(f"{NAME}: patches of {len(patches)} images, sub-captions of {len(captions)}; segments i of both are one image's")
+    x, y = patches.x, captions.x
+    _check.features(NAME, x, y.to(x.dtype) if x.is_floating_point() and y.is_floating_point() else y)
+    without = ((patches.lengths == 0) & (captions.lengths > 0)).nonzero()
+    if len(without):
+        raise ValueError(f"{NAME}: image {int(without[0])} has sub-captions but no patches; drop them, or keep a patch")

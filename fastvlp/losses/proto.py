@@ -1,0 +1,120 @@
+"""Classification of features among prototypes of clusters (ProtoCLIP)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvlp_kernels import _check, _inputs
+from fastvlp_kernels.similarity_attend import similarity_attend
+from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+
+from .terms import operand, softplus
+
+NAME = "proto_clip_loss"
+
+
+@torch.no_grad()
+def back_translate(features: Tensor, assignments: Tensor, clusters: int) -> Tensor:
+    """The mean of ``features`` [N, D] of each cluster, [clusters, D] in the dtype of sums, without gradient; zeros for an empty cluster.
+
+    ProtoCLIP's prototypical back translation: clusters are those of the other modality (or of an external teacher), means are taken in
+    the space of this one, so that features are grouped by the teacher's structure without being drawn into its space.
+
+    Args:
+        assignments: integers [N] below ``clusters``; below zero: in no cluster. Checked on the CPU only.
+
+    Raises:
+        TypeError, ValueError: the inputs do not fit.
+    """
+    _check_assigned("back_translate", features, assignments)
+    _check_range("back_translate", assignments, clusters)
+    wide = features.to(_inputs.sum_dtype(features.dtype))
+    places = torch.where(assignments < 0, clusters, assignments.long())
+    total = wide.new_zeros(clusters + 1, wide.shape[1]).index_add_(0, places, wide)
+    count = wide.new_zeros(clusters + 1).index_add_(0, places, wide.new_ones(len(wide)))
+    return (total / count.clamp_min(1)[:, None])[:-1]
+
+
+def proto_clip_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    assignments: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    teacher: Tensor | None = None,
+    teacher_scale: float | Tensor = 1.0,
+    compute_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Mean cross-entropy of softmax_k(scale * <feature_i, prototype_k>) with the cluster of i (ProtoCLIP).
+
+    The clusters are a teacher's: of the other modality, or of an external model (Chen et al. 2022, arXiv:2206.10996). With ``teacher``,
+    its prototypes t_k, targets are soft: softmax_k(teacher_scale * <t_a, t_k>) for a feature of cluster a. Features of one cluster have one
+    target, so its mean prototype is made once for each cluster; neither the N x K nor the K x K similarities are stored. Both directions
+    are two calls, here with back translation (:func:`back_translate`); an episode's clusters may come from any k-means::
+
+        proto_clip_loss(image, image_of_text_clusters, text_clusters, scale, teacher=text_prototypes, teacher_scale=10.0)
+        proto_clip_loss(text, text_of_image_clusters, image_clusters, scale, teacher=image_prototypes, teacher_scale=10.0)
+
+    Args:
+        features: [N, D] and prototypes: [K, D]; float32, bfloat16 or float16 (float64 on the CPU); they may differ.
+        assignments: integers [N] below K; below zero: no loss, and not counted in the mean. Checked on the CPU only.
+        scale: number, 0-d or [1] tensor.
+        teacher: [K, E], likewise, or None for the clusters themselves as targets. It gets no gradient, nor does
+            ``teacher_scale``, one over its temperature; all other tensors do.
+        compute_dtype, impl: see :func:`fastvlp.ops.similarity_logsumexp`.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64); 0 if no feature has a cluster.
+
+    Raises:
+        TypeError, ValueError: the inputs do not fit.
+    """
+    _check_assigned(NAME, features, assignments)
+    _check.plain_tensors(NAME, features=features, prototypes=prototypes, teacher=teacher)
+    if prototypes.ndim != 2 or len(prototypes) == 0 or prototypes.shape[1] != features.shape[1]:
+        raise ValueError(f"{NAME}: prototypes have shape {tuple(prototypes.shape)}; they must be [K, {features.shape[1]}] with K >= 1")
+    K = len(prototypes)
+    if teacher is not None and (teacher.ndim != 2 or len(teacher) != K):
+        raise ValueError(f"{NAME}: teacher has shape {tuple(teacher.shape)}; it must be [{K}, width], a row for each prototype")
+    for name, tensor in (("prototypes", prototypes), ("teacher", teacher)):
+        if tensor is not None and tensor.dtype not in _check.FLOATS:
+            raise TypeError(f"{NAME}: {name} are {tensor.dtype}; they must be float32, bfloat16 or float16 (or float64 on the CPU)")
+    _check_range(NAME, assignments, K)
+    dtype = _inputs.product_dtype(NAME, features, compute_dtype)
+    sums = _inputs.sum_dtype(dtype)
+    factor = _inputs.scalar(NAME, "scale", scale, features, sums)
+    how: dict[str, Any] = {"compute_dtype": dtype, "impl": impl}
+    with torch.autocast(features.device.type, enabled=False):
+        x, p = operand(features, dtype), operand(prototypes.to(sums), dtype)
+        cluster = assignments.long()
+        counted = cluster >= 0
+        at = cluster.clamp_min(0)
+        if teacher is None:
+            # The positive is left out of the sum, so that no term of a confident feature cancels against another.
+            others = similarity_logsumexp(x, p, factor, row_ids=cluster, col_ids=torch.arange(K, device=x.device), **how)[0]
+            loss = softplus(others - factor * torch.linalg.vecdot(x, p[at]))
+        else:
+            t = teacher.detach().to(sums)
+            mean, _ = similarity_attend(t, t, p, _inputs.scalar(NAME, "teacher_scale", teacher_scale, x, sums).detach(), **how)
+            loss = similarity_logsumexp(x, p, factor, **how)[0] - factor * torch.linalg.vecdot(x, mean[at])
+        return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
+
+
+def _check_assigned(name: str, features: Tensor, assignments: Tensor) -> None:
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"{name}: features have shape {tuple(features.shape)}; they must be a matrix [N, D] with N and D >= 1")
+    if features.dtype not in _check.FLOATS:
+        raise TypeError(f"{name}: features are {features.dtype}; they must be float32, bfloat16 or float16 (or float64 on the CPU)")
+    _check.plain_tensors(name, features=features, assignments=assignments)
+    _check.vector(name, "assignments", assignments, len(features), integer=True)
+
+
+def _check_range(name: str, assignments: Tensor, clusters: int) -> None:
+    if assignments.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if (highest := int(assignments.max())) >= clusters:
+        raise ValueError(f"{name}: assignments go up to {highest}, but there are {clusters} clusters; they must be below {clusters}")
