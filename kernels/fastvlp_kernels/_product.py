@@ -12,12 +12,15 @@ CONFIG = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps"
 
 @triton.jit
 def _product_kernel(
-    a_ptr, b_ptr, total_ptr, out_ptr, alpha_ptr,
-    M, N, K, width_b, stride_am, stride_ak, stride_b, stride_total, stride_out,
+    a_ptr, b_ptr, total_ptr, out_ptr, alpha_ptr, beside_ptr, along_ptr,
+    M, N, K, width_b, stride_am, stride_ak, stride_b, stride_total, stride_out, stride_beside,
     FIRST: tl.constexpr, LAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """total (+)= a @ b, and out = alpha * total at the end. a is read in whole blocks; up to a block of K it holds zeros."""
+    """total (+)= a @ b; at the end out = alpha * total and, for each tile of columns, along [., M] = <beside_i, total_i>.
+
+    a is read in whole blocks; up to a block of K it holds zeros.
+    """
     i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -42,11 +45,17 @@ def _product_kernel(
     if LAST:
         p_out = out_ptr + offs_m[:, None] * stride_out + offs_n[None, :]
         tl.store(p_out, (acc * tl.load(alpha_ptr)).to(out_ptr.dtype.element_ty), mask=inside)
+        if beside_ptr is not None:
+            b_beside = tl.load(beside_ptr + offs_m[:, None] * stride_beside + offs_n[None, :], mask=inside, other=0.0)
+            tl.store(along_ptr + i_n.to(tl.int64) * M + offs_m, tl.sum(acc * b_beside.to(tl.float32), 1), mask=offs_m < M)
     else:
         tl.store(p_total, acc, mask=inside)
 
 
-def multiply(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor, total: Tensor | None = None, first: bool = True, last: bool = True) -> None:
+def multiply(
+    a: Tensor, b: Tensor, alpha: Tensor, out: Tensor, total: Tensor | None = None, first: bool = True, last: bool = True,
+    along: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
     """total (+)= a @ b in float32 and, in the ``last`` call, out = alpha * total.
 
     Args:
@@ -54,6 +63,7 @@ def multiply(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor, total: Tensor | N
             of K; either stride may be 1.
         b: [K, N or more, a multiple of 64] with unit column stride. alpha: 0-d float32. out: [M, N], any floating dtype.
         total: float32 [M, N], needed unless the only call is the first and the last.
+        along: in the last call with 16-bit operands, (beside [M, N or more], sums float32 [M], to which <beside_i, total_i> is added).
     """
     N = out.shape[1]
     if a.dtype == torch.float32:
@@ -63,8 +73,13 @@ def multiply(a: Tensor, b: Tensor, alpha: Tensor, out: Tensor, total: Tensor | N
         if last:
             out.copy_(product * alpha)
         return
-    grid = (triton.cdiv(a.shape[0], CONFIG["BLOCK_M"]) * triton.cdiv(N, CONFIG["BLOCK_N"]),)
-    _product_kernel[grid](
-        a, b, total, out, alpha, a.shape[0], N, a.shape[1], b.shape[1], a.stride(0), a.stride(1), b.stride(0),
-        0 if total is None else total.stride(0), out.stride(0), FIRST=first, LAST=last, UPCAST=upcast(), **CONFIG,
+    tiles_n = triton.cdiv(N, CONFIG["BLOCK_N"])
+    beside, sums = (None, None) if along is None else along
+    parts = None if sums is None else sums.new_empty(tiles_n, len(sums))
+    _product_kernel[(triton.cdiv(a.shape[0], CONFIG["BLOCK_M"]) * tiles_n,)](
+        a, b, total, out, alpha, beside, parts, a.shape[0], N, a.shape[1], b.shape[1], a.stride(0), a.stride(1), b.stride(0),
+        0 if total is None else total.stride(0), out.stride(0), 0 if beside is None else beside.stride(0),
+        FIRST=first, LAST=last, UPCAST=upcast(), **CONFIG,
     )  # fmt: skip
+    if sums is not None:
+        sums += parts.sum(0)

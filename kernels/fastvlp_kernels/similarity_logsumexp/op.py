@@ -39,9 +39,10 @@ def _forward(
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
     with torch.autocast(x.device.type, enabled=False):  # dtypes are decided; autocast would round sums
         if impl == "triton":
-            from . import triton
+            from . import triton, triton_stash
 
-            return *triton.forward(inputs), x.new_empty((0, 0), dtype=sum_dtype(dtype))
+            stash = x.new_empty(triton_stash.stash_shape(inputs, stash_bytes), dtype=dtype)
+            return *triton.forward(inputs, stash), stash
         stash = cpu.new_stash(inputs, stash_bytes)
         return *cpu.forward(inputs, stash), stash
 
@@ -50,9 +51,15 @@ def _forward(
 def _(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl, stash_bytes):
     M, N = x.shape[0], y.shape[0]
     positives = ids in ("both", "sums") and row_ids is not None
-    stash = (0, 0) if impl == "triton" else cpu.stash_shape(M, N, dtype, stash_bytes)
+    if impl == "triton":
+        from .triton_stash import stash_shape
+
+        inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
+        stash = stash_shape(inputs, stash_bytes)
+    else:
+        stash = cpu.stash_shape(M, N, dtype, stash_bytes)
     shapes = (M, N, M if positives else 0, N if positives else 0, 0 if offset is None else M, stash)
-    dtypes = (*[torch.float64] * 4, sum_dtype(dtype), sum_dtype(dtype))
+    dtypes = (*[torch.float64] * 4, sum_dtype(dtype), dtype if impl == "triton" else sum_dtype(dtype))
     return tuple(x.new_empty(shape, dtype=d) for shape, d in zip(shapes, dtypes, strict=True))
 
 
@@ -72,23 +79,21 @@ def _backward(
     offset: int | None,
     dtype: torch.dtype,
     impl: str,
-    lses: Sequence[Tensor],
+    results: Sequence[Tensor],
     stash: Tensor,
     needs: Sequence[bool],
 ) -> Seven:
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
-    row, col, row_positives, col_positives = lses
-    results = Results(row, col, row_positives, col_positives, row.new_empty(0))
     with torch.autocast(x.device.type, enabled=False):
         if impl == "triton":
             from . import triton
 
-            return (*triton.backward(ResultGrads(*grads), inputs, results, Needs(*needs)),)
-        return (*cpu.backward(ResultGrads(*grads), inputs, results, Needs(*needs), stash),)
+            return (*triton.backward(ResultGrads(*grads), inputs, Results(*results), Needs(*needs), stash),)
+        return (*cpu.backward(ResultGrads(*grads), inputs, Results(*results), Needs(*needs), stash),)
 
 
 @_backward.register_fake
-def _(grads, x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl, lses, stash, needs):
+def _(grads, x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype, impl, results, stash, needs):
     (M, D), N, acc = x.shape, y.shape[0], sum_dtype(dtype)
     shapes = ((M, D), (N, D), (), (M,), (N,), (M,), (N,))
     dtypes = (x.dtype, y.dtype, acc, acc, acc, acc, acc)
@@ -96,7 +101,7 @@ def _(grads, x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
-    ctx.save_for_backward(*inputs[:9], *output[:4], output[5])
+    ctx.save_for_backward(*inputs[:9], *output)
     ctx.rest = inputs[9:13]
     ctx.mark_non_differentiable(output[5])
     ctx.set_materialize_grads(False)
@@ -104,7 +109,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:7]
-    found = _backward(grads[:5], *saved[:9], *ctx.rest, saved[9:13], saved[13], needs)
+    found = _backward(grads[:5], *saved[:9], *ctx.rest, saved[9:14], saved[14], needs)
     return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 7)
 
 
@@ -231,7 +236,7 @@ def logsumexp_backward(
         chosen = _choose(impl, a)
         grads = ResultGrads(*(g if g is None else g.contiguous() for g in grads))
         chosen = "cpu" if chosen == "reference" else chosen
-        return Grads(*_backward(list(grads), *a, chosen, list(results[:4]), a.x.new_empty(0, 0), list(needs)))
+        return Grads(*_backward(list(grads), *a, chosen, list(results), a.x.new_empty(0, 0), list(needs)))
 
 
 def similarity_logsumexp(
@@ -270,9 +275,10 @@ def similarity_logsumexp(
         prefixes: widths p_1 < ... < p_K = D: the same for x[:, :p_k], y[:, :p_k] (Matryoshka, Kusupati et al. 2022); every
             result gains a leading K, row_scale and col_scale are [K, M] and [K, N].
         compute_dtype: dtype of the operands of products, None for autocast's, else that of x. Sums are float32.
-        stash_bytes: memory that may be left for the backward, which then reads S instead of computing it again. It holds tiles of S in
-            the dtype of sums, as many as fit; with 4 * M * N bytes the work falls from four products to three. Nothing is kept
-            where no gradient is needed. impl "triton" keeps nothing yet.
+        stash_bytes: memory that may be left for the backward, which then reads S instead of computing it again, so that with all of it
+            the work falls from four products to three. On the CPU it holds tiles of S in the dtype of sums, 4 * M * N bytes. impl
+            "triton" keeps exp(S) without its positives in bfloat16, 2 * M * N bytes, for bfloat16 operands without ids and vectors.
+            As many tiles as fit are kept, and none where no gradient is needed.
         impl: None, "triton", "cpu" or "reference" (dense).
 
     Returns:

@@ -11,8 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._product import multiply
-from .._triton import dot_tile, grouped_tile, operand, precision, same_ids, upcast
+from .._triton import grouped_tile, operand, precision, same_ids, upcast
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
+from .triton_stash import keep, keep_none, pointers, stashed_kernel
+from .triton_tile import config, finite, flow, similarity_tile
 
 # Sums of exp(S - t) with one t per tile lose nothing that counts while maxima lie within SPREAD of t.
 SPREAD = tl.constexpr(50.0)
@@ -22,46 +24,11 @@ PARTIAL_BYTES = 64 << 20
 WORKSPACE_BYTES = 256 << 20
 
 
-def config(a: Inputs) -> dict[str, int]:
-    """Block sizes and launch options; each per-column vector costs 32 registers a thread, so tiles shrink where ids or vectors are."""
-    if a.dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    vectors = any(v is not None for v in (a.row_bias, a.col_bias, a.row_scale, a.col_scale))
-    BLOCK_M = 64 if vectors or a.row_ids is not None else 128
-    BLOCK_N = 64 if vectors and a.row_ids is not None else 128
-    return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-
-
 @triton.jit
-def _finite(maximum):
-    return tl.where(maximum == -float("inf"), 0.0, maximum)
-
-
-@triton.jit
-def _tile(
-    x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, rows, cols, stride_x, stride_y, D,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+def _store_partials(
+    S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row, o_col, in_row, in_col,
+    stash_ptr, stash_t_ptr, stash_tiles, place, partner, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Products [BLOCK_M, BLOCK_N], the same as S, and row and column scales (1 where there are none)."""
-    products = dot_tile(x_ptr, y_ptr, rows, cols, stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
-    b_row_scale = tl.full((BLOCK_M,), 1.0, tl.float32)
-    b_col_scale = tl.full((BLOCK_N,), 1.0, tl.float32)
-    S = products * tl.load(scale_ptr)
-    if row_scale_ptr is not None:
-        b_row_scale = tl.load(row_scale_ptr + rows)
-        S *= b_row_scale[:, None]
-    if col_scale_ptr is not None:
-        b_col_scale = tl.load(col_scale_ptr + cols)
-        S *= b_col_scale[None, :]
-    if row_bias_ptr is not None:
-        S += tl.load(row_bias_ptr + rows)[:, None]
-    if col_bias_ptr is not None:
-        S += tl.load(col_bias_ptr + cols)[None, :]
-    return products, S, b_row_scale, b_col_scale
-
-
-@triton.jit
-def _store_partials(S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row, o_col, in_row, in_col):
     """Per row and per column of a tile: a maximum and the sum of exp(S - maximum), from one exp where one maximum serves the tile."""
     row_max = tl.max(S, 1)
     col_max = tl.max(S, 0)
@@ -69,13 +36,19 @@ def _store_partials(S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row
     lowest = tl.minimum(tl.min(row_max, 0), tl.min(col_max, 0))
     if highest - lowest <= SPREAD:
         E = tl.exp(S - highest)
+        if stash_ptr is not None:
+            if place < stash_tiles:
+                keep(E, highest, partner, stash_ptr, stash_t_ptr, place, BLOCK_M, BLOCK_N)
         row_sum = tl.sum(E, 1)
         col_sum = tl.sum(E, 0)
         row_max = tl.zeros_like(row_max) + highest
         col_max = tl.zeros_like(col_max) + highest
     else:
-        row_sum = tl.sum(tl.exp(S - _finite(row_max)[:, None]), 1)
-        col_sum = tl.sum(tl.exp(S - _finite(col_max)[None, :]), 0)
+        if stash_ptr is not None:
+            if place < stash_tiles:
+                keep_none(stash_t_ptr, place, BLOCK_M, BLOCK_N)
+        row_sum = tl.sum(tl.exp(S - finite(row_max)[:, None]), 1)
+        col_sum = tl.sum(tl.exp(S - finite(col_max)[None, :]), 0)
     tl.store(row_max_ptr + o_row, row_max, mask=in_row)
     tl.store(row_sum_ptr + o_row, row_sum, mask=in_row)
     tl.store(col_max_ptr + o_col, col_max, mask=in_col)
@@ -86,7 +59,7 @@ def _store_partials(S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row
 def _forward_kernel(
     x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
     row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
-    pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr,
+    pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr, stash_ptr, stash_t_ptr, stash_tiles, first_tile,
     M, N, D, offset, stride_x, stride_y,
     MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -96,14 +69,16 @@ def _forward_kernel(
     first_m, first_n = i_m.to(tl.int64) * BLOCK_M, i_n.to(tl.int64) * BLOCK_N
     in_row, in_col = t_m < (M - first_m).to(tl.int32), t_n < (N - first_n).to(tl.int32)
     rows, cols = tl.minimum(first_m + t_m, M - 1), tl.minimum(first_n + t_n, N - 1)
-    products, S, b_row_scale, b_col_scale = _tile(
+    products, S, b_row_scale, b_col_scale = similarity_tile(
         x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, rows, cols, stride_x, stride_y, D,
         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
+    place = first_tile + i_m.to(tl.int64) * tl.cdiv(N, BLOCK_N) + i_n
+    partner = tl.full((BLOCK_M,), -1, tl.int32)
     if positive_ptr is not None:
-        diagonal = first_m + offset - first_n
+        diagonal = tl.minimum(tl.maximum(first_m + offset - first_n, -BLOCK_M), BLOCK_N).to(tl.int32)
+        partner = t_m + diagonal
         if (diagonal < BLOCK_N) & (diagonal > -BLOCK_M):
-            partner = t_m + diagonal.to(tl.int32)
             here = in_row & (partner >= 0) & (partner < BLOCK_N) & (partner < (N - first_n).to(tl.int32))
             tl.store(positive_ptr + rows, tl.sum(tl.where(partner[:, None] == t_n[None, :], S, 0.0), 1), mask=here)
     S = tl.where(in_row[:, None] & in_col[None, :], S, -float("inf"))
@@ -113,7 +88,10 @@ def _forward_kernel(
         same = same_ids(tl.load(row_ids_ptr + rows), tl.load(col_ids_ptr + cols))
         if MODE == BOTH:
             alike = tl.where(same, S, -float("inf"))
-            _store_partials(alike, pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, o_row, o_col, in_row, in_col)
+            _store_partials(
+                alike, pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, o_row, o_col, in_row, in_col,
+                None, None, 0, place, partner, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         elif MODE == SUMS:
             alike = tl.where(same & in_row[:, None] & in_col[None, :], S, 0.0)
             tl.store(pos_row_sum_ptr + o_row, tl.sum(alike, 1), mask=in_row)
@@ -122,7 +100,10 @@ def _forward_kernel(
             S = tl.where(same, S, -float("inf"))
         else:
             S = tl.where(same, -float("inf"), S)
-    _store_partials(S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row, o_col, in_row, in_col)
+    _store_partials(
+        S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row, o_col, in_row, in_col,
+        stash_ptr, stash_t_ptr, stash_tiles, place, partner, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -139,23 +120,12 @@ def _merge_kernel(part_max_ptr, part_sum_ptr, max_ptr, sum_ptr, lse_ptr, parts, 
         b_max = tl.load(part_max_ptr + where, mask=given, other=-float("inf"))
         b_sum = tl.load(part_sum_ptr + where, mask=given, other=0.0)
         highest = tl.maximum(high, tl.max(b_max, 0))
-        shift = _finite(highest)
+        shift = finite(highest)
         total = total * tl.exp(high - shift) + tl.sum(b_sum * tl.exp(b_max - shift[None, :]), 0)
         high = highest
     tl.store(max_ptr + offs, high, mask=inside)
     tl.store(sum_ptr + offs, total, mask=inside)
     tl.store(lse_ptr + offs, high.to(tl.float64) + tl.log(total.to(tl.float64)), mask=inside)
-
-
-@triton.jit
-def _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols):
-    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col."""
-    dS = tl.zeros_like(S)
-    if g_row_ptr is not None:
-        dS += tl.exp(S - tl.load(row_lse_ptr + rows)[:, None]) * tl.load(g_row_ptr + rows)[:, None]
-    if g_col_ptr is not None:
-        dS += tl.exp(S - tl.load(col_lse_ptr + cols)[None, :]) * tl.load(g_col_ptr + cols)[None, :]
-    return dS
 
 
 @triton.jit
@@ -174,27 +144,27 @@ def _backward_kernel(
     first_m, first_n = i_m.to(tl.int64) * BLOCK_M, i_n.to(tl.int64) * BLOCK_N
     in_row, in_col = t_m < (M - first_m).to(tl.int32), t_n < (N - first_n).to(tl.int32)
     rows, cols = tl.minimum(first_m + t_m, M - 1), tl.minimum(first_n + t_n, N - 1)
-    products, S, b_row_scale, b_col_scale = _tile(
+    products, S, b_row_scale, b_col_scale = similarity_tile(
         x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, rows, cols, stride_x, stride_y, D,
         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
     if MODE > 0:
         same = same_ids(tl.load(row_ids_ptr + rows), tl.load(col_ids_ptr + cols))
         if MODE == BOTH:
-            dS = _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
-            dS += _flow(tl.where(same, S, -float("inf")), pos_row_lse_ptr, pos_col_lse_ptr, g_pos_row_ptr, g_pos_col_ptr, rows, cols)
+            dS = flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+            dS += flow(tl.where(same, S, -float("inf")), pos_row_lse_ptr, pos_col_lse_ptr, g_pos_row_ptr, g_pos_col_ptr, rows, cols)
         elif MODE == SUMS:
-            dS = _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+            dS = flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
             if g_pos_row_ptr is not None:
                 dS += tl.where(same, tl.load(g_pos_row_ptr + rows)[:, None], 0.0)
             if g_pos_col_ptr is not None:
                 dS += tl.where(same, tl.load(g_pos_col_ptr + cols)[None, :], 0.0)
         elif MODE == ONLY:
-            dS = _flow(tl.where(same, S, -float("inf")), row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+            dS = flow(tl.where(same, S, -float("inf")), row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
         else:
-            dS = _flow(tl.where(same, -float("inf"), S), row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+            dS = flow(tl.where(same, -float("inf"), S), row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
     else:
-        dS = _flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
+        dS = flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
     if g_positive_ptr is not None:
         diagonal = tl.minimum(tl.maximum(first_m + offset - first_n, -BLOCK_M), BLOCK_N).to(tl.int32)
         dS += tl.where((t_m + diagonal)[:, None] == t_n[None, :], tl.load(g_positive_ptr + rows)[:, None], 0.0)
@@ -239,8 +209,8 @@ class _Running:
         )
 
 
-def forward(a: Inputs) -> Results:
-    """Log-sum-exps of the rows and columns of S, and its offset diagonal."""
+def forward(a: Inputs, stash: Tensor | None = None) -> Results:
+    """Log-sum-exps of the rows and columns of S, and its offset diagonal. ``stash``, of ``stash_shape``, is filled."""
     x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
     (M, D), N = x.shape, y.shape[0]
     options = config(a)
@@ -264,7 +234,7 @@ def forward(a: Inputs) -> Results:
             _forward_kernel[(tiles_m * tiles_n,)](
                 x[rows], y, a.scale, row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
                 *halves, *[None] * (8 - len(halves)), None if a.offset is None else positive[rows],
-                m, N, D, (a.offset or 0) + rows.start, x.stride(0), y.stride(0),
+                *pointers(stash), rows.start // BLOCK_M * tiles_n, m, N, D, (a.offset or 0) + rows.start, x.stride(0), y.stride(0),
                 MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
             )  # fmt: skip
             if a.sums:
@@ -300,8 +270,11 @@ def _side(lse: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return rounded, (grad * (-lost).exp()).float()
 
 
-def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads:
+def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: Tensor | None = None) -> Grads:
     """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
+    stash = stash if needs.x or needs.y else None
+    kept = pointers(stash)
+    stashed = kept[0] is not None
     g = ResultGrads(*(None if grad is None else grad.float().contiguous() for grad in g))
     x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
     (M, D), N = x.shape, y.shape[0]
@@ -323,8 +296,9 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
         return torch.zeros(shape if wanted else 0, dtype=dtype, device=x.device)
 
     d_x, d_y = new(needs.x, *a.x.shape, dtype=a.x.dtype), new(needs.y, *a.y.shape, dtype=a.y.dtype)
-    row_sum, row_along = new(needs.row_bias, M), new(needs.scale or needs.row_scale, M)
-    col_sum, col_along = new(needs.col_bias, N), new(needs.col_scale, N)
+    # With a stash, products of dS with S come out of the product that makes the gradient of x, or else that of y.
+    row_sum, row_along = new(needs.row_bias, M), new((needs.scale and (needs.x or not stashed)) or needs.row_scale, M)
+    col_sum, col_along = new(needs.col_bias, N), new(needs.col_scale or (needs.scale and not len(row_along)), N)
     total = torch.empty(a.y.shape, dtype=torch.float32, device=x.device) if needs.y and len(waves) > 1 else None
     shape = (triton.cdiv(min(wave, M), 128) * 128, triton.cdiv(N, 128) * 128)
     G = torch.empty(shape if needs.x or needs.y else 0, dtype=a.dtype, device=x.device)
@@ -332,25 +306,38 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs) -> Grads
         for rows in waves:
             m = rows.stop - rows.start
             tiles_m = triton.cdiv(m, BLOCK_M)
-            wanted = ((row_sum, tiles_n, m), (col_sum, tiles_m, N), (row_along, tiles_n, m), (col_along, tiles_m, N))
-            partials = [x.new_empty(parts, length, dtype=torch.float32) if len(out) else None for out, parts, length in wanted]
+            offset = (a.offset or 0) + rows.start
             row_bias, row_scale, row_ids = (v if v is None else v[rows] for v in rows_v)
             of_rows = (v if v is None else v[rows] for v in (row_lse, pos_row_lse, g_row, g_pos_row, g.positive))
             row_lse_, pos_row_lse_, g_row_, g_pos_row_, g_positive_ = of_rows
-            _backward_kernel[(tiles_m * tiles_n,)](
-                x[rows], y, a.scale, row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
-                row_lse_, col_lse, pos_row_lse_, pos_col_lse, g_row_, g_col, g_pos_row_, g_pos_col, g_positive_, norm,
-                G if len(G) else None, *partials, m, N, D, (a.offset or 0) + rows.start, x.stride(0), y.stride(0), shape[1],
-                MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
-            )  # fmt: skip
-            for part, out, where in zip(partials, (row_sum, col_sum, row_along, col_along), (rows, slice(None)) * 2, strict=True):
-                if part is not None:
-                    out[where] += part.sum(0)
+            if stashed:
+                positive = None if a.offset is None else results.positive[rows]
+                stashed_kernel[(tiles_m * tiles_n,)](
+                    x[rows], y, a.scale, row_lse_, col_lse, g_row_, g_col, g_positive_, positive, norm,
+                    *kept, rows.start // BLOCK_M * tiles_n, G, m, N, D, offset, x.stride(0), y.stride(0), shape[1],
+                    PRECISION=precision(), UPCAST=upcast(), **options,
+                )  # fmt: skip
+            else:
+                wanted = ((row_sum, tiles_n, m), (col_sum, tiles_m, N), (row_along, tiles_n, m), (col_along, tiles_m, N))
+                partials = [x.new_empty(parts, length, dtype=torch.float32) if len(out) else None for out, parts, length in wanted]
+                _backward_kernel[(tiles_m * tiles_n,)](
+                    x[rows], y, a.scale, row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
+                    row_lse_, col_lse, pos_row_lse_, pos_col_lse, g_row_, g_col, g_pos_row_, g_pos_col, g_positive_, norm,
+                    G if len(G) else None, *partials, m, N, D, offset, x.stride(0), y.stride(0), shape[1],
+                    MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
+                )  # fmt: skip
+                for part, out, where in zip(partials, (row_sum, col_sum, row_along, col_along), (rows, slice(None)) * 2, strict=True):
+                    if part is not None:
+                        out[where] += part.sum(0)
             if needs.x:
-                multiply(G[:m, :N], y, alpha, d_x[rows])
+                multiply(G[:m, :N], y, alpha, d_x[rows], along=(x[rows], row_along[rows]) if stashed and len(row_along) else None)
             if needs.y:
-                multiply(G[:m, :N].T, x[rows], alpha, d_y, total, first=rows.start == 0, last=rows.stop == M)
-    along = row_along if a.row_scale is None else row_along * a.row_scale
-    d_scale = along.sum() if needs.scale else new(False)
+                last = rows.stop == M
+                along = (y, col_along) if stashed and len(col_along) and last else None
+                multiply(G[:m, :N].T, x[rows], alpha, d_y, total, first=rows.start == 0, last=last, along=along)
+    if stashed:
+        d_scale = (row_along if len(row_along) else col_along).sum() * norm if needs.scale else new(False)
+    else:
+        d_scale = (row_along if a.row_scale is None else row_along * a.row_scale).sum() if needs.scale else new(False)
     d_row_scale = row_along * a.scale if needs.row_scale else new(False)
     return Grads(d_x, d_y, d_scale, row_sum, col_sum, d_row_scale, col_along * a.scale)
