@@ -138,10 +138,44 @@ def _loop(problem: Problem) -> Task:
 
 
 def _flash(problem: Problem) -> Task:
-    attend = importlib.import_module("flash_attn").flash_attn_varlen_func
+    attend = getattr(importlib.import_module("flash_attn"), "flash_attn_varlen_func", None)
+    if attend is None:
+        attend = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
     own, longest, cu = _leaves(problem), int(problem.inputs["lengths"].max()), problem.inputs["cu_seqlens"]
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
     causal = problem.shape.values["causal"]
-    return Task(lambda: attend(*own.values(), cu, cu, longest, longest, causal=causal), own, problem.inputs["upstream"])
+
+    def forward() -> Tensor:
+        found = attend(*own.values(), **options, causal=causal)
+        return found[0] if isinstance(found, tuple) else found
+
+    return Task(forward, own, problem.inputs["upstream"])
+
+
+def _varlen(problem: Problem) -> Task:
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    own, longest, cu = _leaves(problem), int(problem.inputs["lengths"].max()), problem.inputs["cu_seqlens"]
+    window = (-1, 0) if problem.shape.values["causal"] else (-1, -1)
+    return Task(lambda: attend(*own.values(), cu, cu, longest, longest, window_size=window), own, problem.inputs["upstream"])
+
+
+def _flex(problem: Problem) -> Task:
+    """Compiled FlexAttention; its block mask is made beforehand, as for all layers of a model, and not timed."""
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    own, causal = _leaves(problem), problem.shape.values["causal"]
+    lengths = problem.inputs["lengths"].to(problem.device)
+    owner = torch.arange(len(lengths), device=problem.device).repeat_interleave(lengths)
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (owner[i] == owner[j]) & (j <= i) if causal else owner[i] == owner[j]
+
+    mask = flex.create_block_mask(seen, None, None, len(owner), len(owner), device=problem.device)
+    attend = torch.compile(flex.flex_attention)
+
+    def forward() -> Tensor:
+        return attend(*(x.transpose(0, 1)[None] for x in own.values()), block_mask=mask)[0].transpose(0, 1)
+
+    return Task(forward, own, problem.inputs["upstream"])
 
 
 def _xformers(problem: Problem) -> Task:
@@ -171,11 +205,14 @@ CASE = Case(
     exact=exact,
     work=work,
     providers=(
+        Provider("fastvlp triton", "ours", _ours("triton"), "fastvlp", needs("triton", cuda=True)),
         Provider("fastvlp cpu", "ours", _ours("cpu"), "fastvlp", always),
         Provider("eager", "eager", _padded(False)),
         Provider("segment loop", "eager", _loop),
         Provider("torch.compile", "compiled", _padded(True), why_not=needs_compiler),
         Provider("flash-attn", "rival", _flash, "flash-attn", needs("flash_attn", cuda=True)),
         Provider("xformers", "rival", _xformers, "xformers", needs("xformers", cuda=True)),
+        Provider("torch varlen", "rival", _varlen, why_not=needs("torch.nn.attention.varlen", cuda=True)),
+        Provider("FlexAttention", "rival", _flex, why_not=needs("torch.nn.attention.flex_attention", cuda=True)),
     ),
 )

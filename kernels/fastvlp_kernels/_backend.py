@@ -7,6 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+# Kernels of others that need a CUDA device: their import packages, and how to get them.
+LIBRARIES = {
+    "flash-attn": ("flash_attn", "pip install flash-attn --no-build-isolation, or pip install flash-attn-4"),
+    "xformers": ("xformers", "pip install xformers"),
+    "varlen": ("torch.nn.attention.varlen", "it comes with PyTorch 2.10"),
+}
+
 
 @functools.cache
 def _installed(package: str) -> bool:
@@ -28,6 +35,12 @@ def why_not(impl: str, device: torch.device) -> str:
     elif impl == "cuda":
         if not _installed("cupy"):
             return "CuPy is not installed: pip install 'fastvlp[cuda]'"
+        if device.type != "cuda":
+            return f"it needs a CUDA device and the tensors are on {device.type}"
+    elif impl in LIBRARIES:
+        package, how = LIBRARIES[impl]
+        if not _installed(package):
+            return f"{package} is not installed: {how}"
         if device.type != "cuda":
             return f"it needs a CUDA device and the tensors are on {device.type}"
     return ""

@@ -153,7 +153,7 @@ def attend(**changes):
         ({"lengths": torch.ones(2, dtype=torch.int64)}, ValueError, r"lengths has shape \(2,\)"),
         ({"lengths": torch.ones(3, dtype=torch.int64, device="meta")}, ValueError, "must be on the CPU"),
         ({"k": torch.zeros(5, 2, 4, device="meta")}, ValueError, "move them to one device"),
-        ({"impl": "flash"}, ValueError, "impl='flash' is unknown; allowed: cpu, reference"),
+        ({"impl": "flash"}, ValueError, "impl='flash' is unknown; allowed: triton, cpu, reference, flash-attn"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, error, message):

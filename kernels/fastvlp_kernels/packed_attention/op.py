@@ -6,22 +6,29 @@ from torch import Tensor
 from fastvlp_kernels import _backend, _check
 from fastvlp_kernels._inputs import product_dtype, sum_dtype
 
-from . import cpu, reference
+from . import backends, cpu, reference
 
-IMPLEMENTATIONS = ("cpu", "reference")
+IMPLEMENTATIONS = ("triton", "cpu", "reference", *backends.NAMES)
 
 
 @torch.library.custom_op("fastvlp::packed_attention", mutates_args=())
 def _packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None,
     key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool, impl: str,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "triton":
+        from . import triton
+
+        longest = (max_seqlen_q, max_seqlen_k)
+        return triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, key_size, key_bias, prefix_len, causal, scale, with_mass)
     host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
     return cpu.forward(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale, with_mass)
 
 
 @_packed_attention.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, with_mass, impl):
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, with_mass, impl,
+      max_seqlen_q=None, max_seqlen_k=None):  # fmt: skip
     lse = q.new_empty(q.shape[0] * q.shape[1], dtype=sum_dtype(q.dtype))
     mass = q.new_empty(k.shape[0] if with_mass else 0, dtype=torch.float32)
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), lse, mass
@@ -31,29 +38,35 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bia
 def _packed_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     lengths: Tensor | None, lengths_k: Tensor | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None,
-    causal: bool, scale: float, needs: list[bool], impl: str,
+    causal: bool, scale: float, needs: list[bool], impl: str, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if impl == "triton":
+        from . import triton_backward
+
+        saved = (grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return triton_backward.backward(*saved, key_size, key_bias, prefix_len, causal, scale, needs)
     host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
     return cpu.backward(grad, q, k, v, out, lse, *host, key_size, key_bias, prefix_len, causal, scale, needs)
 
 
 @_packed_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, needs, impl):
+def _(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, needs, impl,
+      max_seqlen_q=None, max_seqlen_k=None):  # fmt: skip
     inputs = (q, k, v, lse if key_bias is None else key_bias)
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True))
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, cu_q, cu_k, lengths, lengths_k, key_size, key_bias, prefix_len, ctx.causal, ctx.scale, _, ctx.impl = inputs
+    q, k, v, cu_q, cu_k, lengths, lengths_k, key_size, key_bias, prefix_len, ctx.causal, ctx.scale, _, ctx.impl, *ctx.longest = inputs
     ctx.save_for_backward(q, k, v, *output[:2], cu_q, cu_k, lengths, lengths_k, key_size, key_bias, prefix_len)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
-    grads = torch.ops.fastvlp.packed_attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, needs, ctx.impl)
+    grads = torch.ops.fastvlp.packed_attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, needs, ctx.impl, *ctx.longest)
     dq, dk, dv, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dq, dk, dv, None, None, None, None, None, dbias, None, None, None, None, None
+    return dq, dk, dv, *[None] * 5, dbias, *[None] * 7
 
 
 def _refuse(ctx, *_):
@@ -107,38 +120,57 @@ def packed_attention(
     Args:
         q: [Tq, H, d]. k: [Tk, Hkv, d]. v: [Tk, Hkv, e]. Hkv divides H: query head h reads key head h // (H / Hkv).
         cu_seqlens_q: int32 or int64 [S+1], where each segment starts in q. cu_seqlens_k: the same in k and v; None: that of q.
-        max_seqlen_q, max_seqlen_k: the longest segments, for kernels that run on the device; None means Tq and Tk.
+        max_seqlen_q, max_seqlen_k: the longest segments (``Packed.max_seqlen``). On GPUs they let short segments run in one pass; None:
+            nothing is known of them. max_seqlen_k None with cu_seqlens_k None: that of q. A segment that is longer gets NaN, or its
+            right values.
         key_size: [Tk], how many tokens a key stands for (proportional attention, ToMe); has no gradient. 0 hides a key.
         key_bias: [Tk] or [H, Tk], has a gradient. -inf hides a key.
         prefix_len: integers [S]; with ``causal`` the first prefix_len[s] keys of segment s are visible to all its queries (prefix-LM).
         causal: query i of n sees key j of m only if j <= i + m - n: the last query sees everything.
         scale: None means 1 / sqrt(d).
         return_key_mass: also return the mass of each key, its probabilities summed over queries and heads: float32 [Tk], no gradient.
-        lengths, lengths_k: integers [S] on the CPU, what cu_seqlens_q and cu_seqlens_k say (``Packed.lengths``). Without them the
-            lengths are read from cu_seqlens, which on a CUDA device costs a synchronisation.
-        impl: "cpu", "reference" or None for the first of them; the environment variable FASTVLP_IMPL names one too.
+        lengths, lengths_k: integers [S] on the CPU, what cu_seqlens_q and cu_seqlens_k say (``Packed.lengths``). Without them impl
+            "cpu", "reference", "xformers" and "sdpa" read them from cu_seqlens, which on a CUDA device costs a synchronisation.
+            "triton" never asks; there cu_seqlens must end at Tq and Tk, which nobody checks.
+        impl: "triton", "cpu", "reference"; None takes the first that runs on the device (float64: never Triton). "flash-attn",
+            "xformers", "varlen" (torch.nn.attention.varlen), "flex" (FlexAttention) and "sdpa" (padded) are others' kernels, for
+            comparison; what one of them cannot compute it refuses by name. The environment variable FASTVLP_IMPL names one too.
 
     Returns:
         out: [Tq, H, e] in the dtype of q, 0 for a query that sees no key; with ``return_key_mass`` (out, mass).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or the bias is one for pairs of query and key.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: ``impl`` cannot run here, or cannot compute this; a second derivative is asked for.
     """
     _check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_size, key_bias, prefix_len, lengths, lengths_k)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None and longest < 0:
+            raise ValueError(f"packed_attention: {name}={longest}; it must be the length of the longest segment, or None")
     dtype = product_dtype("packed_attention", q, None)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if cu_seqlens_k is None:
         cu_seqlens_k, lengths_k = cu_seqlens_q, lengths
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     chosen = _backend.choose("packed_attention", impl, q.device, IMPLEMENTATIONS)
+    if chosen == "triton" and q.dtype == torch.float64:
+        if impl == "triton":
+            raise RuntimeError("packed_attention: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
+        chosen = "cpu"
+    if chosen in backends.NAMES:
+        return backends.packed_attention(
+            chosen, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            lambda: _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k), key_size, key_bias, prefix_len, causal, scale, return_key_mass,
+        )  # fmt: skip
     if chosen == "reference":
         host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
         out, mass = reference.packed_attention(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale)
     else:
         out, _, mass = torch.ops.fastvlp.packed_attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, return_key_mass, chosen
-        )
+            q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, return_key_mass,
+            chosen, max_seqlen_q, max_seqlen_k,
+        )  # fmt: skip
     return (out, mass) if return_key_mass else out
 
 
@@ -169,6 +201,8 @@ def _check_inputs(
         raise ValueError(f"{op}: cu_seqlens_q describes {segments} segments and cu_seqlens_k {cu_k.shape[0] - 1}; every segment needs both")
     if cu_k is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"{op}: got {shapes}; other keys than queries (cross attention) need cu_seqlens_k")
+    if segments == 0 and (q.shape[0] or k.shape[0]):
+        raise ValueError(f"{op}: the segments hold 0 queries and 0 keys, but q has {q.shape[0]} rows and k has {k.shape[0]}")
     _check.vector(op, "prefix_len", prefix_len, segments, integer=True)
     for name, counts in (("lengths", lengths), ("lengths_k", lengths_k)):
         _check.vector(op, name, counts, segments, integer=True)

@@ -1,0 +1,234 @@
+"""Packed attention on GPUs, backward and the mass of keys: no atomics, every element has one program that owns it.
+
+A program of ``_key_kernel`` owns a tile of keys: their dK, dV, bias gradients and mass. Where the tile holds all keys of the segment it
+makes dQ too, and a segment and key head are one program; else ``_query_kernel`` has made dQ before, and the rows' sums of P * dP.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import precision, upcast
+from .triton import LOG2E, Side, key_options, key_terms, limits, operands, padded, rows_of, span, store, tile, tile_of
+
+
+def query_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int]:
+    """Block sizes and launch options of the kernel that owns queries."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": rows_of(queries.typical, 32), "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+    wide, rows = width > 64, rows_of(queries.typical, 64)
+    columns = rows_of(keys.typical, 64 if wide or rows < 64 else 32)
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8 if wide and rows * columns == 4096 else 4, "num_stages": 2}
+
+
+def key_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int | bool]:
+    """Block sizes and launch options of the kernel that owns keys."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_N": rows_of(keys.typical, 32), "WHOLE": False, "num_warps": 8, "num_stages": 1}
+    wide = width > 64
+    whole = keys.whole(64 if wide else 128)
+    rows, columns = rows_of(queries.typical, 32), whole or rows_of(keys.typical, 64)
+    warps = 8 if columns == 128 or (columns == 64 and wide) else 4
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "WHOLE": bool(whole), "num_warps": warps, "num_stages": 1 if whole or wide else 2}
+
+
+@triton.jit(do_not_specialize=["S", "Tq", "Tk", "blocks", "bias_stride"])
+def _query_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr, dq_ptr, delta_ptr,
+    S, Tq, Tk, H, group, blocks, scale, bias_stride, stride_g, stride_q, stride_k, stride_v, head_g, head_q, head_k, head_v,
+    CAUSAL: tl.constexpr, SEARCH: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """delta [H, Tq], the sums of P * dP over keys, and dq [Tq, H, D] if wanted."""
+    head = tl.program_id(0) % H
+    segment, block = tile_of(cu_q_ptr, tl.program_id(0) // H, S, blocks, SEARCH, BLOCK_M)
+    first_q, n = span(cu_q_ptr, segment, Tq)
+    first_k, m = span(cu_k_ptr, segment, Tk)
+    in_m, in_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    grad_ptr += tl.multiple_of(head.to(tl.int64) * head_g, ALIGN)
+    q_ptr += tl.multiple_of(head.to(tl.int64) * head_q, ALIGN)
+    k_ptr += tl.multiple_of((head // group).to(tl.int64) * head_k, ALIGN)
+    v_ptr += tl.multiple_of((head // group).to(tl.int64) * head_v, ALIGN)
+    out_ptr += head.to(tl.int64) * E
+    lse_ptr += head.to(tl.int64) * Tq
+    delta_ptr += head.to(tl.int64) * Tq
+    if bias_ptr is not None:
+        bias_ptr += head.to(tl.int64) * bias_stride
+    if dq_ptr is not None:
+        dq_ptr += head.to(tl.int64) * D
+    row = block * BLOCK_M
+    if row < n:
+        rows = row + in_m
+        g = tile(grad_ptr, first_q + row, in_m, rows < n, stride_g, E, BLOCK_E, UPCAST)
+        out = tile(out_ptr, first_q + row, in_m, rows < n, H * E, E, BLOCK_E, UPCAST)
+        delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+        tl.store(delta_ptr + (first_q + row) + in_m, delta, mask=rows < n)
+        if dq_ptr is not None:
+            q = tile(q_ptr, first_q + row, in_m, rows < n, stride_q, D, BLOCK_D, UPCAST)
+            lse = tl.load(lse_ptr + (first_q + row) + in_m, mask=rows < n, other=float("inf"))
+            acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            last = m
+            if CAUSAL:
+                limit = limits(prefix_ptr, segment, rows, n, m)
+                last = tl.minimum(m, tl.max(limit, 0))
+            for key in range(0, last, BLOCK_N):
+                keys = key + in_n
+                k = tile(k_ptr, first_k + key, in_n, keys < m, stride_k, D, BLOCK_D, UPCAST)
+                v = tile(v_ptr, first_k + key, in_n, keys < m, stride_v, E, BLOCK_E, UPCAST)
+                term, size = key_terms(size_ptr, bias_ptr, first_k + key, in_n, keys < m)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + term[None, :]
+                if CAUSAL:
+                    s = tl.where(keys[None, :] < limit[:, None], s, float("-inf"))
+                p = tl.exp2(s - lse[:, None])
+                if size_ptr is not None:
+                    p *= size[None, :]
+                ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+            store(dq_ptr, acc * scale, first_q + row, in_m, rows < n, H * D, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["S", "Tq", "Tk", "blocks", "bias_stride"])
+def _key_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbias_ptr, mass_ptr,
+    S, Tq, Tk, H, group, blocks, scale, bias_stride, stride_g, stride_q, stride_k, stride_v, head_g, head_q, head_k, head_v,
+    CAUSAL: tl.constexpr, SEARCH: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk [Tk, H / group, D], dv [.., E], dbias and mass [H, Tk], each if wanted; dq [Tq, H, D] where the tile is WHOLE."""
+    kv_heads = H // group
+    head_kv = tl.program_id(0) % kv_heads
+    segment, block = tile_of(cu_k_ptr, tl.program_id(0) // kv_heads, S, blocks, SEARCH, BLOCK_N)
+    first_q, n = span(cu_q_ptr, segment, Tq)
+    first_k, m = span(cu_k_ptr, segment, Tk)
+    in_m, in_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    k_ptr += tl.multiple_of(head_kv.to(tl.int64) * head_k, ALIGN)
+    if v_ptr is not None:
+        v_ptr += tl.multiple_of(head_kv.to(tl.int64) * head_v, ALIGN)
+    key = block * BLOCK_N
+    if WHOLE or key < m:
+        keys = key + in_n
+        k = tile(k_ptr, first_k + key, in_n, keys < m, stride_k, D, BLOCK_D, UPCAST)
+        if v_ptr is not None:
+            v = tile(v_ptr, first_k + key, in_n, keys < m, stride_v, E, BLOCK_E, UPCAST)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        begin = 0
+        if CAUSAL and not WHOLE:
+            # Before the first query that sees a key of this tile; with a prefix it may be that all do.
+            begin = tl.maximum(key + n - m, 0) // BLOCK_M * BLOCK_M
+            if prefix_ptr is not None:
+                begin = tl.where(key < tl.load(prefix_ptr + segment).to(tl.int32), 0, begin)
+        for member in range(0, group):
+            head = head_kv * group + member
+            at = head.to(tl.int64) * Tq + first_q
+            bias_at = bias_ptr
+            if bias_ptr is not None:
+                bias_at += head.to(tl.int64) * bias_stride
+            term, size = key_terms(size_ptr, bias_at, first_k + key, in_n, keys < m)
+            sums = tl.zeros((BLOCK_N,), tl.float32)
+            for row in range(begin, n, BLOCK_M):
+                rows = row + in_m
+                q_at = q_ptr + tl.multiple_of(head.to(tl.int64) * head_q, ALIGN)
+                q = tile(q_at, first_q + row, in_m, rows < n, stride_q, D, BLOCK_D, UPCAST)
+                lse = tl.load(lse_ptr + (at + row) + in_m, mask=rows < n, other=float("inf"))
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + term[:, None]
+                if CAUSAL:
+                    s = tl.where(keys[:, None] < limits(prefix_ptr, segment, rows, n, m)[None, :], s, float("-inf"))
+                p = tl.exp2(s - lse[None, :])
+                if size_ptr is not None:
+                    p *= size[:, None]
+                if mass_ptr is not None:
+                    sums += tl.sum(p, 1)
+                else:
+                    g_at = grad_ptr + tl.multiple_of(head.to(tl.int64) * head_g, ALIGN)
+                    g = tile(g_at, first_q + row, in_m, rows < n, stride_g, E, BLOCK_E, UPCAST)
+                    if dv_ptr is not None:
+                        dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+                    if v_ptr is not None:
+                        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+                        if WHOLE:
+                            delta = tl.sum(p * dp, 0)
+                        else:
+                            delta = tl.load(delta_ptr + (at + row) + in_m, mask=rows < n, other=0.0)
+                        ds = p * (dp - delta[None, :])
+                        if dbias_ptr is not None:
+                            sums += tl.sum(ds, 1)
+                        if dk_ptr is not None:
+                            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                        if dq_ptr is not None:
+                            dq = tl.dot(tl.trans(ds.to(k.dtype)), k, input_precision=PRECISION) * scale
+                            store(dq_ptr + head.to(tl.int64) * D, dq, first_q + row, in_m, rows < n, H * D, D, BLOCK_D)
+            if dbias_ptr is not None:
+                tl.store(dbias_ptr + head.to(tl.int64) * Tk + (first_k + key) + in_n, sums, mask=keys < m)
+            if mass_ptr is not None:
+                tl.store(mass_ptr + head.to(tl.int64) * Tk + (first_k + key) + in_n, sums, mask=keys < m)
+        if dk_ptr is not None:
+            store(dk_ptr + head_kv.to(tl.int64) * D, dk * scale, first_k + key, in_n, keys < m, kv_heads * D, D, BLOCK_D)
+        if dv_ptr is not None:
+            store(dv_ptr + head_kv.to(tl.int64) * E, dv, first_k + key, in_n, keys < m, kv_heads * E, E, BLOCK_E)
+
+
+def key_mass(
+    q: Tensor, k: Tensor, lse: Tensor, queries: Side, keys: Side, key_size: Tensor | None, key_bias: Tensor | None,
+    prefix_len: Tensor | None, causal: bool, scale: float,
+) -> Tensor:
+    """float32 [Tk]: the probabilities of every key, summed over queries and heads."""
+    (Tq, H, D), Tk = q.shape, keys.tokens
+    mass = torch.zeros(H, Tk, dtype=torch.float32, device=q.device)
+    if Tq and Tk and queries.segments:
+        (qs, ks), align = operands(q, k)
+        size, bias, bias_stride = key_options(k, key_size, key_bias)
+        options = key_config(q.dtype, D, queries, keys) | {"WHOLE": False}
+        tiles, blocks, search = keys.tiles(options["BLOCK_N"])
+        with torch.cuda.device_of(q):
+            _key_kernel[(tiles * k.shape[1],)](
+                None, qs, ks, None, lse, None, queries.cu.contiguous(), keys.cu.contiguous(), size, bias, prefix_len,
+                None, None, None, None, mass, queries.segments, Tq, Tk, H, H // k.shape[1], blocks, scale, bias_stride,
+                0, qs.stride(0), ks.stride(0), 0, 0, qs.stride(1), ks.stride(1), 0, CAUSAL=causal, SEARCH=search, ALIGN=align,
+                PRECISION=precision(), UPCAST=upcast(), D=D, E=D, BLOCK_D=padded(D), BLOCK_E=padded(D), **options,
+            )  # fmt: skip
+    return mass.sum(0)
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int | None,
+    max_k: int | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and key_bias; [0] where ``needs`` says no."""
+    (Tq, H, D), E, Tk = q.shape, v.shape[2], k.shape[0]
+    queries, keys = Side(cu_q, Tq, max_q), Side(cu_k, Tk, max_k)
+    dq, dk, dv = (x.new_empty(x.shape if need else 0) for x, need in zip((q, k, v), needs, strict=False))
+    dbias = torch.empty((H, Tk) if needs[3] else 0, dtype=torch.float32, device=q.device)
+    if queries.segments and Tq + Tk:
+        (gs, qs, ks, vs), align = operands(grad, q, k, v)
+        size, bias, bias_stride = key_options(k, key_size, key_bias)
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+        options = key_config(q.dtype, max(D, E), queries, keys)
+        through_scores = needs[0] or needs[1] or needs[3]
+        whole = options["WHOLE"] or not through_scores
+        common = (scale, bias_stride, *(x.stride(axis) for axis in (0, 1) for x in (gs, qs, ks, vs)))
+        fixed = {"CAUSAL": causal, "ALIGN": align, "PRECISION": precision(), "UPCAST": upcast(),
+                 "D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}  # fmt: skip
+        sizes = (queries.segments, Tq, Tk, H, H // k.shape[1])
+        delta = None if whole else torch.empty(H * Tq, dtype=torch.float32, device=q.device)
+        with torch.cuda.device_of(q):
+            if not whole:
+                rows = query_config(q.dtype, max(D, E), queries, keys)
+                tiles, blocks, search = queries.tiles(rows["BLOCK_M"])
+                _query_kernel[(tiles * H,)](
+                    gs, qs, ks, vs, out, lse, cu_q, cu_k, size, bias, prefix_len, dq if needs[0] else None, delta,
+                    *sizes, blocks, *common, SEARCH=search, **fixed, **rows,
+                )  # fmt: skip
+            if needs[1] or needs[2] or needs[3] or whole:
+                tiles, blocks, search = (queries.segments, 1, False) if options["WHOLE"] else keys.tiles(options["BLOCK_N"])
+                _key_kernel[(tiles * k.shape[1],)](
+                    gs, qs, ks, vs if through_scores else None, lse, delta, cu_q, cu_k, size, bias, prefix_len,
+                    dq if whole and needs[0] else None, dk if needs[1] else None, dv if needs[2] else None,
+                    dbias if needs[3] else None, None, *sizes, blocks, *common, SEARCH=search, **fixed, **options,
+                )  # fmt: skip
+    if key_bias is not None and needs[3]:
+        dbias = (dbias.sum(0) if key_bias.ndim == 1 else dbias).to(key_bias.dtype)
+    return dq, dk, dv, dbias

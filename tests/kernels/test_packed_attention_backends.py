@@ -1,0 +1,166 @@
+"""packed_attention by kernels of others.
+
+flex and sdpa run here. flash-attn, xformers and torch's varlen need a CUDA device and are not here: stand-ins with their signatures
+take the call, insist on its arguments, and compute by the reference. What the real ones return is seen on a GPU, by the benchmarks.
+"""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from fastvlp_kernels import _backend
+from fastvlp_kernels.packed_attention import packed_attention
+from tests.kernels.test_packed_attention import VARIANTS, cu, loop, randn
+
+QUERIES, KEYS = [3, 0, 2, 1], [2, 4, 0, 5]
+
+
+def inputs(heads=2, kv_heads=2, width=4, value_width=4, dtype=torch.float64, keys=KEYS):
+    shapes = (sum(QUERIES), heads, width), (sum(keys), kv_heads, width), (sum(keys), kv_heads, value_width)
+    return [randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("impl", ["flex", "sdpa"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equal_to_the_loop(variant, impl):
+    options = {**VARIANTS[variant]}
+    size, bias, prefix = (options.pop(name, False) for name in ("size", "bias", "prefix"))
+    causal, scale = options.pop("causal", False), options.pop("scale", None)
+    heads, kv_heads, value_width = options.pop("heads", 2), options.pop("kv_heads", 2), options.pop("value_width", 4)
+    assert set(options) <= {"width"}
+    leaves = inputs(heads, kv_heads, value_width=value_width)
+    sizes = torch.tensor([0, 2, 1, 1, 3, 1, 1, 2, 0, 1, 1]).double() if size else None
+    key_bias = randn(*((heads,) if bias == 2 else ()), sum(KEYS), seed=5) if bias else None
+    prefixes = torch.tensor([1, 0, 2, 3]) if prefix else None
+    leaves += [key_bias] if bias else []
+    if impl == "sdpa":
+        leaves = [x.requires_grad_() for x in leaves]
+    given = {"key_size": sizes, "key_bias": key_bias, "prefix_len": prefixes, "causal": causal, "scale": scale, "impl": impl}
+    out = packed_attention(*leaves[:3], cu(QUERIES), cu(KEYS), **given)
+    exact, _ = loop(*leaves[:3], QUERIES, KEYS, sizes, key_bias, prefixes, causal, scale)
+    torch.testing.assert_close(out, exact, rtol=1e-6, atol=1e-6)
+    if impl == "sdpa":
+        weight = randn(*out.shape, seed=6)
+        for mine, true in zip(*(torch.autograd.grad(x, leaves, weight) for x in (out, exact)), strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-6, atol=1e-6)
+
+
+def test_flex_says_that_it_has_no_backward_here():
+    q, k, v = inputs()
+    with pytest.raises(RuntimeError, match="impl='flex' has no backward on CPUs; use impl=None"):
+        packed_attention(q.requires_grad_(), k, v, cu(QUERIES), cu(KEYS), impl="flex")
+
+
+def by_reference(q, k, v, lengths_q, lengths_k, causal, scale):
+    cu_q, cu_k = cu(lengths_q), cu(lengths_k)
+    return packed_attention(q, k, v, cu_q, cu_k, causal=causal, scale=scale, impl="reference")
+
+
+def module(monkeypatch, name, **members):
+    made = types.ModuleType(name)
+    for member, value in members.items():
+        setattr(made, member, value)
+    monkeypatch.setitem(sys.modules, name, made)
+
+
+@pytest.fixture
+def allowed(monkeypatch):
+    """As if every package were here, and this a CUDA device."""
+    monkeypatch.setattr(_backend, "why_not", lambda impl, device: "")
+
+
+def expect(monkeypatch, impl, causal=False, kv_heads=2, keys=KEYS, **options):
+    q, k, v = (x.requires_grad_() for x in inputs(kv_heads=kv_heads, dtype=torch.bfloat16, keys=keys))
+    results = [
+        packed_attention(q, k, v, cu(QUERIES), cu(keys), 3, max(keys), causal=causal, impl=name, **options) for name in (impl, "reference")
+    ]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), q)[0] for x in results))
+
+
+@pytest.mark.parametrize("version", [2, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attn_is_called_as_it_wants(monkeypatch, allowed, version, causal):
+    def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+               window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and (max_seqlen_q, max_seqlen_k, dropout_p) == (3, 5, 0)
+        return by_reference(q, k, v, cu_seqlens_q.diff(), cu_seqlens_k.diff(), causal, softmax_scale)
+
+    def attend_4(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
+                 seqused_q=None, seqused_k=None, softmax_scale=None, causal=False, window_size=(None, None), return_lse=False):
+        assert qv is None and min_seqlen_k is None
+        out = attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale, causal=causal)
+        return out, None
+
+    module(monkeypatch, "flash_attn", **({"flash_attn_varlen_func": attend} if version == 2 else {}))
+    module(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=attend_4)
+    expect(monkeypatch, "flash-attn", causal, kv_heads=1, scale=0.3)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen_is_called_as_it_wants(monkeypatch, allowed, causal, kv_heads):
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+                    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
+        assert window_size == ((-1, 0) if causal else (-1, -1)) and enable_gqa == (query.shape[1] != key.shape[1])
+        assert (max_q, max_k, cu_seq_q.dtype, cu_seq_k.dtype) == (3, 5, torch.int32, torch.int32)
+        return by_reference(query, key, value, cu_seq_q.diff(), cu_seq_k.diff(), causal, scale)
+
+    module(monkeypatch, "torch.nn.attention.varlen", varlen_attn=varlen_attn)
+    expect(monkeypatch, "varlen", causal, kv_heads)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_xformers_is_called_as_it_wants(monkeypatch, allowed, causal):
+    class BlockDiagonalMask:
+        def __init__(self, lengths, aligned_at_the_end=False):
+            self.lengths, self.aligned_at_the_end = lengths, aligned_at_the_end
+
+        @classmethod
+        def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
+            assert all(type(n) is int for n in (*q_seqlen, *kv_seqlen)) and device == torch.device("cpu")
+            return cls((q_seqlen, kv_seqlen))
+
+        def make_causal_from_bottomright(self):
+            return BlockDiagonalMask(self.lengths, True)
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+        assert query.shape[0] == key.shape[0] == 1 and query.shape[2] == key.shape[2] and attn_bias.aligned_at_the_end == causal
+        return by_reference(query[0], key[0], value[0], *attn_bias.lengths, causal, scale)[None]
+
+    module(monkeypatch, "xformers")
+    module(monkeypatch, "xformers.ops", memory_efficient_attention=memory_efficient_attention)
+    module(monkeypatch, "xformers.ops.fmha")
+    module(monkeypatch, "xformers.ops.fmha.attn_bias", BlockDiagonalMask=BlockDiagonalMask)
+    expect(monkeypatch, "xformers", causal, kv_heads=1, keys=[4, 2, 2, 3])
+    with pytest.raises(RuntimeError, match="no more queries than keys in every segment"):
+        expect(monkeypatch, "xformers", True)
+
+
+@pytest.mark.parametrize(
+    ("impl", "options", "message"),
+    [
+        *[(impl, {"return_key_mass": True}, "does not return the mass") for impl in ("flash-attn", "xformers", "varlen", "flex", "sdpa")],
+        *[(impl, {"key_size": torch.ones(11)}, "takes no key_size") for impl in ("flash-attn", "xformers", "varlen")],
+        ("varlen", {"key_bias": torch.ones(11)}, "takes no key_bias"),
+        ("flash-attn", {"prefix_len": torch.ones(4).long(), "causal": True}, "takes no prefix_len"),
+        ("flash-attn", {"dtype": torch.float32}, "does not compute in torch.float32"),
+        ("xformers", {"dtype": torch.float64}, "does not compute in torch.float64"),
+        ("varlen", {"value_width": 8}, "values as wide as keys"),
+        ("flash-attn", {"width": 264}, "heads of at most 256 features, not 264"),
+    ],
+)
+def test_what_they_cannot_do_is_refused_by_name(allowed, impl, options, message):
+    options = {**options}
+    shape = {"dtype": torch.bfloat16} | {name: options.pop(name) for name in ("dtype", "width", "value_width") if name in options}
+    with pytest.raises(RuntimeError, match=f"packed_attention: impl='{impl}' .*{message}"):
+        packed_attention(*inputs(**shape), cu(QUERIES), cu(KEYS), impl=impl, **options)
+
+
+@pytest.mark.parametrize(("impl", "message"), [("flash-attn", "pip install flash-attn"), ("xformers", "pip install xformers")])
+def test_what_to_install_is_said(monkeypatch, impl, message):
+    monkeypatch.setattr(_backend, "_installed", lambda package: False)
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run here: .* is not installed: {message}"):
+        packed_attention(*inputs(), cu(QUERIES), cu(KEYS), impl=impl)
