@@ -110,7 +110,7 @@ def sums(problem: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
         yield rows, x[rows], x[rows] @ y.T
 
 
-def work(problem: Problem, mode: Mode, units: Mapping[Mode, int]) -> tuple[float, float]:
+def work(problem: Problem, mode: Mode, units: Mapping[Mode, float]) -> tuple[float, float]:
     """units * 2 B B D operations; the features are read once, and with gradients written once."""
     b, d = problem.shape.values["b"], problem.shape.values["d"]
     moved = 2 * b * d * problem.shape.dtype.itemsize * (2 if mode == "forward+backward" else 1)
