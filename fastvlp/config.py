@@ -75,10 +75,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The objective and how it crosses processes (``fastvlp.losses``)."""
+    """The objective and how it crosses processes (``fastvlp.losses``).
+
+    Attributes:
+        strategy: "gather", "ring" or "grouped"; ``fastvlp plan`` says which is the fastest and what fits.
+        node_size: for "grouped": processes that share fast links; null: those of a machine.
+    """
 
     name: Literal["clip", "siglip"] = "clip"
-    strategy: Literal["gather", "ring"] = "gather"
+    strategy: Literal["gather", "ring", "grouped"] = "gather"
+    node_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.node_size is not None and (self.strategy != "grouped" or self.node_size < 1):
+            raise ValueError(f"node_size is {self.node_size} and strategy is {self.strategy}; it is at least 1, and for grouped alone")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ def test_help_is_fast_and_imports_no_torch():
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["recipes"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["recipes"], ["env"], ["plan"]])
 def test_every_command_has_help_and_usage_errors_are_2(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--help"])
@@ -65,6 +65,18 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     assert code == 2 and out == "" and message in err
     assert err.startswith("fastvlp: error: ") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_plan_says_which_strategy_wins(capsys):
+    asked = ["plan", "mini", "data.batch_size=1048576", "model.embed_dim=1024", "--devices", "256"]
+    code, out, _ = call(capsys, *asked)
+    assert code == 0 and "on 32 x 8 devices" in out and "fastest: grouped; least memory: ring" in out
+    code, out, err = call(capsys, *asked, "--json")
+    found = json.loads(out)
+    assert code == 0 and err == "" and [one["strategy"] for one in found["strategies"]] == ["grouped", "gather", "ring"]
+    assert found["towers"]["parameters"] > 1e6
+    code, out, err = call(capsys, "plan", "--devices", "12")
+    assert code == 2 and out == "" and "12 devices are no whole number of nodes of 8" in err
 
 
 def test_train_then_eval(recipe, shard, tmp_path, capsys):  # noqa: F811

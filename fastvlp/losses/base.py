@@ -31,15 +31,18 @@ class ContrastiveLoss(nn.Module, ABC):
     """A loss over all pairs of a batch that may be spread over processes; subclasses give the mathematics."""
 
     name: str
-    strategies: tuple[str, ...] = ("gather", "ring")
+    strategies: tuple[str, ...] = ("gather", "ring", "grouped")
 
-    def __init__(self, rank: int, world_size: int, strategy: str, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, rank: int, world_size: int, strategy: str, node_size: int | None, group: dist.ProcessGroup | None) -> None:
         super().__init__()
         if strategy not in self.strategies:
             raise ValueError(f"{self.name}: strategy={strategy!r} is not one of this loss; allowed: {', '.join(self.strategies)}")
+        if node_size is not None and (strategy != "grouped" or node_size < 1):
+            raise ValueError(f"{self.name}: node_size={node_size} with strategy={strategy!r}; it is at least 1, and for 'grouped' alone")
         self.rank = rank
         self.world_size = world_size
         self.strategy = strategy
+        self.node_size = node_size
         self.group = group
 
     def forward(
@@ -93,15 +96,16 @@ class ContrastiveLoss(nn.Module, ABC):
             sums = _inputs.sum_dtype(dtype)
             scale = _inputs.scalar(self.name, "logit_scale", logit_scale, image, sums)
             bias = None if logit_bias is None else _inputs.scalar(self.name, "logit_bias", logit_bias, image, sums)
+            node_size = members.node_size(self.name, self.node_size) if self.strategy == "grouped" else 1
         except (TypeError, ValueError):
             self._tell_refusal(local_sizes)
             raise
         trains = _inputs.needs_grad(image, text, scale, bias)
         if members.size > 1 and local_sizes is None:
-            sizes = asked_sizes(self.name, self.strategy, image, dtype, trains, members)
+            sizes = asked_sizes(self.name, self.strategy, node_size, image, dtype, trains, members)
         else:
             sizes = (len(image),) if local_sizes is None else told_sizes(self.name, local_sizes, members, len(image))
-        return Given(image, text, scale, bias, Batch(members, sizes, dtype, sums), trains)
+        return Given(image, text, scale, bias, Batch(members, sizes, dtype, sums, node_size), trains)
 
     def _tell_refusal(self, local_sizes: Sequence[int] | None) -> None:
         """Before an error of this process alone: let the others, which may be asking for its size, stop too."""

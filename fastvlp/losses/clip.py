@@ -37,13 +37,17 @@ class ClipLoss(ContrastiveLoss):
         use_horovod: must be False.
         strategy: "gather": the texts of all processes at once, memory O(N * D). "ring": block after block from neighbour to neighbour,
             the next one in flight while this one is computed, memory O(b * D) for b local pairs, and one number per pair of the batch.
+            "grouped": a ring of nodes, whose blocks are handed round inside each node: memory O(g * b * D) for nodes of g processes. Of the
+            slow links between nodes every one that a process has carries b * D numbers per hop, and a text crosses once per node, not
+            once per process; so does its gradient, summed over a node (M2-Encoder, Guo et al. 2024, arXiv:2401.15896, groups likewise).
+        node_size: g, for "grouped": how many consecutive processes of the group share fast links; None: as torchrun started them.
         stash_bytes: memory that the forward may leave for the backward, on one process; with 4 * N * N bytes three products instead of four
             (see :func:`fastvlp.ops.similarity_logsumexp`).
         group: the processes that share a batch; None: all. When it is a part of the processes that DDP averages over, the objective
             is the mean over groups, each with the weight of its number of processes.
 
     Raises:
-        ValueError: ``strategy`` is unknown, or ``use_horovod`` is True.
+        ValueError: ``strategy`` is unknown, ``node_size`` does not go with it, or ``use_horovod`` is True.
     """
 
     name = "ClipLoss"
@@ -58,10 +62,11 @@ class ClipLoss(ContrastiveLoss):
         use_horovod: bool = False,
         *,
         strategy: str = "gather",
+        node_size: int | None = None,
         group: dist.ProcessGroup | None = None,
         stash_bytes: int = 0,
     ) -> None:
-        super().__init__(rank, world_size, strategy, group)
+        super().__init__(rank, world_size, strategy, node_size, group)
         if use_horovod:
             raise ValueError("ClipLoss: use_horovod=True is not supported; start the processes with torchrun and leave use_horovod=False")
         self.local_loss = local_loss
@@ -75,7 +80,7 @@ class ClipLoss(ContrastiveLoss):
         return _with_bias(((row - positive) + (column - positive)).mean() / 2, bias)
 
     def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
-        function = SoftmaxRing if self.strategy == "ring" else SoftmaxGather
+        function = SoftmaxGather if self.strategy == "gather" else SoftmaxRing
         return _with_bias(function.apply(image, text, scale, batch, trains), bias)
 
 

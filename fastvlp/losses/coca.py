@@ -27,10 +27,11 @@ class CoCaLoss(ClipLoss):
     Args:
         caption_loss_weight, clip_loss_weight: of the two losses.
         pad_id: label that is not counted.
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, strategy, group, stash_bytes: as in :class:`ClipLoss`.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, strategy, node_size, group, stash_bytes: as in
+            :class:`ClipLoss`.
 
     Raises:
-        ValueError: ``strategy`` is unknown, or ``use_horovod`` is True.
+        ValueError: ``strategy`` is unknown, ``node_size`` does not go with it, or ``use_horovod`` is True.
     """
 
     name = "CoCaLoss"
@@ -48,6 +49,7 @@ class CoCaLoss(ClipLoss):
         use_horovod: bool = False,
         *,
         strategy: str = "gather",
+        node_size: int | None = None,
         group: dist.ProcessGroup | None = None,
         stash_bytes: int = 0,
     ) -> None:
@@ -59,6 +61,7 @@ class CoCaLoss(ClipLoss):
             world_size,
             use_horovod,
             strategy=strategy,
+            node_size=node_size,
             group=group,
             stash_bytes=stash_bytes,
         )

@@ -21,12 +21,8 @@ def gather_texts(text: Tensor, batch: Batch) -> Tensor:
 
 
 def return_gradient(of_texts: Tensor, batch: Batch) -> Tensor:
-    """This process's rows of the sum over processes of ``of_texts`` [N, D]; the parts travel in the dtype of the products.
-
-    Not in float16, whose range is too small for sums.
-    """
-    travels = batch.sums if batch.dtype == torch.float16 else batch.dtype
-    return batch.members.scatter_sum(of_texts.to(travels), batch.sizes, batch.sums)
+    """This process's rows of the sum over processes of ``of_texts`` [N, D]."""
+    return batch.members.scatter_sum(of_texts.to(batch.travels), batch.sizes, batch.sums)
 
 
 class SoftmaxGather(torch.autograd.Function):

@@ -13,8 +13,8 @@ from fastvlp_kernels import _check
 from .members import Members
 
 KINDS = (
-    *("ClipLoss gather", "ClipLoss ring", "SigLipLoss gather", "SigLipLoss ring"),
-    *("CoCaLoss gather", "CoCaLoss ring", "DistillClipLoss gather"),
+    *("ClipLoss gather", "ClipLoss ring", "ClipLoss grouped", "SigLipLoss gather", "SigLipLoss ring", "SigLipLoss grouped"),
+    *("CoCaLoss gather", "CoCaLoss ring", "CoCaLoss grouped", "DistillClipLoss gather"),
 )
 
 
@@ -26,12 +26,14 @@ class Batch:
         members: the processes. sizes: how many pairs each of them has.
         dtype: of the operands of matrix products, and of features on their way.
         sums: of statistics and accumulated gradients: float32 (float64 for float64).
+        node_size: how many consecutive members share fast links; what ``strategy="gather"`` does is the same for any.
     """
 
     members: Members
     sizes: tuple[int, ...]
     dtype: torch.dtype
     sums: torch.dtype
+    node_size: int = 1
 
     def start(self, rank: int) -> int:
         """The place of ``rank``'s first pair in the whole batch."""
@@ -42,9 +44,14 @@ class Batch:
         """W / N: by it a sum over this process's pairs becomes its share, so that the mean of the shares is the mean over pairs."""
         return self.members.size / sum(self.sizes)
 
+    @property
+    def travels(self) -> torch.dtype:
+        """Of parts of gradients that are summed where they arrive: that of the products, but not float16, whose range is too small."""
+        return self.sums if self.dtype == torch.float16 else self.dtype
 
-def check(loss: str, image: Tensor, text: Tensor) -> None:
-    """Refuse features that are not two floating-point matrices of one shape on one device.
+
+def check(loss: str, image: Tensor, text: Tensor, *, pairs: bool = True) -> None:
+    """Refuse features that are not two floating-point matrices of one width on one device, with ``pairs`` of one shape.
 
     Raises:
         TypeError: not a tensor, a DTensor, or of a dtype that is not floating point.
@@ -62,9 +69,9 @@ def check(loss: str, image: Tensor, text: Tensor) -> None:
             raise ValueError(f"{loss}: {name} has shape {tuple(tensor.shape)}; it must be a matrix [batch, width]")
     if image.shape[1] != text.shape[1] or image.shape[1] == 0:
         raise ValueError(f"{loss}: images have {image.shape[1]} features and texts {text.shape[1]}; project both towers to one width")
-    if len(image) != len(text):
+    if pairs and len(image) != len(text):
         raise ValueError(f"{loss}: {len(image)} images but {len(text)} texts; row i of both must be the same pair")
-    if len(image) == 0:
+    if 0 in (len(image), len(text)):
         raise ValueError(f"{loss}: the batch is empty; every process needs at least one pair (drop the last batch, or repeat a sample)")
 
 
@@ -99,19 +106,24 @@ def told_sizes(loss: str, local_sizes: Sequence[int], members: Members, pairs: i
     return sizes
 
 
-def asked_sizes(loss: str, strategy: str, batch: Tensor, dtype: torch.dtype, trains: Sequence[bool], members: Members) -> tuple[int, ...]:
-    """The number of pairs of each member, by one collective over six integers, which also makes sure that all do the same.
+def asked_sizes(
+    loss: str, strategy: str, node_size: int, batch: Tensor, dtype: torch.dtype, trains: Sequence[bool], members: Members
+) -> tuple[int, ...]:
+    """The number of pairs of each member, by one collective over seven integers, which also makes sure that all do the same.
 
     Raises:
         RuntimeError: another member refused its input.
-        ValueError: the members differ in width, dtype, loss or strategy, or in what needs a gradient.
+        ValueError: the members differ in width, dtype, loss, strategy or node size, or in what needs a gradient.
     """
     wanted = sum(1 << place for place, wants in enumerate(trains) if wants)
-    everyone = _tell(members, [1, *batch.shape, _check.FLOATS.index(dtype), wanted, KINDS.index(f"{loss} {strategy}")])
+    everyone = _tell(members, [1, *batch.shape, _check.FLOATS.index(dtype), wanted, KINDS.index(f"{loss} {strategy}"), node_size])
     for rank, numbers in enumerate(everyone):
         if not numbers[0]:
             raise RuntimeError(f"{loss}: stopped, because rank {rank} of the group refused its input; that process's own error says why")
-    names = ("width of the features", "dtype of the features, or of autocast", "inputs that need a gradient", "loss or strategy")
+    names = (
+        *("width of the features", "dtype of the features, or of autocast", "inputs that need a gradient"),
+        *("loss or strategy", "number of processes of a node"),
+    )
     for place, name in enumerate(names, start=2):
         for rank, numbers in enumerate(everyone):
             if numbers[place] != everyone[0][place]:
@@ -121,7 +133,7 @@ def asked_sizes(loss: str, strategy: str, batch: Tensor, dtype: torch.dtype, tra
 
 def tell_refusal(members: Members) -> None:
     """Take this process's part in ``asked_sizes`` when it cannot go on, so that the others stop too instead of waiting."""
-    _tell(members, [0] * 6)
+    _tell(members, [0] * 7)
 
 
 def _tell(members: Members, numbers: list[int]) -> list[list[int]]:

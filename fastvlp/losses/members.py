@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +40,35 @@ class Members:
                 f"{loss}: this process, rank {dist.get_rank()}, is not in the loss's group; give it the one that it belongs to"
             )
         return cls(group, rank, dist.get_world_size(group))
+
+    def node_size(self, loss: str, told: int | None) -> int:
+        """How many consecutive members make a node: ``told``, or as many as torchrun started on one machine (LOCAL_WORLD_SIZE).
+
+        Raises:
+            ValueError: it is not known, or the nodes would not have equally many members.
+        """
+        if self.size == 1:
+            return 1
+        if told is not None:
+            if self.size % told:
+                raise ValueError(
+                    f"{loss}: node_size={told}, and the group has {self.size} processes; all nodes must have equally many of them"
+                )
+            return told
+        local = os.environ.get("LOCAL_WORLD_SIZE")
+        if local is None:
+            raise ValueError(
+                f"{loss}: strategy='grouped' does not know how many processes share a machine, since LOCAL_WORLD_SIZE is not set (torchrun"
+                " sets it); pass node_size"
+            )
+        nodes = [self.global_rank(rank) // int(local) for rank in range(self.size)]
+        runs = [len(list(run)) for _, run in itertools.groupby(nodes)]
+        if len(set(runs)) > 1:
+            raise ValueError(
+                f"{loss}: the processes of the group lie on machines as {runs}; strategy='grouped' needs equally many on each, in the order"
+                " of ranks: pass a node_size that divides their number, or use strategy='ring'"
+            )
+        return runs[0]
 
     def control_device(self) -> torch.device:
         """Where the few integers that processes agree on live: on the CPU if the backend can, which spares the device a wait."""
@@ -78,27 +111,46 @@ class Members:
         dist.all_reduce(total, group=self.group)
         return largest + total.log()
 
-    def shift(self, direction: int, sent: Sequence[Tensor], rows: Sequence[int]) -> Transfer:
-        """Start to send matrices to the neighbour at ``rank + direction`` and to receive as many from the one at ``rank - direction``.
-
-        Args:
-            direction: 1 or -1.
-            sent: contiguous matrices [., D], unchanged until the transfer is waited for.
-            rows: how many rows each matrix to receive has; its width and dtype are those of the matrix sent in its place.
-        """
-        received = [tensor.new_empty(count, tensor.shape[1]) for tensor, count in zip(sent, rows, strict=True)]
-        there, back = (self._global_rank(self.rank + step) for step in (direction, -direction))
-        operations = [dist.P2POp(dist.isend, tensor, there, self.group, tag) for tag, tensor in enumerate(sent)]
-        operations += [dist.P2POp(dist.irecv, tensor, back, self.group, tag) for tag, tensor in enumerate(received)]
-        return Transfer(dist.batch_isend_irecv(operations) if operations else [], list(sent), received)
-
-    def _global_rank(self, rank: int) -> int:
-        rank %= self.size
+    def global_rank(self, rank: int) -> int:
+        """The rank among all processes of the member ``rank``."""
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
+class Exchange:
+    """Tensors between this member and others that travel together; every send meets a receive, in the same order for any two members."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+        self._operations: list[dist.P2POp] = []
+        self._sent: list[Tensor] = []
+        self._received: list[Tensor] = []
+        self._counts: Counter[tuple[bool, int]] = Counter()
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Send a contiguous tensor, unchanged until the transfer is waited for."""
+        self._sent.append(tensor)
+        self._add(dist.isend, tensor, rank)
+
+    def receive(self, tensor: Tensor, rank: int) -> Tensor:
+        """Fill a contiguous tensor, by the time that the transfer has been waited for; returns it."""
+        self._received.append(tensor)
+        self._add(dist.irecv, tensor, rank)
+        return tensor
+
+    def start(self) -> Transfer:
+        """Everything on its way."""
+        works = dist.batch_isend_irecv(self._operations) if self._operations else []
+        return Transfer(works, self._sent, self._received)
+
+    def _add(self, operation: Callable[..., Any], tensor: Tensor, rank: int) -> None:
+        there = self._members.global_rank(rank)
+        tag = self._counts[operation is dist.isend, rank]
+        self._counts[operation is dist.isend, rank] += 1
+        self._operations.append(dist.P2POp(operation, tensor, there, self._members.group, tag))
+
+
 class Transfer:
-    """Matrices on their way between neighbours. One that is dropped is waited for: a receive that ends early leaves its sender waiting."""
+    """Tensors on their way between members. One that is dropped is waited for: a receive that ends early leaves its sender waiting."""
 
     def __init__(self, works: list[dist.Work], sent: list[Tensor], received: list[Tensor]) -> None:
         self._works = works
@@ -109,7 +161,7 @@ class Transfer:
         """What was received, once it is here and what was sent may change again; a second call returns it at once.
 
         Raises:
-            RuntimeError: a neighbour died, or did not answer within the process group's timeout.
+            RuntimeError: another member died, or did not answer within the process group's timeout.
         """
         works, self._works = self._works, []
         for work in works:

@@ -1,12 +1,12 @@
-"""The losses as a ring: each process passes the texts on while it computes with them, and holds two blocks at a time.
+"""The losses of which each process holds a part of the texts at a time, as a plain ring or grouped by nodes (:mod:`fastvlp.losses.tour`).
 
-Every trip lasts as long as the larger of W block computations and W hops. Features travel in the dtype of the products; gradients on
-their way are sums that each process adds to, and travel in float32, since lower precision would round them again at every hop.
+Every trip lasts as long as the larger of all block computations and all hops. Features travel in the dtype of the products, and so do
+gradients inside a node; between nodes they are sums that each node adds to, and travel in float32, since lower precision would round them
+again at every hop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from .blocks import sigmoid_block, softmax_block, softmax_block_backward
 from .inputs import Batch
-from .members import Transfer
+from .tour import summed, tour
 
 UNEQUAL = (
-    "SigLipLoss strategy='ring': the upstream gradient of the loss differs between processes; give all processes' losses the same weight, "
-    "or use strategy='gather'"
+    "SigLipLoss strategy='ring' or 'grouped': the upstream gradient of the loss differs between processes; give all processes' losses the "
+    "same weight, or use strategy='gather'"
 )
 
 
@@ -40,36 +40,6 @@ class Totals:
                 total.add_(part)
 
 
-def tour(batch: Batch, block: Tensor, direction: int, visit: Callable[[Tensor, int], Tensor | None]) -> tuple[Tensor, Transfer]:
-    """Call ``visit(block, owner)`` for the blocks of all other members, the next one in flight meanwhile; blocks move by ``direction``.
-
-    Args:
-        block: [sizes[owner], D] the block to begin with, whose owner is the neighbour at ``rank - direction``.
-        visit: returns this member's part of the block's gradient, or always None. The parts follow the block one hop behind,
-            are summed on the way, and end at their owner.
-
-    Returns:
-        The last block visited, which belongs to the neighbour at ``rank + direction``; and the transfer that brings home the gradient
-        of this member's own block, summed over all others (nothing, if there are no parts).
-    """
-    size = batch.members.size
-
-    def owner(hop: int) -> int:
-        return (batch.members.rank - direction * hop) % size
-
-    carried: list[Tensor] = []
-    for hop in range(1, size):
-        onward, rows = ([block], [batch.sizes[owner(hop + 1)]]) if hop < size - 1 else ([], [])
-        transfer = batch.members.shift(direction, onward + carried, rows + [batch.sizes[owner(hop)]] * len(carried))
-        part = visit(block, owner(hop))
-        arrived = transfer.wait()
-        if part is not None:
-            carried = [part + arrived[-1] if carried else part]
-        if onward:
-            block = arrived[0]
-    return block, batch.members.shift(direction, carried, [batch.sizes[owner(size)]] * len(carried))
-
-
 class SoftmaxRing(torch.autograd.Function):
     """The softmax loss: a trip for the statistics, and one back, the other way round, for the gradients.
 
@@ -82,47 +52,47 @@ class SoftmaxRing(torch.autograd.Function):
         rank = batch.members.rank
         ctx.dtypes = image.dtype, text.dtype
         image, text = image.to(batch.dtype), text.to(batch.dtype).contiguous()
-        first = batch.members.shift(1, [text], [batch.sizes[rank - 1]])
-        row, own, positive = softmax_block(image, text, scale, 0)
-        column = row.new_empty(sum(batch.sizes))
+        row = image.new_full((len(image),), -torch.inf, dtype=batch.sums)
+        column, positive = row.new_empty(sum(batch.sizes)), torch.empty_like(row)
         columns = column.split(batch.sizes)
-        columns[rank].copy_(own)
 
-        def visit(block: Tensor, owner: int) -> None:
-            part, of_columns, _ = softmax_block(image, block, scale, None)
+        def visit(block: Tensor, owners: list[int]) -> None:
+            part, of_columns, of_pairs = softmax_block(image, block, scale, _offset(batch, owners))
             torch.logaddexp(row, part, out=row)
-            columns[owner].copy_(of_columns)
+            for owner, values in zip(owners, of_columns.split([batch.sizes[owner] for owner in owners]), strict=True):
+                columns[owner].copy_(values)
+            if rank in owners:
+                positive.copy_(of_pairs)
 
-        last, _ = tour(batch, first.wait()[0], 1, visit)
+        held = tour(batch, text, 1, visit).held
         column = batch.members.logsumexp(column)
-        ctx.save_for_backward(image, text, last, scale, row, column)
+        ctx.save_for_backward(image, text, scale, row, column, *held)
         ctx.batch, ctx.trains = batch, trains
         return ((row - positive) + (column.split(batch.sizes)[rank] - positive)).sum() * (batch.factor / 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, last, scale, row, column = ctx.saved_tensors
+        image, text, scale, row, column, *held = ctx.saved_tensors
         batch: Batch = ctx.batch
-        rank = batch.members.rank
         columns = column.split(batch.sizes)
         weights = batch.members.gather(gradient * (batch.factor / 2))
+        of_row = weights[batch.members.rank].expand(len(row))
         totals = Totals(batch.sums)
 
-        def visit(block: Tensor, owner: int) -> Tensor | None:
-            of_row, of_column = weights[rank].expand(len(row)), weights[owner].expand(len(block))
+        def visit(block: Tensor, owners: list[int]) -> Tensor | None:
+            of_column = torch.cat([weights[owner].expand(batch.sizes[owner]) for owner in owners])
+            of_block_columns = torch.cat([columns[owner] for owner in owners])
             of_image, of_block, of_scale = softmax_block_backward(
-                image, block, scale, 0 if owner == rank else None, row, columns[owner], of_row, of_column, ctx.trains
+                image, block, scale, _offset(batch, owners), row, of_block_columns, of_row, of_column, ctx.trains
             )
             totals.add(of_image, of_scale)
             return None if of_block is None else of_block.to(batch.sums)
 
-        _, home = tour(batch, last, -1, visit)
-        of_text = visit(text, rank)
-        if of_text is not None:
-            of_text = (of_text + home.wait()[0]).to(ctx.dtypes[1])
+        of_text = tour(batch, text, -1, visit, held).gradient()
         of_image, of_scale = totals.values
-        return None if of_image is None else of_image.to(ctx.dtypes[0]), of_text, of_scale, None, None
+        parts = (None if part is None else part.to(dtype) for part, dtype in zip((of_image, of_text), ctx.dtypes, strict=True))
+        return *parts, of_scale, None, None
 
 
 class SigmoidRing(torch.autograd.Function):
@@ -134,22 +104,19 @@ class SigmoidRing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: Batch, trains: list[bool]) -> Tensor:
-        rank = batch.members.rank
         ctx.dtypes = image.dtype, text.dtype
         image, text = image.to(batch.dtype), text.to(batch.dtype).contiguous()
-        first = batch.members.shift(1, [text], [batch.sizes[rank - 1]])
         totals = Totals(batch.sums)
 
-        def visit(block: Tensor, owner: int) -> Tensor | None:
-            loss, of_image, of_block, of_scale, of_bias = sigmoid_block(image, block, scale, bias, 0 if owner == rank else None, trains)
+        def visit(block: Tensor, owners: list[int]) -> Tensor | None:
+            loss, of_image, of_block, of_scale, of_bias = sigmoid_block(image, block, scale, bias, _offset(batch, owners), trains)
             totals.add(loss, of_image, of_scale, of_bias)
             return of_block
 
-        of_text = visit(text, rank)
-        _, ctx.home = tour(batch, first.wait()[0], 1, visit)
+        toured = tour(batch, text, 1, visit)
         loss, *gradients = totals.values
-        ctx.save_for_backward(of_text, *gradients)
-        ctx.batch = batch
+        ctx.save_for_backward(toured.own, *gradients)
+        ctx.home, ctx.batch = toured.home, batch
         assert loss is not None
         return loss * batch.factor
 
@@ -163,8 +130,13 @@ class SigmoidRing(torch.autograd.Function):
             everyone = batch.members.gather(factor)
             same = ((everyone == factor) | everyone.isnan() | factor.isnan()).all()
             torch._assert_async(same, UNEQUAL)
-            of_text = ((of_text + ctx.home.wait()[0]) * factor).to(ctx.dtypes[1])
+            of_text = (summed([of_text, *ctx.home.wait()], batch.sums) * factor).to(ctx.dtypes[1])
         if of_image is not None:
             of_image = (of_image * factor).to(ctx.dtypes[0])
         scalars = (None if part is None else part * factor for part in (of_scale, of_bias))
         return of_image, of_text, *scalars, None, None
+
+
+def _offset(batch: Batch, owners: list[int]) -> int | None:
+    """Where the pairs of a block with the own images are, which a tour visits by themselves."""
+    return 0 if batch.members.rank in owners else None

@@ -35,13 +35,14 @@ class SigLipLoss(ContrastiveLoss):
         cache_labels, dist_impl: see above; dist_impl is None, "bidir", "shift", "reduce" or "gather".
         rank, world_size: of this process, in the group or in the world; checked against the group if given.
         strategy: "gather": the texts of all processes at once, memory O(N * D). "ring": block after block from neighbour to neighbour,
-            the next one in flight while this one is computed, memory O(b * D) for b local pairs; all processes must then give their
-            losses the same weight.
+            the next one in flight while this one is computed, memory O(b * D) for b local pairs. "grouped": a ring of nodes, as in
+            :class:`ClipLoss`. With both, all processes must give their losses the same weight.
+        node_size: for "grouped", as in :class:`ClipLoss`.
         group: the processes that share a batch; None: all. When it is a part of the processes that DDP averages over, the objective
             is the mean over groups, each with the weight of its number of processes.
 
     Raises:
-        ValueError: ``strategy`` or ``dist_impl`` is unknown.
+        ValueError: ``strategy`` or ``dist_impl`` is unknown, or ``node_size`` does not go with the strategy.
     """
 
     name = "SigLipLoss"
@@ -54,9 +55,10 @@ class SigLipLoss(ContrastiveLoss):
         dist_impl: str | None = None,
         *,
         strategy: str = "gather",
+        node_size: int | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(rank, world_size, strategy, group)
+        super().__init__(rank, world_size, strategy, node_size, group)
         if dist_impl is not None and dist_impl not in DIST_IMPLS:
             raise ValueError(f"SigLipLoss: dist_impl={dist_impl!r} is unknown; allowed: None, {', '.join(DIST_IMPLS)}")
         self.cache_labels = cache_labels
@@ -66,5 +68,5 @@ class SigLipLoss(ContrastiveLoss):
         return pairwise_sigmoid(image, text, scale, 0.0 if bias is None else bias, offset=0, factor=1 / len(image))
 
     def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
-        function = SigmoidRing if self.strategy == "ring" else SigmoidGather
+        function = SigmoidGather if self.strategy == "gather" else SigmoidRing
         return function.apply(image, text, scale, scale.new_zeros(()) if bias is None else bias, batch, trains)

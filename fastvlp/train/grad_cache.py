@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,101 @@ from torch import Tensor, nn
 from fastvlp.models import TwoTower
 from fastvlp.train.batches import MicroBatches
 from fastvlp_kernels.packed import Packed
+
+Features = Tensor | tuple[Tensor, ...]
+
+
+class GradCache:
+    """Any loss over a whole batch, for towers that see it in micro-batches (Gao et al. 2021, arXiv:2101.06983).
+
+    Features of every micro-batch without gradient, the loss of all of them and its gradient for the features, then each micro-batch once
+    more with its part of that gradient. Gradients are those of one large batch; memory is that of one micro-batch and of the features.
+
+        cache = GradCache([model.encode_image, model.encode_text], lambda image, text: ClipLoss()(image, text, model.scale()))
+        loss = cache.backward(images, texts)      # two lists of micro-batches; gradients are in the parameters
+
+    What a tower gives may be several tensors: for FILIP, tokens and how many each picture has. Random numbers that a tower draws
+    (dropout) are the same in both passes.
+
+    Args:
+        towers: micro-batch -> features [b, ...], or a tuple of tensors; their first dimensions add up over micro-batches. Of integers
+            there is no gradient.
+        loss: (features of each tower, over the whole batch, then the ``shared`` tensors) -> 0-d tensor. Parameters that it uses itself
+            get their gradients too.
+        shared: () -> tensors or None, of parameters that ``together`` uses beside the towers.
+        together: (the last micro-batch of each tower) -> features of each tower, then the shared tensors. The one call per step that goes
+            through DistributedDataParallel, so that processes meet once; None: the towers, and ``shared``.
+        autocast: makes the context of forward passes and of the loss.
+    """
+
+    def __init__(
+        self,
+        towers: Sequence[Callable[[Any], Features]],
+        loss: Callable[..., Tensor],
+        *,
+        shared: Callable[[], Sequence[Tensor | None]] = tuple,
+        together: Callable[..., Sequence[Features | None]] | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self._towers, self._loss, self._shared, self._autocast = list(towers), loss, shared, autocast
+        self._together = together or (lambda *last: (*(tower(x) for tower, x in zip(self._towers, last, strict=True)), *shared()))
+
+    def backward(self, *batches: Sequence[Any], scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss) -> Tensor:
+        """Add the gradients of the loss to those of the parameters.
+
+        Args:
+            batches: the micro-batches of each tower, at least one; their numbers may differ. One of each is a plain forward and backward.
+            scale_loss: multiplies the loss before its backward (float16).
+
+        Returns:
+            The loss, 0-d, detached and not multiplied.
+
+        Raises:
+            ValueError: not as many lists as towers, or one is empty.
+        """
+        if len(batches) != len(self._towers) or not all(len(batch) for batch in batches):
+            raise ValueError(f"GradCache: {[len(batch) for batch in batches]} micro-batches for {len(self._towers)} towers; "
+                             "give each tower a list of at least one")
+        last = [batch[-1] for batch in batches]
+        if all(len(batch) == 1 for batch in batches):
+            with self._autocast():
+                loss = self._loss(*self._together(*last))
+            scale_loss(loss).backward()
+            return loss.detach()
+
+        # The last of all towers come last, since `together` draws their random numbers in one go.
+        order = [(tower, x) for tower, batch in enumerate(batches) for x in batch[:-1]] + list(enumerate(last))
+        parts: list[list[tuple[Tensor, ...]]] = [[] for _ in batches]
+        states = []
+        with torch.no_grad(), self._autocast():
+            for tower, x in order:
+                states.append(_random_state())
+                parts[tower].append(_several(self._towers[tower](x)))
+            shared = [None if tensor is None else tensor.detach().requires_grad_() for tensor in self._shared()]
+        whole = [tuple(torch.cat(pieces) for pieces in zip(*found, strict=True)) for found in parts]
+        for tensor in (tensor for tensors in whole for tensor in tensors if tensor.is_floating_point()):
+            tensor.requires_grad_()
+        with self._autocast():
+            loss = self._loss(*(tensors[0] if len(tensors) == 1 else tensors for tensors in whole), *shared)
+        scale_loss(loss).backward()
+
+        gradients = [_share_out(tensors, found) for tensors, found in zip(whole, parts, strict=True)]
+        del whole, parts
+        after = _random_state()
+        for (tower, x), state in zip(order[: -len(batches)], states, strict=False):
+            _set_random_state(state)
+            with self._autocast():
+                features = self._towers[tower](x)
+            _backward(_several(features), gradients[tower].pop(0))
+        _set_random_state(states[-len(batches)])
+        with self._autocast():
+            found = self._together(*last)
+        of_last = [gradient for gradients_of_tower in gradients for gradient in gradients_of_tower[0]]
+        of_shared = [None if tensor is None else _gradient(tensor) for tensor in shared]
+        outputs = [output for features in found for output in ([None] if features is None else _several(features))]
+        _backward(outputs, [*of_last, *of_shared])
+        _set_random_state(after)
+        return loss.detach()
 
 
 class Towers(nn.Module):
@@ -28,11 +124,7 @@ class Towers(nn.Module):
 
 def backward(towers: nn.Module, model: TwoTower, batch: MicroBatches, criterion: Callable[..., Tensor],
              amp: Callable[[], AbstractContextManager], scale_loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Accumulate the gradients of ``criterion`` over the whole batch into the parameters.
-
-    With one micro-batch per tower this is a plain forward and backward. Otherwise (GradCache, Gao et al. 2021): features of every
-    micro-batch without gradient, the loss and its gradient for those features, then each micro-batch once more with its part of that
-    gradient. The last pair of micro-batches goes through ``towers``, so that processes meet once per step.
+    """Accumulate the gradients of ``criterion`` over the whole batch into the parameters of a two-tower model.
 
     Args:
         towers: ``Towers(model)``, wrapped in DistributedDataParallel when there are several processes.
@@ -42,36 +134,23 @@ def backward(towers: nn.Module, model: TwoTower, batch: MicroBatches, criterion:
     Returns:
         The loss of this process, 0-d, detached and not multiplied.
     """
-    if len(batch.images) == len(batch.texts) == 1:
-        with amp():
-            image, text, scale, bias = towers(batch.images[0], batch.texts[0])
-            loss = criterion(image[batch.image_rows], text[batch.text_rows], scale, bias)
-        scale_loss(loss).backward()
-        return loss.detach()
+    def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return criterion(image[batch.image_rows], text[batch.text_rows], scale, bias)
 
-    with torch.no_grad(), amp():
-        image = torch.cat([model.encode_image(packed) for packed in batch.images]).requires_grad_()
-        text = torch.cat([model.encode_text(packed) for packed in batch.texts]).requires_grad_()
-    scale = model.scale().detach().requires_grad_()
-    bias = None if model.logit_bias is None else model.logit_bias.detach().requires_grad_()
-    with amp():
-        loss = criterion(image[batch.image_rows], text[batch.text_rows], scale, bias)
-    scale_loss(loss).backward()
+    cache = GradCache([model.encode_image, model.encode_text], loss, shared=lambda: (model.scale(), model.logit_bias), together=towers,
+                      autocast=amp)
+    return cache.backward(batch.images, batch.texts, scale_loss=scale_loss)
 
-    image_gradients = _gradient(image).split([len(packed) for packed in batch.images])
-    text_gradients = _gradient(text).split([len(packed) for packed in batch.texts])
-    for packed, gradient in zip(batch.images[:-1], image_gradients, strict=False):
-        with amp():
-            features = model.encode_image(packed)
-        _backward([features], [gradient])
-    for packed, gradient in zip(batch.texts[:-1], text_gradients, strict=False):
-        with amp():
-            features = model.encode_text(packed)
-        _backward([features], [gradient])
-    with amp():
-        last = towers(batch.images[-1], batch.texts[-1])
-    _backward(last, [image_gradients[-1], text_gradients[-1], _gradient(scale), None if bias is None else _gradient(bias)])
-    return loss.detach()
+
+def _several(features: Features) -> tuple[Tensor, ...]:
+    return features if isinstance(features, tuple) else (features,)
+
+
+def _share_out(whole: Sequence[Tensor], parts: Sequence[tuple[Tensor, ...]]) -> list[list[Tensor | None]]:
+    """The gradients of what each micro-batch gave; None of integers."""
+    columns = [_gradient(tensor).split([len(part[place]) for part in parts]) if tensor.is_floating_point() else [None] * len(parts)
+               for place, tensor in enumerate(whole)]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _gradient(leaf: Tensor) -> Tensor:
@@ -83,3 +162,14 @@ def _backward(outputs: Sequence[Tensor | None], gradients: Sequence[Tensor | Non
     pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if output is not None and output.requires_grad]
     if pairs:
         torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _random_state() -> list[Tensor]:
+    """Of the CPU and, where CUDA is in use, of its current device."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for of_device in state[1:]:
+        torch.cuda.set_rng_state(of_device)

@@ -96,7 +96,8 @@ def build_trainer(config: Config, world: distributed.World) -> Trainer:
     model.tokenizer = tokenizer
     model.to(world.device)
     loss = losses.ClipLoss if config.loss.name == "clip" else losses.SigLipLoss
-    return Trainer(config, model, loss(rank=world.rank, world_size=world.size, strategy=config.loss.strategy), world)
+    criterion = loss(rank=world.rank, world_size=world.size, strategy=config.loss.strategy, node_size=config.loss.node_size)
+    return Trainer(config, model, criterion, world)
 
 
 def _check(config: Config, world: distributed.World) -> None:

@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlp.losses import ClipLoss, SigLipLoss
 
 LOSSES = {"clip": ClipLoss, "siglip": SigLipLoss}
+ALL = [(loss, strategy) for loss in LOSSES for strategy in ("gather", "ring", "grouped")]
 INPUTS = ("image", "text", "scale", "bias")
+
+
+def node_size(processes: int) -> int:
+    """Nodes of two, or one node."""
+    return processes if processes % 2 else 2
 
 
 def dense(loss: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -30,7 +36,8 @@ def dense(loss: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -
 class Batch:
     """A batch of sum(sizes) pairs of normalised features; ``likeness`` is the share of the image in its text.
 
-    ``trains`` names the inputs that need a gradient; ``told``: whether the loss is told the sizes.
+    ``trains`` names the inputs that need a gradient; ``told``: whether the loss is told the sizes. ``node_size``: of "grouped"; left
+    out, nodes of two, or of all where the number of processes is odd.
     """
 
     loss: str
@@ -44,6 +51,13 @@ class Batch:
     trains: tuple[str, ...] = INPUTS
     told: bool = False
     seed: int = 0
+    node_size: int | None = None
+
+    def module(self, **options: Any) -> nn.Module:
+        """The loss of one process."""
+        if self.strategy == "grouped":
+            options["node_size"] = self.node_size or node_size(len(self.sizes))
+        return LOSSES[self.loss](strategy=self.strategy, **options)
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole batch: features in ``dtype``, scale and bias in float32 (float64 for float64)."""
@@ -76,8 +90,7 @@ class Batch:
     def call(self, place: int, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """One process's loss, and its inputs."""
         tensors = self.share(place)
-        module = LOSSES[self.loss](strategy=self.strategy, **options)
-        return module(*tensors.values(), local_sizes=list(self.sizes) if self.told else None), tensors
+        return self.module(**options)(*tensors.values(), local_sizes=list(self.sizes) if self.told else None), tensors
 
 
 def collect(loss: Tensor, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:

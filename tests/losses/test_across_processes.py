@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import INPUTS, LOSSES, Batch, averaged, collect, dense, gradients
+from batches import ALL, INPUTS, LOSSES, Batch, averaged, collect, dense, gradients, node_size
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from fastvlp_kernels._testing import assert_no_worse_than
 
 SIZES = {1: [(7,)], 2: [(5, 5), (6, 3)], 3: [(4, 4, 4), (1, 9, 4)], 4: [(3, 3, 3, 3), (2, 7, 1, 5)]}
-BOTH = [(loss, strategy) for loss in LOSSES for strategy in ("gather", "ring")]
 
 
 def assert_exact(shares, batch, tol, rounding=0.0):
@@ -34,7 +33,7 @@ def assert_exact(shares, batch, tol, rounding=0.0):
             assert_no_worse_than(found, eager[name], exact[name], tol + rounding, name)
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_equals_the_whole_batch(processes, loss, strategy, size, dtype):
@@ -46,7 +45,7 @@ def test_equals_the_whole_batch(processes, loss, strategy, size, dtype):
             assert_exact(processes.results(size, gradients, batch), batch, tol)
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_low_precision_is_no_worse_than_eager_on_one_process(processes, loss, strategy, dtype):
     """Also for confident pairs (a softmax loss of 0.0005), whose gradients are small differences of large terms."""
@@ -62,7 +61,7 @@ def under_autocast(rank, size, batch):
     return collect(loss, tensors)
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 def test_autocast_takes_float32_features(processes, loss, strategy):
     """Products of bfloat16 operands, everything else in float32: a float64 formula over rounded features is met as well."""
     rounded = Batch(loss, (20, 30), strategy, width=48, dtype=torch.bfloat16)
@@ -70,7 +69,7 @@ def test_autocast_takes_float32_features(processes, loss, strategy):
     assert_exact(shares, rounded, 1e-5, rounding=torch.finfo(torch.bfloat16).eps / 2)
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 @pytest.mark.parametrize("trains", [("image", "scale", "bias"), ("text",), ("scale",), ("image",), ("bias",)], ids="+".join)
 def test_frozen_inputs(processes, loss, strategy, trains):
     batch = Batch(loss, (4, 6, 3), strategy, trains=trains, dtype=torch.float64)
@@ -84,7 +83,7 @@ def value_alone(rank, size, batch):
     return collect(loss, tensors)
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 def test_no_grad_gives_the_value_alone(processes, loss, strategy):
     batch = Batch(loss, (4, 6, 3), strategy, dtype=torch.float64)
     shares = processes.results(3, value_alone, batch)
@@ -98,7 +97,7 @@ def without_backward(rank, size, batch):
     return gradients(rank, size, batch)
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 def test_a_loss_without_backward_disturbs_nothing(processes, loss, strategy):
     batch = Batch(loss, (4, 6, 3), strategy, dtype=torch.float64)
     assert_exact(processes.results(3, without_backward, batch), batch, 1e-12)
@@ -111,7 +110,7 @@ def twice(rank, size, batch):
     return collect(loss, tensors)
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 def test_backward_twice(processes, loss, strategy):
     batch = Batch(loss, (4, 6), strategy, dtype=torch.float64)
     once, both = (averaged(processes.results(2, function, batch)) for function in (gradients, twice))
@@ -125,7 +124,7 @@ def weighted(rank, size, batch, weights):
     return collect(loss, tensors)
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 def test_upstream_gradient(processes, loss, strategy):
     """A common weight passes through; weights of their own are exact, or refused where gradients were summed before."""
     batch = Batch(loss, (4, 6, 3), strategy, dtype=torch.float64)
@@ -134,7 +133,7 @@ def test_upstream_gradient(processes, loss, strategy):
         torch.testing.assert_close(found, plain[name] * (1 if name == "loss" else 65536), rtol=1e-12, atol=1e-12)
     weights = [0.5, 2.0, 3.0]
     answers = processes.run(3, weighted, batch, weights)
-    if (loss, strategy) == ("siglip", "ring"):
+    if loss == "siglip" and strategy != "gather":
         assert all(answer.kind == "RuntimeError" and "same weight" in str(answer) for answer in answers)
         return
     shares = []
@@ -175,13 +174,14 @@ def trained(rank, size, loss, strategy, sizes, groups):
     made = [dist.new_group(group) for group in groups]
     group = made[groups.index(members)] if len(groups) > 1 else None
     model = DistributedDataParallel(Towers())
-    criterion = LOSSES[loss](rank=rank, world_size=size, strategy=strategy, group=group)
+    options = {"node_size": node_size(len(members))} if strategy == "grouped" else {}
+    criterion = LOSSES[loss](rank=rank, world_size=size, strategy=strategy, group=group, **options)
     value = criterion(*model(pairs_of(sizes)[rank]))
     value.backward()
     return {"loss": value.item()} | {name: parameter.grad.numpy() for name, parameter in model.module.named_parameters()}
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 @pytest.mark.parametrize(
     "sizes,groups",
     [

@@ -5,13 +5,13 @@ import time
 
 import pytest
 import torch
-from batches import LOSSES, Batch
+from batches import ALL, LOSSES, Batch, node_size
 from processes import Failed
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from fastvlp.losses import ClipLoss, SigLipLoss, gather, ring
+from fastvlp.losses.members import Members
 
-BOTH = [(loss, strategy) for loss in LOSSES for strategy in ("gather", "ring")]
 GOOD = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
 REFUSED = {
     "width": ((GOOD, GOOD[:, :7], 10.0), ValueError, "8 features and texts 7; project both towers to one width"),
@@ -38,10 +38,13 @@ def test_refused_on_one_process(module, case):
 
 
 def test_refused_constructors():
-    with pytest.raises(ValueError, match="strategy='tree' is not one of this loss; allowed: gather, ring"):
+    with pytest.raises(ValueError, match="strategy='tree' is not one of this loss; allowed: gather, ring, grouped"):
         ClipLoss(strategy="tree")
     with pytest.raises(ValueError, match="dist_impl='tree' is unknown; allowed: None, bidir, shift, reduce, gather"):
         SigLipLoss(dist_impl="tree")
+    for strategy, node in (("ring", 2), ("grouped", 0)):
+        with pytest.raises(ValueError, match=f"node_size={node} with strategy='{strategy}'; it is at least 1, and for 'grouped' alone"):
+            ClipLoss(strategy=strategy, node_size=node)
     with pytest.raises(ValueError, match="use_horovod=True is not supported; start the processes with torchrun"):
         ClipLoss(use_horovod=True)
     with pytest.raises(RuntimeError, match="world_size=2, but torch.distributed is not running"):
@@ -69,12 +72,12 @@ def call_with(rank, size, loss, options, arguments, trains=False):
     return LOSSES[loss](**options[rank])(image.clone().requires_grad_(trains), text, *rest).item()
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 @pytest.mark.parametrize("case", ["width", "integers", "empty", "scale"])
 def test_a_refusal_stops_all_processes(processes, loss, strategy, case):
     arguments, error, words = REFUSED[case]
     good = (GOOD, GOOD, 10.0)
-    options = [{"strategy": strategy}] * 3
+    options = [{"strategy": strategy} | ({"node_size": node_size(3)} if strategy == "grouped" else {})] * 3
     first, wrong, last = processes.run(3, call_with, loss, options, [good, arguments, good])
     assert wrong.kind == error.__name__ and words in wrong.message
     for other in (first, last):
@@ -104,6 +107,9 @@ def test_processes_that_disagree_are_told(processes):
     options = [{"strategy": "gather"}, {"strategy": "ring"}]
     for answer in processes.run(2, call_with, "clip", options, [(GOOD, GOOD, 10.0)] * 2):
         assert answer.kind == "ValueError" and "differ in the loss or strategy" in answer.message, answer
+    options = [{"strategy": "grouped", "node_size": nodes} for nodes in (1, 2)]
+    for answer in processes.run(2, call_with, "clip", options, [(GOOD, GOOD, 10.0)] * 2):
+        assert answer.kind == "ValueError" and "differ in the number of processes of a node" in answer.message, answer
     for answer in processes.run(2, frozen_on_one):
         assert answer.kind == "ValueError" and "differ in the inputs that need a gradient" in answer.message, answer
     for rank, (size, place, count, own, empty) in enumerate(processes.results(2, wrong_calls)):
@@ -114,17 +120,53 @@ def test_processes_that_disagree_are_told(processes):
         assert "every process needs at least one pair" in empty
 
 
+def on_machines(rank, size, groups, local, told):
+    made = [torch.distributed.new_group(group) for group in groups]
+    mine = next(place for place, group in enumerate(groups) if rank in group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if local is not None:
+            patch.setenv("LOCAL_WORLD_SIZE", str(local))
+        return Members.of("ClipLoss", made[mine]).node_size("ClipLoss", told)
+
+
+@pytest.mark.parametrize(
+    "groups,local,told,nodes",
+    [
+        ([[0, 1, 2, 3]], 2, None, [2] * 4),
+        ([[0, 1, 2, 3]], 4, 1, [1] * 4),
+        ([[0, 2], [1, 3]], 2, None, [1] * 4),
+        ([[0, 1, 2], [3]], 4, None, [3, 3, 3, 1]),
+    ],
+)
+def test_nodes_are_machines_unless_told(processes, groups, local, told, nodes):
+    assert processes.results(4, on_machines, groups, local, told) == nodes
+
+
+@pytest.mark.parametrize(
+    "groups,local,told,words",
+    [
+        ([[0, 1, 2]], None, None, "LOCAL_WORLD_SIZE is not set (torchrun sets it); pass node_size"),
+        ([[0, 1, 2]], 2, None, r"lie on machines as [2, 1]; strategy='grouped' needs equally many on each"),
+        ([[0, 1, 2]], 2, 2, "node_size=2, and the group has 3 processes"),
+    ],
+)
+def test_nodes_that_are_not_alike_are_refused(processes, groups, local, told, words):
+    for answer in processes.run(3, on_machines, groups, local, told):
+        assert answer.kind == "ValueError" and words in answer.message, answer
+
+
 def with_nan(rank, size, batch, name):
     tensors = batch.share(rank)
     if rank == size - 1:
         with torch.no_grad():
             tensors[name].view(-1)[0] = torch.nan
-    loss = LOSSES[batch.loss](strategy=batch.strategy)(*tensors.values())
+    loss = batch.module()(*tensors.values())
     loss.backward()
     return loss.item(), {key: tensor.grad.isnan().any().item() for key, tensor in tensors.items() if tensor.grad is not None}
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 @pytest.mark.parametrize("name", ["image", "text", "scale"])
 def test_nan_is_passed_on(processes, loss, strategy, name):
     """The mean over processes of the loss is NaN, and so are gradients that the NaN touches in the formula."""
@@ -154,7 +196,7 @@ def interrupted(rank, size, batch, how, timeout):
     raise AssertionError("the loss was computed without one of its processes")
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 def test_a_process_that_dies_stops_the_others_at_once(processes, loss, strategy):
     batch = Batch(loss, (4, 4, 4), strategy, told=True)
     *others, dead = processes.run(3, interrupted, batch, "dies", 60, timeout=60)
@@ -162,7 +204,7 @@ def test_a_process_that_dies_stops_the_others_at_once(processes, loss, strategy)
     assert max(others) < 30
 
 
-@pytest.mark.parametrize("loss,strategy", BOTH)
+@pytest.mark.parametrize("loss,strategy", ALL)
 def test_a_process_that_stalls_stops_the_others_after_the_timeout(processes, loss, strategy):
     batch = Batch(loss, (4, 4, 4), strategy, told=True)
     *others, _ = processes.run(3, interrupted, batch, "stalls", 3, timeout=3)

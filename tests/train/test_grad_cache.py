@@ -1,14 +1,20 @@
 """Micro-batches change the memory, not the gradient: compared in float64 with autograd through the dense batch."""
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from fastvlp.data import Batch, Stage, pack_images, pack_texts
+from fastvlp.losses import ClipLoss, SigLipLoss, contrastive_loss
+from fastvlp.losses.filip import filip_loss
 from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
-from fastvlp.train import batches, grad_cache
+from fastvlp.train import GradCache, batches, grad_cache
+from fastvlp_kernels.packed import Packed
 
 PATCH, PAIRS = 4, 11
 CPU = torch.device("cpu")
@@ -109,3 +115,128 @@ def test_micro_batches_hold_every_sample_once_within_the_budget():
     tokens = [segment for packed in micro.texts for segment in packed.segments()]
     assert all(torch.equal(tokens[row], text) for row, text in zip(micro.text_rows.tolist(), batch.texts, strict=True))
     assert all(packed.lengths.tolist() == sorted(packed.lengths.tolist()) for packed in [*micro.images, *micro.texts])
+
+
+def towers(count: int, dropout: float = 0.0) -> nn.ModuleList:
+    torch.manual_seed(3)
+    return nn.ModuleList(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Dropout(dropout), nn.Linear(12, 8)) for _ in range(count)).double()
+
+
+def rows(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def unit(tower):
+    return lambda x: F.normalize(tower(x), dim=-1)
+
+
+SCALE = torch.tensor(7.0, dtype=torch.float64)
+weights, alike = torch.rand(11, generator=torch.Generator().manual_seed(4)).double() + 0.5, torch.arange(11) // 3
+
+
+@pytest.mark.parametrize("loss", [
+    pytest.param(lambda image, text, *_: ClipLoss()(image, text, SCALE), id="clip"),
+    pytest.param(lambda image, text, *_: SigLipLoss()(image, text, SCALE, -2.0), id="siglip"),
+    pytest.param(lambda image, text, hard: contrastive_loss(image, text, SCALE, text_negatives=hard), id="hard-negatives"),
+    pytest.param(lambda image, text, *_: contrastive_loss(image, text, SCALE, weights=weights, ids=alike), id="weights-and-ids"),
+    pytest.param(lambda image, text, *_: contrastive_loss(image, text, SCALE, label_smoothing=0.1, prefixes=[4, 8]), id="matryoshka"),
+])
+def test_any_loss_of_any_number_of_towers(loss):
+    """Three towers, two of the losses leave the third out: its gradient is zero, like that of a part that the loss ignores."""
+    inputs, cuts = [rows(11, 0), rows(11, 1), rows(5, 2)], ([4, 4, 3], [6, 5], [5])
+    direct, cached = towers(3), towers(3)
+    value = loss(*(unit(tower)(x) for tower, x in zip(direct, inputs, strict=True)))
+    value.backward()
+    cache = GradCache([unit(tower) for tower in cached], loss)
+    got = cache.backward(*(x.split(cut) for x, cut in zip(inputs, cuts, strict=True)))
+    torch.testing.assert_close(got, value.detach(), rtol=1e-12, atol=0)
+    for one, other in zip(direct.parameters(), cached.parameters(), strict=True):
+        expected = torch.zeros_like(one) if one.grad is None else one.grad
+        torch.testing.assert_close(other.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_tower_may_give_tokens_and_their_number():
+    """FILIP: segments of several lengths, split between segments."""
+    lengths = {"image": [3, 1, 4, 2, 2], "text": [2, 2, 1, 5, 3]}
+    inputs = {name: list(rows(sum(n), seed).split(n)) for seed, (name, n) in enumerate(lengths.items())}
+
+    def tokens_of(tower):
+        return lambda segments: (F.normalize(tower(torch.cat(segments)), dim=-1), torch.tensor([len(segment) for segment in segments]))
+
+    def loss(image, text):
+        return filip_loss(Packed.of(image[0], image[1]), Packed.of(text[0], text[1]), SCALE)
+
+    direct, cached = towers(2), towers(2)
+    value = loss(*(tokens_of(tower)(x) for tower, x in zip(direct, inputs.values(), strict=True)))
+    value.backward()
+    image, text = inputs.values()
+    got = GradCache([tokens_of(tower) for tower in cached], loss).backward([image[:2], image[2:]], [text[:1], text[1:3], text[3:]])
+    torch.testing.assert_close(got, value.detach(), rtol=1e-12, atol=0)
+    for one, other in zip(direct.parameters(), cached.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_is_the_same_in_both_passes():
+    """The direct computation draws in the order of the first pass, and what is drawn after the step does not repeat what the step drew."""
+    direct, cached, inputs = towers(2, 0.5), towers(2, 0.5), [rows(11, 0).split([4, 4, 3]), rows(11, 1).split([6, 5])]
+    torch.manual_seed(5)
+    parts = [[unit(tower)(x) for x in some[:-1]] for tower, some in zip(direct, inputs, strict=True)]
+    for tower, some, part in zip(direct, inputs, parts, strict=True):
+        part.append(unit(tower)(some[-1]))
+    after = torch.rand(3)
+    ClipLoss()(*(torch.cat(part) for part in parts), SCALE).backward()
+    torch.manual_seed(5)
+    GradCache([unit(tower) for tower in cached], lambda image, text: ClipLoss()(image, text, SCALE)).backward(*inputs)
+    assert torch.equal(torch.rand(3), after)
+    for one, other in zip(direct.parameters(), cached.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_of_the_loss_and_shared_tensors():
+    """A scale that the loss holds, or one that comes with the last micro-batches, gets the same gradient."""
+    inputs, found = [rows(11, 0).split(4), rows(11, 1).split(6)], []
+    for held in (True, False):
+        both, log_scale = towers(2), nn.Parameter(torch.tensor(1.5).double())
+        options = {} if held else {"shared": lambda log_scale=log_scale: (log_scale.exp(), None)}
+
+        def loss(image, text, scale=None, nothing=None, log_scale=log_scale):
+            return ClipLoss()(image, text, log_scale.exp() if scale is None else scale)
+
+        GradCache([unit(tower) for tower in both], loss, **options).backward(*inputs)
+        found.append([log_scale.grad, *(parameter.grad for parameter in both.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_wrong_lists_are_refused():
+    for lists in ([[rows(2, 0)]], [[rows(2, 0)], []]):
+        with pytest.raises(ValueError, match="micro-batches for 2 towers; give each tower a list of at least one"):
+            GradCache([unit(tower) for tower in towers(2)], clip).backward(*lists)
+
+
+LARGE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from benchmarks.peak import growth
+from fastvlp.losses import ClipLoss
+from fastvlp.train import GradCache
+
+torch.manual_seed(0)
+pairs, width = 32768, 16
+towers = [nn.Linear(12, width) for _ in range(2)]
+cache = GradCache([lambda x, t=t: F.normalize(t(x), dim=1) for t in towers], lambda image, text: ClipLoss()(image, text, 10.0))
+inputs = [torch.randn(pairs, 12) for _ in towers]
+cache.backward(*(x[:512].split(128) for x in inputs))
+for tower in towers:
+    tower.zero_grad()
+print(growth(lambda: cache.backward(*(x.split(2048) for x in inputs)), torch.device("cpu")))
+assert all(p.grad.abs().max() > 0 and p.grad.isfinite().all() for t in towers for p in t.parameters())
+"""
+
+
+def test_32768_pairs_take_megabytes():
+    """The similarities alone would be 4 GiB; features, their gradients and the loss's tiles are a few dozen MiB."""
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, cwd=batches.__file__.rpartition("/fastvlp/")[0])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 * 2**20

@@ -100,7 +100,7 @@ def torchrun(*arguments):
     return run("--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000), *arguments, module="torch.distributed.run")
 
 
-@pytest.mark.parametrize("name,strategy", [("clip", "gather"), ("siglip", "ring")])
+@pytest.mark.parametrize("name,strategy", [("clip", "gather"), ("siglip", "ring"), ("clip", "grouped")])
 def test_two_processes_give_the_curve_of_one(settings, tmp_path, name, strategy):
     """An odd batch, micro-batches, dropped patches: the same losses, gradient norms and weights to float32 rounding."""
     settings["loss"] = {"name": name, "strategy": strategy}

@@ -81,8 +81,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(settings):
     assert not equal(final(one), final(three))
 
 
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(settings, monkeypatch, capsys):
+@pytest.mark.parametrize("merge", [[], [0.3]], ids=["plain", "merging"])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(settings, merge, monkeypatch, capsys):
     settings["train"] |= {"ema": 0.9, "image_tokens": 60, "text_tokens": 40}
+    settings["model"]["image"]["merge"] = merge
     _, whole = go(settings, name="whole")
     step = Trainer.step
 
