@@ -6,6 +6,7 @@
     python -m benchmarks run --e2e mini --resume          time to zero-shot accuracy against open_clip's model and loss
     python -m benchmarks run --e2e ladder                 a training step from open_clip's to ours, one mechanism at a time
     python -m benchmarks run --e2e scaling                the loss over batch and processes, the image tower over picture size
+    python -m benchmarks run --e2e quality                images/s and accuracy with patches dropped, merged, both, neither
     python -m benchmarks compare A.csv B.csv              what got slower or faster from A to B; exit 1 where something got slower
     python -m benchmarks plot                             pictures of the results, beside them
     python -m benchmarks report [--check]                 the tables in the READMEs and docs/, and a page of all results
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, e2e, ladder, plot, report, scaling
+from benchmarks import compare, e2e, ladder, plot, quality, report, scaling
 from benchmarks.measure import ParityError
 from benchmarks.registry import ENDS, OPS, find, suggest
 from benchmarks.run import RESULTS, run_case, split_providers, write
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help=f"folder for the results (default: {RESULTS})")
     run.add_argument("--seconds", type=float, metavar="S", help="no further samples of one size and mode after S seconds (default: 10)")
     e2e.add_arguments(run)
+    quality.add_arguments(run)
     compared = commands.add_parser("compare", help="what got slower or faster between two result files")
     compared.add_argument("a", type=Path, metavar="A.csv")
     compared.add_argument("b", type=Path, metavar="B.csv")
@@ -68,7 +70,7 @@ def list_cases() -> None:
         print(f"    runs here: {', '.join(provider.name for provider in present)}")
         if absent:
             print(f"    not here: {', '.join(f'{name} ({reason})' for name, reason in absent.items())}")
-    for name, module in (("mini", e2e), ("ladder", ladder), ("scaling", scaling)):
+    for name, module in (("mini", e2e), ("ladder", ladder), ("scaling", scaling), ("quality", quality)):
         print(f"{name}: {(module.__doc__ or '').splitlines()[0]}\n    python -m benchmarks run --e2e {name}")
 
 
@@ -103,7 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.e2e == "mini":
         e2e.run(arguments, out)
     elif arguments.e2e:
-        (ladder if arguments.e2e == "ladder" else scaling).run(arguments, out if not arguments.quick or arguments.out else None)
+        benchmark = {"ladder": ladder, "scaling": scaling, "quality": quality}[arguments.e2e]
+        benchmark.run(arguments, out if not arguments.quick or arguments.out else None)
     return int(failed)
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -66,9 +66,11 @@ def _baseline(minutes: float, seed: int) -> Part:
     return Part(RIVAL, seed, command, lambda folder: json.loads((folder / "result.json").read_text(encoding="utf-8")))
 
 
-def _ours(system: str, seed: int, changes: list[str]) -> Part:
+def ours(system: str, seed: int, changes: list[str], program: Sequence[str] = ("fastvlp", "train")) -> Part:
+    """A training of ours: the module and its first words, with changes of the default recipe."""
+
     def command(folder: Path) -> list[str]:
-        return ["fastvlp", "train", f"run.dir={folder}", "run.name=run", f"run.seed={seed}", *changes]
+        return [*program, f"run.dir={folder}", "run.name=run", f"run.seed={seed}", *changes]
 
     return Part(system, seed, command, lambda folder: read_run(folder / "run"))
 
@@ -90,9 +92,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def parts(arguments: argparse.Namespace) -> list[Part]:
     """What is run, in this order: the rival once, ours with every seed, ours with the rival's tokenizer."""
-    ours = [_ours(OURS, seed, arguments.set) for seed in arguments.seeds]
-    with_clip = [_ours(OURS_CLIP, seed, [*CLIP_TOKENIZER, *arguments.set]) for seed in arguments.clip_seeds]
-    return [_baseline(arguments.minutes, 0), *ours, *with_clip]
+    own = [ours(OURS, seed, arguments.set) for seed in arguments.seeds]
+    with_clip = [ours(OURS_CLIP, seed, [*CLIP_TOKENIZER, *arguments.set]) for seed in arguments.clip_seeds]
+    return [_baseline(arguments.minutes, 0), *own, *with_clip]
 
 
 def measure(part: Part) -> dict[str, Any]:
@@ -130,25 +132,38 @@ def summarise(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def run(arguments: argparse.Namespace, out: Path) -> Path:
     """Run or, with ``resume``, finish the benchmark; returns the path of the summary."""
+    return run_parts("mini", parts(arguments), out, arguments.resume)
+
+
+def run_parts(name: str, planned: list[Part], out: Path, resume: bool, wanted: Container[str] | None = None) -> Path:
+    """Run the parts one after the other; returns the path of the summary, <out>/<device>/<name>.json (and .csv).
+
+    Args:
+        resume: parts that are measured already are kept. wanted: only these systems run now (None: all), the others are kept if they are
+            there and left out if not.
+    """
     machine = describe(torch.device("cpu"))
     folder = out / str(machine["device"])
     measured = []
-    for part in parts(arguments):
-        path = folder / "mini" / f"{part.name}.json"
-        if arguments.resume and path.exists():
+    for part in planned:
+        path = folder / name / f"{part.name}.json"
+        now = wanted is None or part.system in wanted
+        if not now and not path.exists():
+            continue
+        if path.exists() and (resume or not now):
             print(f"{part.name}: kept from {path}", flush=True)
         else:
             print(f"{part.name}: runs now; nothing else should be running", flush=True)
             write_text(path, json.dumps(measure(part), indent=1) + "\n")
         measured.append(json.loads(path.read_text(encoding="utf-8")))
-        content = {"op": "mini", "machine": machine, "systems": summarise(measured), "parts": measured}
-        write_text(folder / "mini.json", json.dumps(content, indent=1) + "\n")
+        content = {"op": name, "machine": machine, "systems": summarise(measured), "parts": measured}
+        write_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
     table = io.StringIO()
     writer = csv.DictWriter(table, _COLUMNS, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(measured)
-    write_text(folder / "mini.csv", table.getvalue())
+    write_text(folder / f"{name}.csv", table.getvalue())
     for system in summarise(measured):
         print(f"{system['system']:<28} {system['train_seconds'] / 60:5.1f} min  top-1 {system['top1']:.2%}  top-5 {system['top5']:.2%}  "
               f"clip-art R@10 {system['i2t_r10']:.1%}  {system['images_per_second']:.0f} images/s")  # fmt: skip
-    return folder / "mini.json"
+    return folder / f"{name}.json"

@@ -1,4 +1,4 @@
-"""Pictures of the results, beside them: time and memory of every provider, and accuracy over training time."""
+"""Pictures of the results, beside them: time and memory of every provider, accuracy over training time and over speed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.report import load
 _COLOURS = {"ours": "tab:red", "eager": "tab:gray", "compiled": "tab:blue", "rival": "tab:green"}
 
 
-def plot(folder: Path) -> list[Path]:
-    """Draw <op>.png for every result file below ``folder``; returns what was written.
+def plot(folder: Path, only: str | None = None) -> list[Path]:
+    """Draw <op>.png for every result file below ``folder`` (or those of one name); returns what was written.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -24,9 +24,9 @@ def plot(folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     written = []
     for device, files in load(folder).items():
-        for name in [name for name in (*OPS, "mini") if name in files]:
+        for name in [name for name in (*OPS, *ENDS) if name in files and only in (None, name)]:
             path = folder / device / f"{name}.png"
-            _accuracy(files[name], path) if name == "mini" else _bars(files[name], path)
+            ENDS.get(name, _bars)(files[name], path)
             written.append(path)
     return written
 
@@ -69,3 +69,23 @@ def _accuracy(content: dict[str, Any], path: Path) -> None:
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _quality(content: dict[str, Any], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for system in content["systems"]:
+        scores = [100 * score for score in system["top1_of_seeds"]]
+        mean, speed = 100 * system["top1"], system["images_per_second"]
+        axis.errorbar(speed, mean, yerr=[[mean - min(scores)], [max(scores) - mean]], fmt="o", capsize=3)
+        axis.annotate(system["system"], (speed, mean), xytext=(6, 6), textcoords="offset points")
+    axis.set(xlabel="images/s in training", ylabel="zero-shot top-1, % (mean; least and most of the seeds)",
+             title=f"the same samples, fewer tokens, mini set, {content['machine']['device']}")  # fmt: skip
+    axis.margins(0.2)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+ENDS = {"mini": _accuracy, "quality": _quality}

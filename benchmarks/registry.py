@@ -119,7 +119,7 @@ OPS = (
     "similarity_logsumexp", "pairwise_sigmoid", "similarity_attend", "maxsim", "packed_attention", "token_merge", "token_select",
     "segment_pool", "patch_embed", "towers", "merging",
 )  # fmt: skip
-ENDS = ("mini", "ladder", "scaling")
+ENDS = ("mini", "ladder", "scaling", "quality")
 
 
 def suggest(got: str, allowed: Sequence[str], what: str) -> str:

@@ -169,6 +169,24 @@ def mini(results: Results) -> str:
     return _table(header, lines) + ("\n".join(reached) if len(reached) > 1 else "")
 
 
+def quality(results: Results) -> str:
+    """What dropping and merging patches cost and save on the same samples; below it the picture of ``benchmarks.plot``, where measured."""
+    header = ("device", "training", "seeds", "images/s", "than all patches", "minutes", "top-1 %", "of each seed", "top-5 %")
+    lines, pictures = [], []
+    for device, files in results.items():
+        systems = files.get("quality", {}).get("systems", [])
+        base = next((system["images_per_second"] for system in systems if system["system"] == "all patches"), None)
+        lines += [
+            [device, system["system"], str(len(system["seeds"])), f"{system['images_per_second']:.0f}",
+             f"{system['images_per_second'] / base:.2f}x" if base else "", f"{system['train_seconds'] / 60:.1f}",
+             f"{100 * system['top1']:.1f}", ", ".join(f"{100 * x:.1f}" for x in system["top1_of_seeds"]), f"{100 * system['top5']:.1f}"]
+            for system in systems
+        ]  # fmt: skip
+        if systems:
+            pictures.append(f"\n![Zero-shot top-1 over images/s on {device}](benchmarks/results/{device}/quality.png)\n")
+    return _table(header, lines or [["CPU", "all patches", UNMEASURED, *[""] * (len(header) - 3)]]) + "".join(pictures)
+
+
 def ladder(results: Results) -> str:
     """Every rung from open_clip's training step to ours."""
     header = ("device", "rung", "what it is", "images/s", "than open_clip's", "than the one before", "extra MB")
@@ -202,7 +220,7 @@ def _reached(system: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     **{op.replace("_", "-"): operator(op) for op in OPS if op not in MODELS}, "towers": towers, "merging": merging, "operators": operators,
-    "mini": mini, "ladder": ladder, "scaling": scaling,
+    "mini": mini, "quality": quality, "ladder": ladder, "scaling": scaling,
 }  # fmt: skip
 
 

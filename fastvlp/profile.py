@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvlp.config import Config, StageConfig
+from fastvlp.layers.token_merger import mergeable
 from fastvlp.models import TowerConfig
 
 
@@ -29,10 +30,13 @@ class Layer:
     flops: float
 
 
-def block_flops(lengths: Tensor, config: TowerConfig) -> float:
-    """Operations of one transformer block over segments of these lengths: 8 C C n + 4 C H n, and 4 C n n of attention."""
-    n = lengths.double()
-    return float((8 * config.width**2 * n + 4 * config.width * config.hidden * n + 4 * config.width * n**2).sum())
+def block_flops(lengths: Tensor, config: TowerConfig, left: Tensor | None = None) -> float:
+    """Operations of one transformer block over segments of these lengths: 8 C C n and 4 C n n of attention, and 4 C H m of the MLP.
+
+    m: the lengths ``left`` after merging (None: nothing merges). Matching, n n / 2 products of one head's width, is not counted.
+    """
+    n, m = lengths.double(), (lengths if left is None else left).double()
+    return float((8 * config.width**2 * n + 4 * config.width * config.hidden * m + 4 * config.width * n**2).sum())
 
 
 def profile(config: Config) -> list[Layer]:
@@ -61,8 +65,10 @@ def _stage(config: Config, number: int, stage: StageConfig) -> Iterator[Layer]:
         pairs, tokens = len(batch), float(lengths.sum())
         if tower == "image":
             yield Layer(number, tower, "patches", tokens / pairs, most, 2 * 3 * image.patch_size**2 * own.width * tokens / pairs)
-        for block in range(own.depth):
-            yield Layer(number, tower, f"block {block + 1}", tokens / pairs, most, block_flops(lengths, own) / pairs)
+        for block, share in enumerate(own.merged):
+            left = torch.tensor([n - mergeable(n, share) for n in lengths.tolist()])
+            yield Layer(number, tower, f"block {block + 1}", float(lengths.sum()) / pairs, most, block_flops(lengths, own, left) / pairs)
+            lengths = left
         yield Layer(number, tower, "projection", 1, 1, 2.0 * own.width * config.model.embed_dim)
 
 

@@ -1,15 +1,22 @@
 """Building blocks of the towers: thin modules over the operators of ``fastvlp_kernels``."""
 
 from fastvlp.layers.activation import SquaredReLU as SquaredReLU
+from fastvlp.layers.adaptive_pool import AdaptiveAveragePool as AdaptiveAveragePool
 from fastvlp.layers.attention import AttentionPool as AttentionPool
 from fastvlp.layers.attention import PackedAttention as PackedAttention
+from fastvlp.layers.learned_centres import LearnedCentres as LearnedCentres
 from fastvlp.layers.navit import NaViT as NaViT
+from fastvlp.layers.parameter_free import ParameterFreeAttention as ParameterFreeAttention
 from fastvlp.layers.patch_dropout import PatchDropout as PatchDropout
 from fastvlp.layers.patch_dropout import PatchDropoutWithIndices as PatchDropoutWithIndices
 from fastvlp.layers.pool import segment_mean as segment_mean
 from fastvlp.layers.qformer import QFormer as QFormer
+from fastvlp.layers.token_learner import TokenLearner as TokenLearner
 from fastvlp.layers.token_merger import TokenMerger as TokenMerger
 from fastvlp.layers.transformer import Attend as Attend
 from fastvlp.layers.transformer import Block as Block
 from fastvlp.layers.transformer import packed_attend as packed_attend
+from fastvlp.layers.transformer import packed_blocks as packed_blocks
 from fastvlp.layers.transformer import padded_attend as padded_attend
+from fastvlp.layers.video import TemporalContext as TemporalContext
+from fastvlp.layers.video import VideoMerger as VideoMerger

@@ -41,8 +41,8 @@ class ClipLoss(ContrastiveLoss):
             slow links between nodes every one that a process has carries b * D numbers per hop, and a text crosses once per node, not
             once per process; so does its gradient, summed over a node (M2-Encoder, Guo et al. 2024, arXiv:2401.15896, groups likewise).
         node_size: g, for "grouped": how many consecutive processes of the group share fast links; None: as torchrun started them.
-        stash_bytes: memory that the forward may leave for the backward, on one process; with 4 * N * N bytes three products instead of four
-            (see :func:`fastvlp.ops.similarity_logsumexp`).
+        stash_bytes: memory that the forward may leave for the backward, on one process; with all that it asks for, three products instead
+            of four (see :func:`fastvlp.ops.similarity_logsumexp`).
         group: the processes that share a batch; None: all. When it is a part of the processes that DDP averages over, the objective
             is the mean over groups, each with the weight of its number of processes.
 

@@ -8,19 +8,33 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """A transformer: ``depth`` blocks of ``width`` channels and ``heads`` heads; feed-forward layers are ``mlp_ratio`` times as wide."""
+    """A transformer: ``depth`` blocks of ``width`` channels and ``heads`` heads; feed-forward layers are ``mlp_ratio`` times as wide.
+
+    ``merge``: the share of each segment's tokens that merge away in each block (ToMe), in training and after it: one number per block, or
+    one for all; empty: none. A share is rounded down, and at most half can merge in one block.
+    """
 
     width: int = 192
     depth: int = 6
     heads: int = 3
     mlp_ratio: float = 4.0
     activation: Literal["relu2", "gelu"] = "relu2"
+    merge: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.heads) < 1 or self.mlp_ratio <= 0:
             raise ValueError(f"width {self.width}, depth {self.depth}, heads {self.heads}, mlp_ratio {self.mlp_ratio}: all are positive")
         if self.width % self.heads:
             raise ValueError(f"width is {self.width} and heads is {self.heads}; the width must be a multiple of the heads")
+        object.__setattr__(self, "merge", tuple(self.merge))  # JSON gives a list
+        if len(self.merge) not in (0, 1, self.depth) or not all(0 <= share <= 0.5 for share in self.merge):
+            raise ValueError(f"merge is {list(self.merge)}; shares from 0 to 0.5 are needed, one for each of the {self.depth} blocks or "
+                             "one for all")
+
+    @property
+    def merged(self) -> tuple[float, ...]:
+        """The share of tokens that merge away in each of the ``depth`` blocks."""
+        return self.merge if len(self.merge) == self.depth else (self.merge or (0.0,)) * self.depth
 
     @property
     def hidden(self) -> int:
@@ -65,6 +79,9 @@ class TextConfig(TowerConfig):
         if self.vocab_size < 1 or self.context_length < 3:
             raise ValueError(f"vocab_size is {self.vocab_size} and context_length is {self.context_length}; "
                              "a context holds at least a start, an end and one token")
+        if any(self.merged) and (self.causal or self.pool == "last"):
+            raise ValueError(f"merge is {list(self.merge)} with causal {self.causal} and pool {self.pool}; merging moves tokens and "
+                             "needs causal: false and pool: mean")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastvlp.layers import Attend, Block, packed_attend, segment_mean
+from fastvlp.layers import Block, packed_blocks, segment_mean
 from fastvlp.models.config import ImageConfig, TextConfig
 from fastvlp_kernels.packed import Packed
 
@@ -29,18 +29,13 @@ class ImageTower(nn.Module):
         place = pos.long()
         return self.norm_in(self.patch(pixels) + self.rows[place[..., 1]] + self.columns[place[..., 2]])
 
-    def encode(self, x: Tensor, attend: Attend) -> Tensor:
-        """Tokens [..., C] -> tokens [..., C], normalised."""
-        for block in self.blocks:
-            x = block(x, attend)
-        return self.norm_out(x)
-
     def forward(self, images: Packed) -> Tensor:
         """Packed patches [T, P*P*3] -> features [S, embed_dim], not normalised."""
         if images.pos is None:
             raise ValueError("ImageTower: the packed patches carry no positions; make them with fastvlp.data.pack_images")
-        x = self.encode(self.embed(images.x, images.pos), packed_attend(images, causal=False))
-        return segment_mean(images.replace(x=x)) @ self.projection
+        tokens = images.replace(x=self.embed(images.x, images.pos))
+        tokens = packed_blocks(self.blocks, tokens, causal=False, merge=self.config.merged)
+        return segment_mean(tokens.replace(x=self.norm_out(tokens.x))) @ self.projection
 
 
 class TextTower(nn.Module):
@@ -61,16 +56,12 @@ class TextTower(nn.Module):
         """Token ids [...] and their places in the caption [...] -> tokens [..., C]."""
         return self.norm_in(self.tokens(tokens) + self.places[place])
 
-    def encode(self, x: Tensor, attend: Attend) -> Tensor:
-        """Tokens [..., C] -> tokens [..., C], normalised."""
-        for block in self.blocks:
-            x = block(x, attend)
-        return self.norm_out(x)
-
     def forward(self, texts: Packed) -> Tensor:
         """Packed token ids [T] -> features [S, embed_dim], not normalised."""
         if texts.pos is None:
             raise ValueError("TextTower: the packed captions carry no positions; make them with fastvlp.data.pack_texts")
-        x = self.encode(self.embed(texts.x, texts.pos[:, 0].long()), packed_attend(texts, self.config.causal))
-        pooled = segment_mean(texts.replace(x=x)) if self.config.pool == "mean" else x[texts.cu_seqlens[1:].long() - 1]
+        tokens = texts.replace(x=self.embed(texts.x, texts.pos[:, 0].long()))
+        tokens = packed_blocks(self.blocks, tokens, self.config.causal, self.config.merged)
+        tokens = tokens.replace(x=self.norm_out(tokens.x))
+        pooled = segment_mean(tokens) if self.config.pool == "mean" else tokens.x[tokens.cu_seqlens[1:].long() - 1]
         return pooled @ self.projection

@@ -81,5 +81,5 @@ def multiply(
         0 if total is None else total.stride(0), out.stride(0), 0 if beside is None else beside.stride(0),
         FIRST=first, LAST=last, UPCAST=upcast(), **CONFIG,
     )  # fmt: skip
-    if sums is not None:
+    if sums is not None and parts is not None:
         sums += parts.sum(0)
