@@ -28,6 +28,7 @@ from benchmarks.run import write
 COLUMNS = ("rung", "about", "images_per_second", "p20_ms", "p50_ms", "p80_ms", "samples", "ratio_first", "ratio_previous", "extra_mb",
            "pairs", "device", "threads", "torch", "commit", "timestamp")  # fmt: skip
 PATCH, PAIRS, QUICK_PAIRS, MICRO_BATCHES = 16, 256, 32, 4
+MERGE = (0.3, 0, 0.3, 0, 0.3, 0)  # of the tokens in each block: 16 patches to 7
 
 Step = Callable[[], object]
 
@@ -110,7 +111,7 @@ def _packed_captions(pairs: Pairs) -> Step:
     return _training(model, backward)
 
 
-def _packed(pairs: Pairs, own: bool = True, keep: float = 1.0, micro_batches: int = 1) -> Step:
+def _packed(pairs: Pairs, own: bool = True, keep: float = 1.0, merge: tuple[float, ...] = (), micro_batches: int = 1) -> Step:
     """Both towers packed; ``own``: with the layers and the vocabulary of the default recipe instead of open_clip's."""
     from fastvlp.data import Stage
     from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
@@ -119,7 +120,7 @@ def _packed(pairs: Pairs, own: bool = True, keep: float = 1.0, micro_batches: in
 
     theirs = ModelConfig(image=ImageConfig(activation="gelu"),
                          text=TextConfig(vocab_size=49408, causal=True, pool="last", activation="gelu"))  # fmt: skip
-    model = TwoTower(ModelConfig() if own else theirs).to(pairs.device)
+    model = TwoTower(ModelConfig(image=ImageConfig(merge=merge)) if own else theirs).to(pairs.device)
     towers, loss, batch = Towers(model), clip_loss(fused=True), pairs.own if own else pairs.clip
     whole = split(batch, Stage(rival.SIDE, keep), PATCH, None, None, pairs.device)
     image_budget, text_budget = (max(packed.max_seqlen, -(-packed.total // micro_batches)) for packed in (*whole.images, *whole.texts))
@@ -137,7 +138,8 @@ RUNGS: dict[str, tuple[str, Callable[[Pairs], Step]]] = {
     "packed captions": ("no padding in the text tower", _packed_captions),
     "packed images": ("pictures at their own aspect ratio, no padding in either tower", partial(_packed, own=False)),
     "recipe's layers": ("squared ReLU, captions seen both ways, a vocabulary of 4,096", _packed),
-    "half of the patches": ("at random, before the patch embedding", partial(_packed, keep=0.5)),
+    "merged tokens": ("similar patches merged inside the image tower, 16 to 7", partial(_packed, merge=MERGE)),
+    "half of the patches": ("dropped at random before the patch embedding, instead of merging", partial(_packed, keep=0.5)),
     "GradCache": (f"the same batch in {MICRO_BATCHES} micro-batches: less memory for more work",
                   partial(_packed, keep=0.5, micro_batches=MICRO_BATCHES)),
 }  # fmt: skip

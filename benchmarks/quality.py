@@ -12,10 +12,10 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
-from benchmarks import e2e, plot
+from benchmarks import e2e, ladder, plot
 
 STAGES = ("schedule.stages.0.keep=1.0", "schedule.stages.1.keep=1.0")
-MERGE = "model.image.merge=[0.3, 0, 0.3, 0, 0.3, 0]"  # 16 patches to 7, a little below the half that the recipe keeps
+MERGE = f"model.image.merge={list(ladder.MERGE)}"  # 16 patches to 7, a little below the half that the recipe keeps
 QUICK = ("schedule.steps=5", "schedule.warmup=1", "data.batch_size=8", "model.image.width=24", "model.text.width=24")
 
 
