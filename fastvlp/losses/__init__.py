@@ -3,6 +3,7 @@
 from .clip import ClipLoss as ClipLoss
 from .coca import CoCaLoss as CoCaLoss
 from .distill import DistillClipLoss as DistillClipLoss
+from .everyone import gather_batch as gather_batch
 from .filip import filip_loss as filip_loss
 from .focal import focal_sigmoid_loss as focal_sigmoid_loss
 from .grouping import group_patches as group_patches
