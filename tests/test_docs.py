@@ -99,7 +99,7 @@ def test_commands_are_ones_that_exist():
                 load(next((word for word in options.arguments if "=" not in word), None), changes)
         else:
             assert words[0] == "pytest" or words[2] == "fastvlp.integrations.open_clip", command
-    assert seen == {"make", "benchmarks", "train", "recipes", "profile", "show"}
+    assert seen == {"make", "benchmarks", "train", "recipes", "profile", "plan", "show"}
 
 
 def templates() -> list[tuple[re.Pattern[str], int]]:
