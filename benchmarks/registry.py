@@ -117,7 +117,7 @@ class Case:
 
 OPS = (
     "similarity_logsumexp", "pairwise_sigmoid", "similarity_attend", "maxsim", "packed_attention", "token_merge", "token_select",
-    "segment_pool", "patch_embed", "towers", "merging",
+    "segment_pool", "patch_embed", "bi_wkv", "towers", "merging",
 )  # fmt: skip
 ENDS = ("mini", "ladder", "scaling", "quality")
 

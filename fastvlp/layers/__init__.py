@@ -10,6 +10,8 @@ from fastvlp.layers.parameter_free import ParameterFreeAttention as ParameterFre
 from fastvlp.layers.patch_dropout import PatchDropout as PatchDropout
 from fastvlp.layers.patch_dropout import PatchDropoutWithIndices as PatchDropoutWithIndices
 from fastvlp.layers.pool import segment_mean as segment_mean
+from fastvlp.layers.q_shift import neighbours as neighbours
+from fastvlp.layers.q_shift import q_shift as q_shift
 from fastvlp.layers.qformer import QFormer as QFormer
 from fastvlp.layers.token_learner import TokenLearner as TokenLearner
 from fastvlp.layers.token_merger import TokenMerger as TokenMerger

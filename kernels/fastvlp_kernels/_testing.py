@@ -47,7 +47,7 @@ def assert_no_worse_than(actual: Tensor, eager: Tensor, exact: Tensor, tol: floa
 class forbid_large_tensors(TorchDispatchMode):
     """Context in which an operation whose result has ``limit`` elements or more fails, also inside custom operators.
 
-    Covers forward and backward. A broadcast view counts what it stores. ``largest`` is the most that was seen.
+    Covers forward and backward. A view counts nothing. ``largest`` is the most that was seen.
     """
 
     def __init__(self, limit: int) -> None:
@@ -62,9 +62,10 @@ class forbid_large_tensors(TorchDispatchMode):
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper())), *args, **kwargs)
         result = func(*args, **kwargs)
+        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            # What is written in place was counted when it was made.
-            if isinstance(leaf, Tensor) and not any(leaf is argument for argument in args):
+            # What is written in place, or viewed, was counted when it was made.
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
                 elements = min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.element_size())
                 self.largest = max(self.largest, elements)
                 if elements >= self.limit:

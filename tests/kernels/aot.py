@@ -13,7 +13,7 @@ import torch
 # Bytes of shared memory that one block may use, by compute capability (CUDA C++ programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
-POINTERS |= {torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS |= {torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Recorder:
             elif isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
                 aligned.append(name)
+            elif isinstance(value, float):
+                signature[name] = "fp32"
             else:
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"
                 if value % 16 == 0:

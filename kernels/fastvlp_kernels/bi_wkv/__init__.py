@@ -1,0 +1,1 @@
+from .op import bi_wkv as bi_wkv

@@ -1,0 +1,1 @@
+from .op import patch_embed as patch_embed

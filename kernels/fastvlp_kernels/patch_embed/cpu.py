@@ -1,0 +1,87 @@
+"""Patches gathered, normalised and multiplied in chunks that stay in the cache; plain torch, any device."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastvlp_kernels._inputs import sum_dtype
+
+ELEMENTS = 1 << 18  # of one chunk of patches: 1 MiB in float32
+
+Tables = Sequence[tuple[Tensor, Tensor]]  # an index [T] and the rows [R, C] that it selects
+
+
+def locate(images: Tensor, keep: Tensor | None, total: int, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Where the patches are.
+
+    Args:
+        images: int64 [4, S]: each image's first patch, first pixel value, columns of patches, and first cell of its size.
+        keep: int64 [total], ascending: which patches of all; None: every one.
+
+    Returns:
+        where: int64 [total, 3], each patch's first pixel value, the distance of two pixel rows, and its cell. pos: int32 [total, 3].
+    """
+    patch = torch.arange(total, device=images.device) if keep is None else keep
+    first, pixel, columns, cell = images[:, torch.searchsorted(images[0], patch, right=True) - 1]
+    place = patch - first
+    row = torch.div(place, columns, rounding_mode="floor")
+    col, stride = place - row * columns, columns * 3 * patch_size
+    where = torch.stack((pixel + row * patch_size * stride + col * 3 * patch_size, stride, cell + place), 1)
+    return where, torch.stack((torch.zeros_like(row), row, col), 1).int()
+
+
+def per_value(channels: Sequence[float], patch_size: int, like: Tensor) -> Tensor:
+    """One number for each of the channels -> one for each of the 3 P P values of a patch."""
+    return torch.tensor(channels, dtype=like.dtype, device=like.device).repeat(patch_size**2)
+
+
+def _chunks(pixels: Tensor, where: Tensor, patch_size: int, centre: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of patches and their values [rows, 3 P P] minus ``centre``, in one buffer."""
+    T, width, line = where.shape[0], centre.shape[0], 3 * patch_size
+    height = min(T, max(16, ELEMENTS // width))
+    if T == 0:
+        return
+    buffer = centre.new_empty(height, width)
+    # Every place at which a line of a patch could start, as a row of overlapping memory.
+    lines = pixels.as_strided((pixels.numel() - line + 1, line), (1, 1))
+    down = torch.arange(patch_size, device=pixels.device)
+    for first in range(0, T, height):
+        part = where[first : first + height]
+        values = lines.index_select(0, (part[:, :1] + part[:, 1:2] * down).flatten())
+        yield slice(first, first + len(part)), buffer[: len(part)].copy_(values.view(len(part), width)).sub_(centre)
+
+
+def forward(
+    pixels: Tensor, where: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, patch_size: int, mean: Sequence[float],
+    std: Sequence[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """out [T, C] in ``dtype``. mean, std: of the pixels as they are stored."""
+    acc = sum_dtype(dtype)
+    out = weight.new_empty(where.shape[0], weight.shape[0], dtype=dtype)
+    folded = weight.to(acc) / per_value(std, patch_size, out.new_empty(0, dtype=acc))
+    bias = out.new_zeros(weight.shape[0], dtype=acc) if bias is None else bias.to(acc)
+    tables = [(index, table.to(acc)) for index, table in tables]
+    for rows, values in _chunks(pixels, where, patch_size, per_value(mean, patch_size, folded)):
+        part = torch.addmm(bias, values, folded.T, out=out[rows] if dtype == acc else None)
+        for index, table in tables:
+            part.add_(table.index_select(0, index[rows]))
+        if dtype != acc:
+            out[rows] = part
+    return out
+
+
+def weight_backward(
+    grad: Tensor, pixels: Tensor, where: Tensor, weight: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """The gradient of ``weight``, in its dtype."""
+    acc = sum_dtype(weight.dtype)
+    total = grad.new_zeros(weight.shape, dtype=acc)
+    for rows, values in _chunks(pixels, where, patch_size, per_value(mean, patch_size, total)):
+        total.addmm_(grad[rows].to(acc).T, values)
+    return total.div_(per_value(std, patch_size, total)).to(weight.dtype)
+
+
+def table_backward(grad: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """[rows, C] in ``dtype``: the sum of the gradients [T, C] of the tokens of each index."""
+    return torch.ops.aten.embedding_dense_backward(grad.to(dtype), index, rows, -1, False)

@@ -1,0 +1,43 @@
+"""A learned grid of positions at other sizes: bilinear interpolation with antialiasing as two small matrices per size."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=4096)
+def taps(grid: int, size: int) -> Tensor:
+    """float64 [size, grid] on the CPU: the weights of ``interpolate(mode="bilinear", antialias=True, align_corners=False)`` on one axis.
+
+    A triangle around (i + 1/2) * grid / size, as wide as the distance of the outputs but at least of the inputs, that sums to 1.
+    """
+    width = max(grid / size, 1.0)
+    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * (grid / size)
+    weight = (1 - (torch.arange(grid) + 0.5 - centre[:, None]).abs() / width).clamp_min(0)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def resize(grid: Tensor, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    """``grid`` [G, G', C] at each of the ``sizes`` (rows, columns), in lexicographic order, end to end: [N, C] in ``dtype``."""
+    G, width, C = grid.shape
+    parts = [grid.new_empty((0, C), dtype=dtype)]
+    for m, group in itertools.groupby(sizes, lambda size: size[0]):
+        high = (taps(G, m).to(grid.device, dtype) @ grid.to(dtype).flatten(1)).unflatten(1, (width, C))
+        parts += [(taps(width, n).to(grid.device, dtype) @ high).flatten(0, 1) for _, n in group]
+    return torch.cat(parts)
+
+
+def resize_backward(gradient: Tensor, grid: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """The gradient of the grid from that of ``resize``, in the dtype of ``gradient`` [N, C]."""
+    G, width, C = grid.shape
+    out, start = gradient.new_zeros(G, width * C), 0
+    for m, group in itertools.groupby(sizes, lambda size: size[0]):
+        high = gradient.new_zeros(m, width, C)
+        for _, n in group:
+            high += taps(width, n).T.to(gradient) @ gradient[start : start + m * n].unflatten(0, (m, n))
+            start += m * n
+        out.addmm_(taps(G, m).T.to(gradient), high.flatten(1))
+    return out.view(G, width, C)
