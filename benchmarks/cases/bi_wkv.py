@@ -38,15 +38,14 @@ def problem(shape: Shape, device: torch.device) -> Problem:
 
 def _steps(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """[B, N, H, K] token after token, a state in each direction."""
-    decay = torch.exp(-torch.exp(w))[..., None]
-    pairs, outputs = k[..., None] * v[..., None, :], []
-    for order in (range(v.shape[1]), range(v.shape[1] - 1, -1, -1)):
-        state, rows = torch.zeros_like(pairs[:, 0]), {}
-        for t in order:
-            rows[t] = (r[:, t, :, None] @ state)[..., 0, :]
-            state = decay[:, t] * state + pairs[:, t]
-        outputs.append(torch.stack([rows[t] for t in range(v.shape[1])], 1))
-    return outputs[0] + outputs[1] + (r * u * k).sum(-1, keepdim=True) * v
+    out, decay = (r * u * k).sum(-1, keepdim=True) * v, torch.exp(-torch.exp(w))
+    for step in (1, -1):
+        rows, state = [], k.new_zeros(*k[:, 0].shape, v.shape[-1])
+        for r_, k_, v_, d_ in list(zip(*(x.unbind(1) for x in (r, k, v, decay)), strict=True))[::step]:
+            rows.append((r_[..., None, :] @ state)[..., 0, :])
+            state = d_[..., None] * state + k_[..., None] * v_[..., None, :]
+        out = out + torch.stack(rows[::step], 1)
+    return out
 
 
 def _dense(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:

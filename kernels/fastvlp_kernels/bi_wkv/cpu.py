@@ -108,10 +108,10 @@ def _scatter(out: Tensor, values: Tensor, inside: Tensor, tokens: Tensor) -> Non
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """out [T, H, V]."""
     dtype, out = sum_dtype(v.dtype), torch.empty_like(v, memory_format=torch.contiguous_format)
-    u = u.to(dtype)[:, None, None]
+    u, rates = u.to(dtype)[:, None, None], w.to(dtype).exp().clamp_max_(LARGEST)
     for tokens, inside, rows in _cut(lengths, v, _width(k, v)):
         b_r, b_k, b_v = (_gather(x, tokens, inside, dtype) for x in (r, k, v))
-        f = _factors(_gather(w.to(dtype).exp().clamp_max_(LARGEST).neg_(), tokens, inside, dtype))
+        f = _factors(_gather(rates, tokens, inside, dtype).neg_())
         y = _products(b_r, b_k, u, f) @ b_v
         y += _both(b_r, f.before, f.after) @ _states(b_k, b_v, f)
         _scatter(out, y.mul_(scale), inside, rows)
@@ -126,10 +126,11 @@ def backward(
     wide_u, du = u.to(dtype)[:, None, None], torch.zeros_like(u, dtype=dtype)
     results = [x.new_empty(x.shape if need else (0,)) for x, need in zip((r, k, v, w, u), needs, strict=True)]
     sums, pairs = (x.to(v.device, dtype) for x in levels(CHUNK))
+    rates = w.to(dtype).exp().clamp_max_(LARGEST)
     need_states, need_adjoint = needs[0] or needs[3], needs[1] or needs[2] or needs[3]
     for tokens, inside, rows in _cut(lengths, v, 2 * _width(k, v)):
         b_r, b_k, b_v, b_y = (_gather(x, tokens, inside, dtype) for x in (r, k, v, grad))
-        rate = _gather(w.to(dtype).exp().clamp_max_(LARGEST), tokens, inside, dtype)
+        rate = _gather(rates, tokens, inside, dtype)
         b_y *= scale
         f = _factors(-rate)
         dA = b_y @ b_v.mT
