@@ -190,7 +190,7 @@ def _roofline(files: dict[str, dict[str, Any]]) -> str:
     legend: list[str] = []
     copy = 0.0
     for content in files.values():
-        sizes = _by_size(row for row in content["rows"] if row["mode"] == _MODES[0] and row.get("bytes"))
+        sizes = _by_size(row for row in content["rows"] if row["mode"] == _MODES[0] and row.get("bytes") and row["flops"])
         if not sizes:
             continue
         legend.append(f"{len(legend) + 1} {content['op']}")

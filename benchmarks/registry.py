@@ -92,7 +92,8 @@ class Case:
     """One benchmark: problems, the exact answer, who computes it, and the least work that it takes.
 
     ``work(problem, mode)`` returns (floating-point operations, bytes read and written) that any implementation needs.
-    ``limit`` says the least work in words.
+    ``limit`` says the least work in words. ``jumps``: gradients are not continuous, so that rounding decides near ties, not alike for each
+    provider; ours are then held to what separates functions, not to eager's own.
     """
 
     op: str
@@ -105,6 +106,7 @@ class Case:
     work: Callable[[Problem, Mode], tuple[float, float]]
     providers: Sequence[Provider]
     modes: Sequence[Mode] = MODES
+    jumps: bool = False
 
     def find_shape(self, name: str, device: str) -> Shape:
         """The shape of that name, of the full or of the quick list."""

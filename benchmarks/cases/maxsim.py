@@ -191,4 +191,5 @@ CASE = Case(
                  needs("late_interaction_kernels", cuda=True)),
         Provider("flash-maxsim", "rival", _padded(_both_ways(_flash_maxsim)), "flash-maxsim", needs("flash_maxsim", cuda=True)),
     ),
+    jumps=True,
 )  # fmt: skip

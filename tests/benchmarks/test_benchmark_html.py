@@ -94,6 +94,12 @@ def test_results_from_before_work_was_recorded_say_so_instead_of_a_roofline():
     assert "these results do not say their operations and bytes; measure again" in html.page({"here": {"toy": content(*old)}})
 
 
+def test_an_operator_that_only_moves_bytes_is_no_mark_of_the_roofline():
+    moves = [{**r, "flops": 0.0, "tflops": 0.0} for r in ROWS]
+    page = html.page({"here": {"toy": content(*ROWS), "moves": {**content(*moves), "op": "moves"}}})
+    assert "1 toy" in page and "2 moves" not in page and "moves" in page
+
+
 def test_the_page_of_nothing_says_so():
     assert "Nothing has been measured yet." in html.page({})
 
