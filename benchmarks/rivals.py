@@ -19,17 +19,12 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def import_open_clip() -> ModuleType:
-    """open_clip, also beside a torchvision whose compiled operators were built for another torch.
+def import_torchvision() -> None:
+    """torchvision, also where its compiled operators were built for another torch, for packages that import it.
 
-    open_clip imports torchvision, which registers meta kernels for its operators ``nms`` and ``qnms``; where its
-    compiled library does not load, these do not exist and the import fails. They are declared here, without a kernel.
-
-    Raises:
-        ModuleNotFoundError: open_clip is not installed.
+    It registers meta kernels for its operators ``nms`` and ``qnms``; where its compiled library does not load, these do not exist and the
+    import fails. They are declared here, without a kernel.
     """
-    if importlib.util.find_spec("open_clip") is None:
-        raise ModuleNotFoundError("open_clip is not installed; install it with: pip install 'fastvlp[bench]'")
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
@@ -38,6 +33,17 @@ def import_open_clip() -> ModuleType:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept_alive.append(library)
         importlib.import_module("torchvision")
+
+
+def import_open_clip() -> ModuleType:
+    """open_clip, after torchvision.
+
+    Raises:
+        ModuleNotFoundError: open_clip is not installed.
+    """
+    if importlib.util.find_spec("open_clip") is None:
+        raise ModuleNotFoundError("open_clip is not installed; install it with: pip install 'fastvlp[bench]'")
+    import_torchvision()
     return importlib.import_module("open_clip")
 
 

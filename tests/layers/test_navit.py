@@ -1,9 +1,12 @@
 """NaViT against a loop over images, by the state-dict names of vit-pytorch."""
 
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks import rivals
 from fastvlp.layers import NaViT
 
 OPTIONS = {"image_size": 32, "patch_size": 4, "num_classes": 6, "dim": 16, "depth": 2, "heads": 3, "mlp_dim": 24, "dim_head": 8}
@@ -75,7 +78,10 @@ def test_equals_a_loop_over_images(model):
 
 
 def test_vit_pytorch(model):
-    theirs = pytest.importorskip("vit_pytorch.na_vit", reason="vit-pytorch is not installed").NaViT(**OPTIONS).double().eval()
+    if rivals.version("vit-pytorch") is None:
+        pytest.skip("vit-pytorch is not installed")
+    rivals.import_torchvision()
+    theirs = importlib.import_module("vit_pytorch.na_vit").NaViT(**OPTIONS).double().eval()
     theirs.load_state_dict(model.state_dict())
     torch.testing.assert_close(model.eval()(draw()), theirs([[image] for image in draw()]), rtol=1e-6, atol=1e-6)
 
