@@ -5,17 +5,9 @@ import torch
 
 from fastvlp.layers import AttentionPool, PackedAttention, TokenMerger
 from fastvlp_kernels import Packed, packed_attention, segment_pool, token_select
+from tests.matching import merged_rows
 
 LENGTHS, WIDTH, HEADS = (13, 1, 20, 6, 9), 8, 2
-
-
-def merged(metric, share):
-    """The tokens of each row that one image's merging leaves, in the order of those that stay (the matching of ToMe)."""
-    unit = metric / metric.norm(dim=1, keepdim=True)
-    odd = range(1, len(metric), 2)
-    best = {i: max(odd, key=lambda j, i=i: float(unit[i] @ unit[j])) for i in range(0, len(metric), 2) if len(odd)}
-    gone = sorted(best, key=lambda i: -float(unit[i] @ unit[best[i]]))[: int(share * len(metric))]
-    return [[i, *(j for j in gone if best[j] == i)] for i in range(len(metric)) if i not in gone]
 
 
 def attended(x, size, layer):
@@ -32,7 +24,7 @@ def loop(images, scores, first, second, pool):
         size = torch.ones(len(x), dtype=x.dtype)
         for layer, share in ((first, 0.3), (second, 0.25)):
             x = x + attended(x, size, layer)
-            parts = merged(x.detach(), share)
+            parts = merged_rows(x.detach(), share)
             x = torch.stack([(x[part] * size[part, None]).sum(0) / size[part].sum() for part in parts]) if parts else x
             size = torch.stack([size[part].sum() for part in parts]) if parts else size
         mean = (x * size[:, None]).sum(0) / size.sum() if len(x) else x.new_zeros(WIDTH)

@@ -14,6 +14,7 @@ from fastvlp.data import pack_images, pack_texts
 from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower, padded
 from fastvlp.profile import block_flops, profile
 from fastvlp.train import batches, grad_cache
+from tests.matching import merged_rows
 from tests.train.test_grad_cache import CPU, PATCH, clip, make_batch
 
 SIZES = [(32, 48), (64, 64), (16, 16), (64, 32), (48, 48)]
@@ -26,15 +27,6 @@ def norm(layer, x):
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
 
 
-def groups(keys, share):
-    """Which tokens each row is made of, the one that stayed first; places of even number look for those of odd number."""
-    unit = keys / keys.norm(dim=1, keepdim=True)
-    odd = range(1, len(keys), 2)
-    best = {i: max(odd, key=lambda j, i=i: float(unit[i] @ unit[j])) for i in range(0, len(keys), 2) if len(odd)}
-    gone = sorted(best, key=lambda i: -float(unit[i] @ unit[best[i]]))[: int(share * len(keys))]
-    return [[i, *(j for j in gone if best[j] == i)] for i in range(len(keys)) if i not in gone]
-
-
 def plain(tower, x):
     """Tokens [n, C] of one segment -> its feature, and how many tokens are left."""
     size = torch.ones(len(x), dtype=x.dtype)
@@ -43,7 +35,7 @@ def plain(tower, x):
         weight = torch.exp(torch.einsum("nhd,mhd->hnm", q, k) / 4) * size
         mixed = torch.einsum("hnm,mhd->nhd", weight / weight.sum(-1, keepdim=True), v).reshape(len(x), 32)
         x = x + mixed @ block.proj.weight.T + block.proj.bias
-        rows = groups(k.detach().mean(1), share)
+        rows = merged_rows(k.detach().mean(1), share)
         x = torch.stack([(x[row] * size[row, None]).sum(0) / size[row].sum() for row in rows])
         size = torch.stack([size[row].sum() for row in rows])
         x = x + (norm(block.norm2, x) @ block.up.weight.T + block.up.bias).clamp_min(0).square() @ block.down.weight.T + block.down.bias

@@ -1,4 +1,4 @@
-"""Pooling through padded batches of similar segments; segments of one length are pooled where they lie."""
+"""Means as sums over segments; maxima through padded batches, segments of one length where they lie."""
 
 from collections.abc import Sequence
 
@@ -13,26 +13,35 @@ ELEMENTS = 1 << 20  # gathered at once
 
 def forward(x: Tensor, lengths: Tensor, mode: str, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """out [S, C]; total [S], the sums of the weights; first [S, C], the token of the maximum, -1 for none ([0] for means)."""
+    if mode == "max":
+        return _maximum(x, lengths)
+    dtype, counts = sum_dtype(x.dtype), lengths.to(x.device)
+    tokens = x.to(dtype)
+    if weight is None:
+        total = counts.to(dtype)
+    else:
+        weight = weight.to(dtype)
+        total, tokens = _sums(weight, counts), tokens * weight[:, None]
+    return (_sums(tokens, counts) / torch.where(total == 0, 1, total)[:, None]).to(x.dtype), total, total.new_empty(0, dtype=torch.int64)
+
+
+def _sums(x: Tensor, counts: Tensor) -> Tensor:
+    """The sums of x [T, ...] over segments of ``counts`` [S] tokens, [S, ...]."""
+    return torch.segment_reduce(x, "sum", lengths=counts, axis=0, initial=0.0, unsafe=True)
+
+
+def _maximum(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     S, C, dtype = len(lengths), x.shape[1], sum_dtype(x.dtype)
-    out, total = x.new_zeros(S, C), x.new_zeros(S, dtype=dtype)
-    first = torch.full((S, C) if mode == "max" else (0,), -1, dtype=torch.int64, device=x.device)
+    out, first = x.new_zeros(S, C), torch.full((S, C), -1, dtype=torch.int64, device=x.device)
     for batch in batches(lengths, x.device, max(1, ELEMENTS // max(C, 1))):
         if batch.full and len(batch.segments) == S:
             tokens = x.unflatten(0, batch.tokens.shape).to(dtype)
         else:
             tokens = x.index_select(0, batch.tokens.flatten()).unflatten(0, batch.tokens.shape).to(dtype)
-        if mode == "max":
-            tokens = tokens if batch.full else tokens.masked_fill(~batch.inside[..., None], -torch.inf)
-            values, place = tokens.max(1)
-            first[batch.segments] = batch.tokens[:, :1] + place
-        else:
-            tokens = tokens if batch.full else tokens.masked_fill_(~batch.inside[..., None], 0)
-            shares = batch.inside.to(dtype) if weight is None else torch.where(batch.inside, weight[batch.tokens].to(dtype), 0)
-            sums = shares.sum(1)
-            total[batch.segments] = sums
-            values = torch.bmm(shares[:, None], tokens).squeeze(1) / torch.where(sums == 0, 1, sums)[:, None]
+        values, place = (tokens if batch.full else tokens.masked_fill(~batch.inside[..., None], -torch.inf)).max(1)
+        first[batch.segments] = batch.tokens[:, :1] + place
         out[batch.segments] = values.to(x.dtype)
-    return out, total, first
+    return out, x.new_zeros(S, dtype=dtype), first
 
 
 def mean_backward(
