@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvlp_kernels import _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
@@ -17,6 +16,7 @@ from .base import Given
 from .clip import ClipLoss
 from .gather import gather_texts, return_gradient
 from .inputs import Batch, align, check
+from .once import no_second_derivatives
 
 
 class DistillClipLoss(ClipLoss):
@@ -129,6 +129,6 @@ class _Gather(torch.autograd.Function):
         return gather_texts(rows, batch).to(batch.sums)
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return return_gradient(gradient, ctx.batch), None

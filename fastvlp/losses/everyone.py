@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from fastvlp_kernels import _check
 from fastvlp_kernels.packed import Packed
 
 from .members import Members
+from .once import no_second_derivatives
 
 NAME = "gather_batch"
 DTYPES = (*_check.FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -98,7 +98,7 @@ class _Gather(torch.autograd.Function):
         return members.gather_rows(rows, sizes)
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         sums = torch.float64 if ctx.dtype == torch.float64 else torch.float32
         travels = sums if ctx.dtype == torch.float16 else ctx.dtype

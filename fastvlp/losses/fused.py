@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvlp_kernels._inputs import needs_grad
+
+from .once import no_second_derivatives
 
 # tile(blocks, rows, columns, needs): the sum over a tile and, for each matrix that needs it, the gradient of its block [rows, columns].
 # Blocks may be overwritten.
@@ -58,7 +59,7 @@ class _Fused(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         made = iter(ctx.saved_tensors)
         return None, None, None, None, *(gradient * next(made) if need else None for need in ctx.needs)

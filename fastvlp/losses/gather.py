@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .blocks import sigmoid_block, softmax_block, softmax_block_backward
 from .inputs import Batch
+from .once import no_second_derivatives
 
 
 def gather_texts(text: Tensor, batch: Batch) -> Tensor:
@@ -40,7 +40,7 @@ class SoftmaxGather(torch.autograd.Function):
         return ((row - positive) + (column.split(batch.sizes)[rank] - positive)).sum() * (batch.factor / 2)
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, texts, scale, row, column = ctx.saved_tensors
         batch: Batch = ctx.batch
@@ -69,7 +69,7 @@ class SigmoidGather(torch.autograd.Function):
         return loss * batch.factor
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_image, of_texts, of_scale, of_bias = ctx.saved_tensors
         batch: Batch = ctx.batch

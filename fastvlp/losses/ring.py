@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .blocks import sigmoid_block, softmax_block, softmax_block_backward
 from .inputs import Batch
+from .once import no_second_derivatives
 from .tour import summed, tour
 
 UNEQUAL = (
@@ -71,7 +71,7 @@ class SoftmaxRing(torch.autograd.Function):
         return ((row - positive) + (column.split(batch.sizes)[rank] - positive)).sum() * (batch.factor / 2)
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         image, text, scale, row, column, *held = ctx.saved_tensors
         batch: Batch = ctx.batch
@@ -121,7 +121,7 @@ class SigmoidRing(torch.autograd.Function):
         return loss * batch.factor
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_text, of_image, of_scale, of_bias = ctx.saved_tensors
         batch: Batch = ctx.batch
