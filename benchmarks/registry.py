@@ -58,11 +58,13 @@ class Exact:
     """The value and the gradients in float64, by name.
 
     An error is relative to the norm of the result, or, for the names in ``terms``, to the size of the terms that the result sums: a
-    sum whose terms nearly cancel cannot be better than the rounding of its terms.
+    sum whose terms nearly cancel cannot be better than the rounding of its terms. ``undecided``: by how much of its norm a gradient may be
+    another one that is as right, because rounding decides a tie in float32.
     """
 
     results: dict[str, Tensor]
     terms: dict[str, Tensor] = field(default_factory=dict)
+    undecided: dict[str, float] = field(default_factory=dict)
 
 
 def always(device: torch.device) -> str:
@@ -92,8 +94,7 @@ class Case:
     """One benchmark: problems, the exact answer, who computes it, and the least work that it takes.
 
     ``work(problem, mode)`` returns (floating-point operations, bytes read and written) that any implementation needs.
-    ``limit`` says the least work in words. ``jumps``: gradients are not continuous, so that rounding decides near ties, not alike for each
-    provider; ours are then held to what separates functions, not to eager's own.
+    ``limit`` says the least work in words.
     """
 
     op: str
@@ -106,7 +107,6 @@ class Case:
     work: Callable[[Problem, Mode], tuple[float, float]]
     providers: Sequence[Provider]
     modes: Sequence[Mode] = MODES
-    jumps: bool = False
 
     def find_shape(self, name: str, device: str) -> Shape:
         """The shape of that name, of the full or of the quick list."""

@@ -25,6 +25,19 @@ def test_the_exact_scores_equal_the_reference(both):
         torch.testing.assert_close(found[name], want, rtol=1e-10, atol=1e-12)
 
 
+def test_only_near_ties_are_undecided():
+    """A token of y next to another one, so near that float32 cannot tell them apart: all gradients may go to either."""
+    case = find("maxsim")
+    problem = case.problem(Shape("", torch.float32, {"x": [2], "y": [1, 2], "d": 6, "both": True}), CPU)
+    assert set(case.exact(problem).undecided.values()) == {0.0}
+    problem.inputs["y"][2] = problem.inputs["y"][1]
+    exact = case.exact(problem)
+    weight = problem.inputs["upstream"][0, 0, 1].double().abs() / 2  # two tokens of x have two candidates in the second segment
+    for name in ("x", "y"):
+        bound = float(2 * weight * 2**0.5 / exact.results[name].norm())
+        assert exact.undecided[name] == pytest.approx(bound)
+
+
 def test_work_is_that_of_the_targets():
     # TARGETS at 790 TFLOP/s: FILIP of 1024 x 1024 pairs 10 ms, ColBERT of 256 x 256 pairs 0.2 ms.
     case = find("maxsim")
