@@ -31,7 +31,7 @@ bench: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m benchmarks soak --minutes $(SOAK_MINUTES)
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.dev
 	$(BIN)/python -m benchmarks report
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
@@ -45,12 +45,8 @@ $(VENV)/.train: pyproject.toml constraints-cpu.txt
 
 # The rivals are installed without what they depend on: a torchvision or timm must not replace the PyTorch that was chosen.
 $(VENV)/.dev: $(VENV)/.train requirements-rivals.txt
-	$(PIP) --editable '.[train,bench,dev]' $(TORCH)
+	$(PIP) --editable '.[train,bench,dev,docs]' $(TORCH)
 	$(PIP) --no-deps --requirement requirements-rivals.txt
-	touch $@
-
-$(VENV)/.docs: $(VENV)/.dev
-	$(PIP) --editable '.[docs]' $(TORCH)
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
 """How cost grows: the loss with the batch, the packed image tower with the size of the pictures, the loss step with processes.
 
 Each point is measured against its rival, interleaved; memory in a process of its own (CPU). A point that would not fit is named, not
-tried: one sweep's memory grows at most by the square of the factor from one point to the next.
+tried: one sweep's memory grows at most by the square of the factor from one point to the next. Beyond the processes of one machine there
+is what ``fastvlp.plan`` predicts, for its default links and rates.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks.peak import elsewhere, growth
 from benchmarks.processes import forkserver
 from benchmarks.rivals import clip_loss, import_open_clip
 from benchmarks.run import write
+from fastvlp.plan import Cluster, plan
 
 COLUMNS = ("sweep", "provider", "kind", "x", "p20_ms", "p50_ms", "p80_ms", "samples", "ratio_rival", "extra_mb", "note",
            "device", "threads", "torch", "commit", "timestamp")  # fmt: skip
@@ -35,7 +37,9 @@ WIDTH, PATCH, PICTURES = 512, 16, 8
 BATCHES, SIZES, WORLDS, SHARED = (256, 1024, 4096, 16384, 65536), (64, 128, 256, 512), (1, 2, 3, 4), 2048
 QUICK_BATCHES, QUICK_SIZES, QUICK_WORLDS, QUICK_SHARED = (64, 128), (64, 128), (1, 2), 96
 HEADROOM = 0.8  # of the free memory
-SWEEPS = {"batch": "pairs in the batch", "image size": "longest side of the pictures, pixels", "processes": "processes of one batch"}
+PREDICTED = "devices (predicted)"
+DEVICES, EACH = (8, 64, 256, 1024), 1024  # pairs of every device
+SWEEPS = ("batch", "image size", "processes", PREDICTED)
 
 Call = Callable[[], object]
 
@@ -143,6 +147,14 @@ def processes(sizes: tuple[int, ...], batch: int, budget: Budget) -> Iterator[di
             yield {"sweep": "processes", "provider": provider, "kind": kind, "x": size} | _times(taken, provider, "open_clip")
 
 
+def predicted(devices: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """The planner's lower bounds for CLIP's loss, :data:`EACH` pairs of bfloat16 on every device."""
+    for size in devices:
+        for found in plan("clip", EACH * size, WIDTH, Cluster(size)):
+            yield {"sweep": PREDICTED, "provider": f"fastvlp {found.strategy}", "kind": "ours", "x": size, "p50_ms": 1e3 * found.seconds,
+                   "samples": 0, "ratio_rival": None, "extra_mb": found.memory_bytes / 1e6}  # fmt: skip
+
+
 def _together(size: int, batch: int, providers: list[str], budget: Budget) -> dict[str, list[float]]:
     """Seconds of every round and provider, of the slowest process."""
     context = forkserver()
@@ -218,6 +230,7 @@ def run(arguments: argparse.Namespace, out: Path | None) -> dict[str, Any]:
         sweep("batch", QUICK_BATCHES if quick else BATCHES, device, budget, not quick),
         sweep("image size", QUICK_SIZES if quick else SIZES, device, budget, not quick),
         processes(QUICK_WORLDS if quick else WORLDS, QUICK_SHARED if quick else SHARED, budget),
+        predicted(DEVICES),
     ):
         for row in rows:
             content["rows"].append(row | about)
@@ -231,7 +244,7 @@ def run(arguments: argparse.Namespace, out: Path | None) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     """A point for people."""
-    head = f"{row['sweep']:<11} {row['x']:>6} {row['provider']:<16}"
+    head = f"{row['sweep']:<19} {row['x']:>6} {row['provider']:<16}"
     if "note" in row:
         return f"{head} {row['note']}"
     extra = "" if row.get("extra_mb") is None else f"{row['extra_mb']:9.1f} MB"

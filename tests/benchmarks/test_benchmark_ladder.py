@@ -102,10 +102,12 @@ def test_all_sweeps_are_measured_written_and_drawn(tmp_path):
         sweeps[row["sweep"], row["x"]].add(row["provider"])
     assert sweeps["batch", 64] == {"fastvlp", "open_clip"} and sweeps["image size", 128] == {"packed", "open_clip"}
     assert sweeps["processes", 1] == sweeps["processes", 2] >= {"fastvlp gather", "fastvlp ring", "open_clip"}
+    assert sweeps["devices (predicted)", 1024] == {"fastvlp gather", "fastvlp ring", "fastvlp grouped"}
     (path,) = tmp_path.glob("*/scaling.json")
     assert json.loads(path.read_text())["rows"] == found["rows"]
     page = html.page({"cpu-x": {"scaling": found}})
-    assert page.count("ms over ") == 2 * len(scaling.SWEEPS) and "extra MB over" not in page  # memory is not measured by a quick run
+    assert page.count("ms over ") == 2 * len(scaling.SWEEPS)
+    assert page.count("extra MB over ") == page.count("extra MB over devices (predicted)") == 2  # a quick run measures no memory
     with_memory = [row | {"extra_mb": 1.0 + row["x"]} for row in found["rows"] if row["sweep"] == "batch"]
     assert html.page({"cpu-x": {"scaling": found | {"rows": with_memory}}}).count("extra MB over batch") == 2
 
