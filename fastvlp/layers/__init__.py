@@ -4,6 +4,10 @@ from fastvlp.layers.activation import SquaredReLU as SquaredReLU
 from fastvlp.layers.adaptive_pool import AdaptiveAveragePool as AdaptiveAveragePool
 from fastvlp.layers.attention import AttentionPool as AttentionPool
 from fastvlp.layers.attention import PackedAttention as PackedAttention
+from fastvlp.layers.cosine_attention import CosineAttention as CosineAttention
+from fastvlp.layers.cosine_attention import RelativePositions as RelativePositions
+from fastvlp.layers.facets import FacetMask as FacetMask
+from fastvlp.layers.facets import facet_mask as facet_mask
 from fastvlp.layers.learned_centres import LearnedCentres as LearnedCentres
 from fastvlp.layers.navit import NaViT as NaViT
 from fastvlp.layers.parameter_free import ParameterFreeAttention as ParameterFreeAttention
