@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import os
 import random
@@ -27,9 +28,10 @@ FAILED_AS_IT_SHOULD = 7
 
 def strategies() -> list[tuple[str, str]]:
     """(loss, strategy) of every loss that crosses processes."""
-    from fastvlp.losses import ClipLoss, SigLipLoss
+    from fastvlp.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 
-    return [(loss.__name__, strategy) for loss in (ClipLoss, SigLipLoss) for strategy in loss.strategies]
+    several = [(loss.__name__, strategy) for loss in (ClipLoss, SigLipLoss, CoCaLoss, DistillClipLoss) for strategy in loss.strategies]
+    return [*several, ("contrastive_loss", "group")]
 
 
 def work(rank: int, size: int, node_size: int, folder: str, loss_name: str, strategy: str, seed: int) -> None:
@@ -48,12 +50,24 @@ def _compute(rank: int, size: int, node_size: int, folder: str, loss_name: str, 
 
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=TIMEOUT))
-    loss = getattr(losses, loss_name)(rank=rank, world_size=size, strategy=strategy)
+    loss: Any
+    if loss_name == "contrastive_loss":
+        loss = functools.partial(losses.contrastive_loss, group=dist.group.WORLD)
+    else:
+        weights = {"caption_loss_weight": 1.0, "clip_loss_weight": 1.0} if loss_name == "CoCaLoss" else {}
+        loss = getattr(losses, loss_name)(**weights, rank=rank, world_size=size, strategy=strategy)
     generator = torch.Generator().manual_seed(seed + rank)
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-5.0, requires_grad=True)
     for step in itertools.count():
-        image, text = (F.normalize(torch.randn(32, 16, generator=generator), dim=1).requires_grad_() for _ in range(2))
-        loss(image, text, scale, bias if loss_name == "SigLipLoss" else None).backward()
+        image, text, *teacher = (F.normalize(torch.randn(32, 16, generator=generator), dim=1).requires_grad_() for _ in range(4))
+        if loss_name == "CoCaLoss":
+            logits, labels = torch.randn(32, 4, 9, generator=generator), torch.randint(9, (32, 4), generator=generator)
+            found = sum(loss(image, text, logits, labels, scale))
+        elif loss_name == "DistillClipLoss":
+            found = sum(loss(image, text, scale, *teacher, 20.0))
+        else:
+            found = loss(image, text, scale, *([bias] if loss_name == "SigLipLoss" else []))
+        found.backward()
         if step == 1:
             Path(folder, f"ready-{rank}").touch()
 

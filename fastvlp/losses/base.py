@@ -86,8 +86,9 @@ class ContrastiveLoss(nn.Module, ABC):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None,
         local_sizes: Sequence[int] | None,
+        teacher: int = 0,
     ) -> Given:
-        """The checked inputs of a call, and the batch that they are a part of."""
+        """The checked inputs of a call, and the batch that they are a part of; ``teacher``: the width of a teacher's features."""
         members = self._members()
         try:
             check(self.name, image, text)
@@ -102,7 +103,7 @@ class ContrastiveLoss(nn.Module, ABC):
             raise
         trains = _inputs.needs_grad(image, text, scale, bias)
         if members.size > 1 and local_sizes is None:
-            sizes = asked_sizes(self.name, self.strategy, node_size, image, dtype, trains, members)
+            sizes = asked_sizes(self.name, self.strategy, node_size, image, dtype, trains, teacher, members)
         else:
             sizes = (len(image),) if local_sizes is None else told_sizes(self.name, local_sizes, members, len(image))
         return Given(image, text, scale, bias, Batch(members, sizes, dtype, sums, node_size), trains)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastvlp_kernels.pairwise_sigmoid.op import sigmoid_forward
+from fastvlp_kernels.similarity_attend import Needs as AttendNeeds
+from fastvlp_kernels.similarity_attend import ResultGrads as AttendGrads
+from fastvlp_kernels.similarity_attend import Results as Attended
+from fastvlp_kernels.similarity_attend import attend_backward, attend_forward
 from fastvlp_kernels.similarity_logsumexp.op import Needs, ResultGrads, Results, logsumexp_backward, logsumexp_forward
 
 
@@ -61,3 +67,83 @@ def sigmoid_block(
     loss, *gradients = sigmoid_forward(image, text, scale, bias, offset=offset, compute_dtype=image.dtype, needs=wants)
     of_image, of_text, of_scale, of_bias = (part if wanted else None for part, wanted in zip(gradients, wants, strict=False))
     return loss, of_image, of_text, of_scale, of_bias
+
+
+class Both(NamedTuple):
+    """The same thing of a student and of its teacher."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+class DistillBlock(NamedTuple):
+    """What a student and its teacher say about one block, m images and n texts.
+
+    Attributes:
+        row, column: [m] and [n], log-sum-exps of both. positive: the student's, [m]; without any, of 0 elements.
+        mean: [m, D], the student's texts averaged with the softmax over a row of the teacher's similarities.
+        similarity: [n], <text_j, mean of the student's images with the softmax over column j>.
+    """
+
+    row: Both
+    column: Both
+    positive: Tensor
+    mean: Tensor
+    similarity: Tensor
+
+
+def distill_block(image: Both, text: Both, scale: Both, offset: int | None, dtype: torch.dtype) -> DistillBlock:
+    """Statistics of one block; features in the dtype of sums, products of operands in ``dtype``. ``offset``: as in ``softmax_block``."""
+    found = logsumexp_forward(image.student, text.student, scale.student, offset=offset, compute_dtype=dtype)
+    rows = attend_forward(image.teacher, text.teacher, text.student, scale.teacher, compute_dtype=dtype)
+    columns = attend_forward(text.teacher, image.teacher, image.student, scale.teacher, compute_dtype=dtype)
+    similarity = torch.linalg.vecdot(text.student, columns.out)
+    return DistillBlock(Both(found.row, rows.lse), Both(found.col, columns.lse), found.positive, rows.out, similarity)
+
+
+def distill_block_backward(
+    image: Both,
+    text: Both,
+    scale: Both,
+    offset: int | None,
+    row: Both,
+    column: Both,
+    of_row: Both,
+    of_column: Both,
+    wants: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """This block's part of the gradients of sum_ij A_ij * S_ij for the student's image [m, D], text [n, D] and scale.
+
+    With a, d (``of_row``) and a', d' (``of_column``) the weights of the contrastive and of the distilled loss, P and P' the softmax of the
+    student's similarities S over rows and columns, T and T' that of the teacher's:
+    A_ij = (a_i + d_i) P_ij + (a'_j + d'_j) P'_ij - 2 a_i [j = i + offset] - d_i T_ij - d'_j T'_ij.
+    Left out are the terms that the merged averages give without a product: -d_i T_ij for the image, and both of the teacher for the scale.
+
+    Args:
+        row, column: log-sum-exps of the whole matrices. of_row, of_column: (a, d) [m] and (a', d') [n]. The others: see ``distill_block``.
+        wants: which of the gradients, in the dtype of sums; None where not wanted.
+    """
+    nothing = row.student.new_empty(0)
+    of_positive = None if offset is None else -2 * of_row.student
+    grads = ResultGrads(of_row.student + of_row.teacher, of_column.student + of_column.teacher, None, None, of_positive)
+    results = Results(row.student, column.student, nothing, nothing, nothing)
+    found = logsumexp_backward(
+        grads, results, Needs(*wants[:3]), image.student, text.student, scale.student, offset=offset, compute_dtype=dtype
+    )
+    of_image, of_text, of_scale = (part if wanted else None for part, wanted in zip(found, wants[:3], strict=False))
+    by_row, by_column = (-scale.student * weights.teacher[:, None] for weights in (of_row, of_column))
+    if of_image is not None:
+        of_image += _spread(text.teacher, image.teacher, scale.teacher, column.teacher, by_column * text.student, dtype)
+    if of_text is not None:
+        of_text += _spread(image.teacher, text.teacher, scale.teacher, row.teacher, by_row * image.student, dtype)
+        part = attend_forward(text.teacher, image.teacher, image.student, scale.teacher, compute_dtype=dtype)
+        of_text += by_column * (part.lse - column.teacher).exp()[:, None] * part.out
+    return of_image, of_text, of_scale
+
+
+def _spread(x: Tensor, y: Tensor, scale: Tensor, lse: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, E]: sum over i of exp(scale * <x_i, y_j> - lse_i) * values_i, for x [m, D], y [n, D], values [m, E] and lse [m]."""
+    grads, results = AttendGrads(values, None), Attended(torch.zeros_like(values), lse)
+    like, needs = values.new_zeros(len(y), values.shape[1]), AttendNeeds(x=False, y=False, v=True, scale=False)
+    return attend_backward(grads, results, needs, x, y, like, scale, compute_dtype=dtype).v

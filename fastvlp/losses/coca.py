@@ -9,7 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from fastvlp_kernels import _inputs
+from fastvlp_kernels import _check, _inputs
 
 from .clip import ClipLoss
 
@@ -84,7 +84,8 @@ class CoCaLoss(ClipLoss):
 
         Args:
             image_features, text_features, logit_scale, local_sizes: as in :class:`ClipLoss`.
-            logits: [b, L, V] of the next token. labels: [b, L] integers below V, or ``pad_id``.
+            logits: [b, L, V] of the next token. labels: [b, L] integers from 0 to V - 1, or ``pad_id``; on a CUDA device, where looking
+                would cost a synchronisation, one that is neither ends in PyTorch's own device-side assertion.
             output_dict: return ``{"contrastive_loss": ..., "caption_loss": ...}`` instead of both in this order.
 
         Returns:
@@ -93,26 +94,38 @@ class CoCaLoss(ClipLoss):
         Raises:
             TypeError, ValueError, RuntimeError: as in :class:`ClipLoss`; or logits and labels do not fit.
         """
-        if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-            if self.clip_loss_weight:
-                self._tell_refusal(local_sizes)
-            raise ValueError(
-                f"{self.name}: logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; they must be [b, L, V] and [b, L]"
-            )
+        try:
+            self._check_captions(image_features, logits, labels)
+        except (TypeError, ValueError):
+            self._tell_refusal(local_sizes)
+            raise
         if self.clip_loss_weight:
             loss = super().forward(image_features, text_features, logit_scale, local_sizes=local_sizes)
             assert isinstance(loss, Tensor)
             contrastive = self.clip_loss_weight * loss
         else:
+            self._given(image_features, text_features, logit_scale, None, local_sizes)
             parts = (image_features, text_features, torch.as_tensor(logit_scale, device=logits.device).reshape(-1))
             contrastive = torch.stack([part[:0].sum(dtype=_inputs.sum_dtype(part.dtype)) for part in parts]).sum()
         caption = self.caption_loss_weight * self._captions(logits, labels)
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 
+    def _check_captions(self, image: Tensor, logits: Tensor, labels: Tensor) -> None:
+        _check.plain_tensors(self.name, logits=logits, labels=labels)
+        if not logits.is_floating_point() or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"{self.name}: logits are {logits.dtype} and labels {labels.dtype}; they must be floating point and integers")
+        if logits.ndim != 3 or logits.shape[:2] != labels.shape or logits.shape[:1] != image.shape[:1]:
+            got = f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}"
+            raise ValueError(f"{self.name}: {got} for {len(image)} pairs; they must be [b, L, V] and [b, L], with b the number of pairs")
+        if labels.device.type == "cpu":
+            wrong = labels[(labels != self.pad_id) & ((labels < 0) | (labels >= logits.shape[2]))]
+            if len(wrong):
+                raise ValueError(f"{self.name}: a label is {wrong[0]}; allowed: 0 to {logits.shape[2] - 1}, and pad_id, {self.pad_id}")
+
     def _captions(self, logits: Tensor, labels: Tensor) -> Tensor:
         """This process's share of the mean over the tokens of all processes."""
         wide = logits.flatten(0, 1).to(_inputs.sum_dtype(logits.dtype))
-        total = F.cross_entropy(wide, labels.flatten(), ignore_index=self.pad_id, reduction="sum")
+        total = F.cross_entropy(wide, labels.flatten().long(), ignore_index=self.pad_id, reduction="sum")
         tokens, members = (labels != self.pad_id).sum(), self._members()
         if members.size > 1:
             tokens = members.gather(tokens).sum()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _inputs
+from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
 from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
 
 from .base import Given
 from .clip import ClipLoss
-from .gather import gather_texts, return_gradient
-from .inputs import Batch, align, check
-from .once import no_second_derivatives
+from .distill_ring import DistillRing
+from .gather import GatherRows, MergeColumns, gather_texts
+from .inputs import align, check
 
 
 class DistillClipLoss(ClipLoss):
@@ -28,18 +27,18 @@ class DistillClipLoss(ClipLoss):
     :func:`fastvlp.ops.similarity_attend`, and the student's log-sum-exps serve both losses.
 
     Takes the arguments and the call of ``open_clip.DistillClipLoss`` 3.3. What :class:`ClipLoss` says of values and gradients across
-    processes holds for both losses; they travel by ``strategy="gather"``, both towers. The teacher gets no gradient; its features may
-    have another width than the student's.
+    processes holds for both losses. The teacher gets no gradient; its features, of any width E, travel beside the student's.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, strategy, group, stash_bytes: as in :class:`ClipLoss`.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, node_size, group, stash_bytes: as in :class:`ClipLoss`.
+        strategy: as in :class:`ClipLoss`, with D + E in place of D. "gather": both towers at once. "ring" and "grouped": the texts alone,
+            and three numbers per pair of the batch.
 
     Raises:
-        ValueError: ``strategy`` is not "gather" (a teacher needs both towers of all processes), or ``use_horovod`` is True.
+        ValueError: ``strategy`` is unknown, ``node_size`` does not go with it, or ``use_horovod`` is True.
     """
 
     name = "DistillClipLoss"
-    strategies = ("gather",)
 
     def forward(  # type: ignore[override]
         self,
@@ -67,24 +66,30 @@ class DistillClipLoss(ClipLoss):
             TypeError, ValueError, RuntimeError: as in :class:`ClipLoss`; or the teacher's features do not fit the student's.
         """
         try:
+            check(self.name, image_features, text_features)
             teacher = self._teacher(dist_image_features, dist_text_features, image_features)
+            sums = _inputs.sum_dtype(image_features.dtype)
+            temperature = _inputs.scalar(self.name, "dist_logit_scale", dist_logit_scale, image_features, sums).detach()
         except (TypeError, ValueError):
             self._tell_refusal(local_sizes)
             raise
-        given = self._given(image_features, text_features, logit_scale, None, local_sizes)
-        sums = given.batch.sums
-        temperature = _inputs.scalar(self.name, "dist_logit_scale", dist_logit_scale, given.image, sums).detach()
-        terms = self._alone_terms if given.batch.members.size == 1 else self._across_terms
-        row, column, positive, of_row, of_column = terms(given, (teacher[0].to(sums), teacher[1].to(sums)), temperature)
-        share = given.batch.factor / 2
-        contrastive = ((row - positive) + (column - positive)).sum() * share
-        distill = ((row - of_row) + (column - of_column)).sum() * share
+        given = self._given(image_features, text_features, logit_scale, None, local_sizes, teacher[0].shape[1])
+        batch = given.batch
+        teacher = teacher[0].to(batch.sums), teacher[1].to(batch.sums)
+        if batch.members.size > 1 and self.strategy != "gather":
+            contrastive, distill = DistillRing.apply(given.image, given.text, given.scale, *teacher, temperature, batch, given.trains)
+        else:
+            terms = self._alone_terms if batch.members.size == 1 else self._across_terms
+            row, column, positive, of_row, of_column = terms(given, teacher, temperature)
+            contrastive = ((row - positive) + (column - positive)).sum() * (batch.factor / 2)
+            distill = ((row - of_row) + (column - of_column)).sum() * (batch.factor / 2)
         return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
 
     def _teacher(self, image: Tensor, text: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         check(f"{self.name}, teacher", image, text)
         if len(image) != len(student):
             raise ValueError(f"{self.name}: {len(student)} pairs of the student, {len(image)} of the teacher; both must see the same batch")
+        _check.plain_tensors(self.name, image_features=student, dist_image_features=image)
         image, text = align(f"{self.name}, teacher", image, text)
         return image.detach(), text.detach()
 
@@ -102,11 +107,11 @@ class DistillClipLoss(ClipLoss):
         """The same of this process's pairs, among those of all processes; each [b]."""
         batch = given.batch
         image, text = given.image.to(batch.sums), given.text.to(batch.sums)
-        images, texts = (_Gather.apply(rows, batch) for rows in (image, text))
+        images, texts = (GatherRows.apply(rows, batch) for rows in (image, text))
         teacher_images, teacher_texts = (gather_texts(rows, batch).to(batch.sums) for rows in teacher)
         start = batch.start(batch.members.rank)
-        row, _, positive = similarity_logsumexp(image, texts, given.scale, offset=start, compute_dtype=batch.dtype)
-        column, _ = similarity_logsumexp(text, images, given.scale, compute_dtype=batch.dtype)
+        row, columns, positive = similarity_logsumexp(image, texts, given.scale, offset=start, compute_dtype=batch.dtype)
+        (column,) = MergeColumns.apply(columns[None], batch, False)
         of_row = _mean_similarity(image, texts, given.scale, teacher[0], teacher_texts, temperature, batch.dtype)
         of_column = _mean_similarity(text, images, given.scale, teacher[1], teacher_images, temperature, batch.dtype)
         return row, column, positive, of_row, of_column
@@ -118,17 +123,3 @@ def _mean_similarity(
     """[M]: the mean over j of scale * <x_i, y_j> with the weights softmax_j(temperature * <teacher_x_i, teacher_y_j>)."""
     mean, _ = similarity_attend(teacher_x, teacher_y, y, temperature, compute_dtype=dtype)
     return scale * (x * mean).sum(1)
-
-
-class _Gather(torch.autograd.Function):
-    """Every process's rows, in the dtype of sums; they travel in the dtype of products, and so do their gradients on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, batch: Batch) -> Tensor:
-        ctx.batch = batch
-        return gather_texts(rows, batch).to(batch.sums)
-
-    @staticmethod
-    @no_second_derivatives
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return return_gradient(gradient, ctx.batch), None

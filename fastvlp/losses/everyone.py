@@ -25,10 +25,11 @@ def gather_batch(*parts: Rows, group: dist.ProcessGroup | None = None) -> tuple[
     A loss that every process computes from the whole batch is, as their mean, that loss; and once DDP has averaged, every gradient is that
     of one process with the whole batch. That makes any function of this module exact across processes::
 
-        image, text, ids = gather_batch(image, text, ids)
-        loss = contrastive_loss(image, text, scale, ids=ids)
+        image, text = gather_batch(image, text)
+        loss = rank_clip_loss(image, text, scale)
 
-    Every process then makes all the products, O(N * N * D), and holds O(N * D). ``ClipLoss`` and ``SigLipLoss`` share that work out.
+    Every process then makes all the products, O(N * N * D), and holds O(N * D). ``ClipLoss``, ``SigLipLoss``, ``CoCaLoss``,
+    ``DistillClipLoss`` and ``contrastive_loss(..., group=...)`` share that work out.
 
     Args:
         parts: tensors [b, ...], floating-point (float32, float64, bfloat16, float16), int64, int32, uint8 or bool; or ``Packed``. The

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastvlp_kernels import _inputs
 from fastvlp_kernels.maxsim import maxsim
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_packed
+from fastvlp_kernels.segment_pool import segment_pool
 
 from .inputs import align
 from .terms import softplus
@@ -33,7 +36,8 @@ def filip_loss(
     Args:
         image: N segments of tokens [Tx, D]. text: N segments of tokens [Ty, D]; segments i of both are a pair. float32, bfloat16 or
             float16 (float64 on the CPU); normalised, as the paper has them. Images or texts without tokens are nobody's candidates, and
-            their pairs have no loss and do not count in the means.
+            their pairs have no loss and do not count in the means. Where a side has sizes (merged tokens), they weigh its means, at the
+            price of a second product of all tokens.
         scale: number, 0-d or [1] tensor.
         compute_dtype, impl: see :func:`fastvlp.ops.maxsim`.
 
@@ -43,19 +47,32 @@ def filip_loss(
     Raises:
         TypeError, ValueError: the inputs do not fit.
     """
-    for name, packed in (("image", image), ("text", text)):
-        if not isinstance(packed, Packed):
-            raise TypeError(f"{NAME}: {name} is {type(packed).__name__}; it must be Packed: make one with Packed.of(tokens, lengths)")
+    check_packed(NAME, image=image, text=text)
     if len(image) != len(text) or len(image) == 0:
         raise ValueError(f"{NAME}: {len(image)} images and {len(text)} texts; segments i of both are a pair, and at least one is needed")
     x, y = align(NAME, image.x, text.x)
     dtype = _inputs.product_dtype(NAME, x, compute_dtype)
     factor = _inputs.scalar(NAME, "scale", scale, x, _inputs.sum_dtype(dtype))
-    of_images, of_texts = maxsim(x, image.cu_seqlens, y, text.cu_seqlens, max_seqlen_x=image.max_seqlen, compute_dtype=dtype, impl=impl)
+    options: dict[str, Any] = {"max_seqlen_x": image.max_seqlen, "compute_dtype": dtype, "impl": impl}
+    if image.size is None and text.size is None:
+        of_images, of_texts = maxsim(x, image.cu_seqlens, y, text.cu_seqlens, **options)
+    else:
+        of_images = maxsim(_weighed(x, image), image.cu_seqlens, y, text.cu_seqlens, directions="x_to_y", **options)
+        of_texts = maxsim(x, image.cu_seqlens, _weighed(y, text), text.cu_seqlens, directions="y_to_x", **options)
     images, texts = (packed.cu_seqlens.diff() > 0 for packed in (image, text))
     with torch.autocast(x.device.type, enabled=False):
         found = _direction(factor * of_images, images, texts) + _direction(factor * of_texts.T, texts, images)
     return found / 2
+
+
+def _weighed(x: Tensor, packed: Packed) -> Tensor:
+    """x times each token's size over the mean size of its segment, because max_j <w x, y_j> = w max_j <x, y_j> for w >= 0."""
+    if packed.size is None:
+        return x
+    size = packed.size.to(_inputs.sum_dtype(x.dtype))
+    means = segment_pool(size[:, None], packed.cu_seqlens, "mean", lengths=packed.lengths)[:, 0]
+    each = means.repeat_interleave(packed.cu_seqlens.diff(), output_size=len(x))
+    return x * (size / each.clamp_min(torch.finfo(each.dtype).tiny)).to(x.dtype)[:, None]
 
 
 def _direction(S: Tensor, rows: Tensor, candidates: Tensor) -> Tensor:

@@ -20,14 +20,15 @@ def focal_sigmoid_loss(
     scale: float | Tensor = 1.0,
     bias: float | Tensor = 0.0,
     *,
-    gamma: float = 2.0,
+    gamma: float = 1.0,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """1/N * sum over pairs of -(1 - p_ij)^gamma * log p_ij, p_ij the sigmoid's probability of what the pair (i, j) is.
 
     With S_ij = scale * <image_i, text_j> + bias, p_ii = sigmoid(S_ii) and p_ij = 1 - sigmoid(S_ij) for i != j: the focal loss (Lin et al.
-    2017, arXiv:1708.02002), without its balance of classes, in the place of the contrastive one (RO-ViT, Kim et al. 2023,
-    arXiv:2305.07011). The sigmoid is symmetric, so that both directions are one sum. ``gamma=0`` is the loss of SigLIP.
+    2017, arXiv:1708.02002) in the place of the contrastive one (RO-ViT, Kim et al. 2023, arXiv:2305.07011). As in the authors' code, pairs
+    and negatives weigh alike, and ``gamma`` is 1 if left out. The sigmoid is symmetric, so that both directions are one sum. ``gamma=0``
+    is the loss of SigLIP.
 
     Value and gradients come from one sweep over tiles of plain PyTorch; S is never stored. For a focus on the probability of a softmax
     see ``focal_gamma`` of :func:`contrastive_loss`.
@@ -46,7 +47,7 @@ def focal_sigmoid_loss(
     """
     check(NAME, image, text)
     image, text = align(NAME, image, text)
-    if gamma < 0:
+    if not gamma >= 0:
         raise ValueError(f"{NAME}: gamma={gamma}; it must be 0 (no focus) or more")
     dtype = _inputs.product_dtype(NAME, image, compute_dtype)
     factor, shift = (_inputs.scalar(NAME, n, value, image, _inputs.sum_dtype(dtype)) for n, value in (("scale", scale), ("bias", bias)))

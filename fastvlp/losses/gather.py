@@ -25,6 +25,43 @@ def return_gradient(of_texts: Tensor, batch: Batch) -> Tensor:
     return batch.members.scatter_sum(of_texts.to(batch.travels), batch.sizes, batch.sums)
 
 
+class GatherRows(torch.autograd.Function):
+    """Every process's rows, in the dtype of sums; they travel in the dtype of products, and so do their gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, batch: Batch) -> Tensor:
+        ctx.batch = batch
+        return gather_texts(rows, batch).to(batch.sums)
+
+    @staticmethod
+    @no_second_derivatives
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return return_gradient(gradient, ctx.batch), None
+
+
+class MergeColumns(torch.autograd.Function):
+    """This process's columns [K, n] of the log-sum-exps (or ``sums``) over processes of ``partial`` [K, N].
+
+    A column's gradient goes to each process's part of it, times exp(part - log-sum-exp).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, batch: Batch, sums: bool) -> Tensor:
+        if sums:
+            whole, share = batch.members.sum(partial), torch.ones_like(partial[:, :1])
+        else:
+            whole, share = batch.members.merge(partial)
+        ctx.save_for_backward(share)
+        ctx.batch = batch
+        return whole.split(batch.sizes, 1)[batch.members.rank].clone()
+
+    @staticmethod
+    @no_second_derivatives
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (share,) = ctx.saved_tensors
+        return share * ctx.batch.members.gather_rows(gradient.T.contiguous(), ctx.batch.sizes).T, None, None
+
+
 class SoftmaxGather(torch.autograd.Function):
     """The softmax loss: row statistics are complete at once, column statistics after two reductions of N numbers."""
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels._ragged import batches
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_packed
 
 from .objective import contrastive_loss
 
@@ -92,9 +92,7 @@ def grouping_loss(
 
 
 def _check_segments(patches: Packed, captions: Packed, threshold: float | None) -> None:
-    for name, packed in (("patches", patches), ("captions", captions)):
-        if not isinstance(packed, Packed):
-            raise TypeError(f"{NAME}: {name} is {type(packed).__name__}; it must be Packed: make one with Packed.of(tokens, lengths)")
+    check_packed(NAME, patches=patches, captions=captions)
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"{NAME}: threshold={threshold}; it must be from 0 to 1, or None for 1 over the number of patches")
     if len(patches) != len(captions):

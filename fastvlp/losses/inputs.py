@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,11 @@ from .members import Members
 
 KINDS = (
     *("ClipLoss gather", "ClipLoss ring", "ClipLoss grouped", "SigLipLoss gather", "SigLipLoss ring", "SigLipLoss grouped"),
-    *("CoCaLoss gather", "CoCaLoss ring", "CoCaLoss grouped", "DistillClipLoss gather"),
+    *("CoCaLoss gather", "CoCaLoss ring", "CoCaLoss grouped"),
+    *("DistillClipLoss gather", "DistillClipLoss ring", "DistillClipLoss grouped"),
+    "contrastive_loss",
 )
+SIZES, ALIKE = 4, 5  # how many numbers of either kind members tell one another
 
 
 @dataclass(frozen=True)
@@ -107,33 +110,52 @@ def told_sizes(loss: str, local_sizes: Sequence[int], members: Members, pairs: i
 
 
 def asked_sizes(
-    loss: str, strategy: str, node_size: int, batch: Tensor, dtype: torch.dtype, trains: Sequence[bool], members: Members
+    loss: str, strategy: str, node_size: int, batch: Tensor, dtype: torch.dtype, trains: Sequence[bool], teacher: int, members: Members
 ) -> tuple[int, ...]:
-    """The number of pairs of each member, by one collective over seven integers, which also makes sure that all do the same.
+    """The number of pairs of each member, see ``agree``. ``teacher``: the width of a teacher's features; 0 without one."""
+    alike = {
+        **features_alike(batch, dtype, trains),
+        "number of processes of a node": node_size,
+        "width of the teacher's features": teacher,
+    }
+    return tuple(sizes[0] for sizes in agree(loss, f"{loss} {strategy}", members, [len(batch)], alike))
+
+
+def features_alike(batch: Tensor, dtype: torch.dtype, trains: Sequence[bool]) -> dict[str, int]:
+    """What every loss asks to be the same on all members, for ``agree``."""
+    return {
+        "width of the features": batch.shape[1],
+        "dtype of the features, or of autocast": _check.FLOATS.index(dtype),
+        "inputs that need a gradient": sum(1 << place for place, wants in enumerate(trains) if wants),
+    }
+
+
+def agree(loss: str, kind: str, members: Members, sizes: Sequence[int], alike: Mapping[str, int]) -> list[list[int]]:
+    """``sizes`` of each member, by one collective over a few integers, which also makes sure that all do the same.
+
+    Args:
+        kind: one of ``KINDS``. sizes: up to ``SIZES`` numbers. alike: up to ``ALIKE`` that must be equal, by what they are.
 
     Raises:
         RuntimeError: another member refused its input.
-        ValueError: the members differ in width, dtype, loss, strategy or node size, or in what needs a gradient.
+        ValueError: the members differ in the loss, or in ``alike``.
     """
-    wanted = sum(1 << place for place, wants in enumerate(trains) if wants)
-    everyone = _tell(members, [1, *batch.shape, _check.FLOATS.index(dtype), wanted, KINDS.index(f"{loss} {strategy}"), node_size])
-    for rank, numbers in enumerate(everyone):
-        if not numbers[0]:
+    same = {"loss or strategy": KINDS.index(kind), **alike}
+    numbers = [*sizes, *[0] * (SIZES - len(sizes)), *same.values(), *[0] * (ALIKE - len(alike))]
+    everyone = _tell(members, [1, *numbers])
+    for rank, (fine, *_) in enumerate(everyone):
+        if not fine:
             raise RuntimeError(f"{loss}: stopped, because rank {rank} of the group refused its input; that process's own error says why")
-    names = (
-        *("width of the features", "dtype of the features, or of autocast", "inputs that need a gradient"),
-        *("loss or strategy", "number of processes of a node"),
-    )
-    for place, name in enumerate(names, start=2):
-        for rank, numbers in enumerate(everyone):
-            if numbers[place] != everyone[0][place]:
+    for place, name in enumerate(same, start=1 + SIZES):
+        for rank, others in enumerate(everyone):
+            if others[place] != everyone[0][place]:
                 raise ValueError(f"{loss}: ranks 0 and {rank} of the group differ in the {name}; all processes must call the loss alike")
-    return tuple(numbers[1] for numbers in everyone)
+    return [others[1 : 1 + len(sizes)] for others in everyone]
 
 
 def tell_refusal(members: Members) -> None:
-    """Take this process's part in ``asked_sizes`` when it cannot go on, so that the others stop too instead of waiting."""
-    _tell(members, [0] * 7)
+    """Take this process's part in ``agree`` when it cannot go on, so that the others stop too instead of waiting."""
+    _tell(members, [0] * (2 + SIZES + ALIKE))
 
 
 def _tell(members: Members, numbers: list[int]) -> list[list[int]]:

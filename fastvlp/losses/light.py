@@ -41,8 +41,9 @@ def light_clip_loss(
 
     An image's target is its own text with probability 1 - soft, and another text j with soft * softmax over j != i of
     target_scale * <image_i, image_j>; a text's target likewise, from the similarities among texts. LightCLIP (Nie et al. 2023,
-    arXiv:2312.00674) softens the labels of negatives progressively (see :func:`softness`), because pairs of a batch may fit one another
-    too; targets from similarities within a modality are also SoftCLIP's (Gao et al. 2023, arXiv:2303.17561). Targets have no gradient.
+    arXiv:2312.00674) softens the labels of negatives progressively, because pairs of a batch may fit one another too. How is this
+    function's choice: along a line (:func:`softness`), and by similarities within a modality, which SoftCLIP's targets (Gao et al. 2023,
+    arXiv:2303.17561) come from. Targets have no gradient.
 
     The mean over a target of a row of S is a similarity with a mean of features, so neither S nor the targets are stored. ``soft`` adds
     two sweeps of :func:`fastvlp.ops.similarity_attend` to the one of :func:`contrastive_loss`, and 0 adds none.

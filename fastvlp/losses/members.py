@@ -103,13 +103,26 @@ class Members:
         dist.all_to_all_single(arrived, rows.contiguous(), [own] * self.size, list(sizes), group=self.group)
         return arrived.view(self.size, own, -1).sum(0, dtype=dtype)
 
+    def sum(self, partial: Tensor) -> Tensor:
+        """The elementwise sum over members of ``partial``."""
+        if self.size == 1:
+            return partial
+        total = partial.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
     def logsumexp(self, partial: Tensor) -> Tensor:
         """The elementwise logsumexp over members of ``partial``: two reductions, a maximum and a sum. NaN stays NaN."""
+        return self.merge(partial)[0]
+
+    def merge(self, partial: Tensor) -> tuple[Tensor, Tensor]:
+        """The logsumexp over members, and the share that this member's ``partial`` has in it: exp(partial - logsumexp), 0 of nothing."""
         largest = partial.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        total = torch.exp(partial - largest)
-        dist.all_reduce(total, group=self.group)
-        return largest + total.log()
+        largest.masked_fill_(largest == -torch.inf, 0.0)
+        part = torch.exp(partial - largest)
+        total = self.sum(part)
+        return largest + total.log(), part / total.masked_fill(total == 0, 1.0)
 
     def global_rank(self, rank: int) -> int:
         """The rank among all processes of the member ``rank``."""

@@ -43,7 +43,18 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, encoder: nn.Module) -> None:
-        """Move towards ``encoder``, after each step of its optimizer. Buffers (statistics of batch norm) are copied."""
+        """Move towards ``encoder``, after each step of its optimizer. Buffers (statistics of batch norm) are copied.
+
+        Raises:
+            ValueError: its parameters or buffers are not of the shapes and dtypes of the copy's.
+        """
+        for part in (nn.Module.parameters, nn.Module.buffers):
+            own, theirs = ([(tensor.shape, tensor.dtype) for tensor in part(module)] for module in (self.module, encoder))
+            if own != theirs:
+                raise ValueError(
+                    f"MomentumEncoder: update got a {type(encoder).__name__} whose {part.__name__} differ from the copy's in number, shape "
+                    "or dtype; pass the encoder it was made of"
+                )
         torch._foreach_lerp_(list(self.module.parameters()), list(encoder.parameters()), 1 - self.momentum)
         for kept, new in zip(self.module.buffers(), encoder.buffers(), strict=True):
             kept.copy_(new)
@@ -74,6 +85,9 @@ def queue_contrastive_loss(
         queue_contrastive_loss(image, text, *keys, image_queue, text_queue, scale).backward()
         image_queue.enqueue(keys[0]); text_queue.enqueue(keys[1])
 
+    Across processes take all four from :func:`gather_batch` before the loss and the queues, which are then the same everywhere, as those of
+    one process with the whole batch.
+
     For towers that meet their own features and a queue as well, give the queues to :func:`contrastive_loss` as negatives.
 
     Args:
@@ -92,13 +106,17 @@ def queue_contrastive_loss(
     """
     check(NAME, image, text)
     image, text = align(NAME, image, text)
+    _check.plain_tensors(NAME, 3, image=image, image_keys=image_keys, text_keys=text_keys)
     for name, keys in (("image_keys", image_keys), ("text_keys", text_keys)):
-        if keys.shape != image.shape:
-            raise ValueError(f"{NAME}: {name} have shape {tuple(keys.shape)}; they must be like the features, {tuple(image.shape)}")
+        if keys.shape != image.shape or keys.dtype not in _check.FLOATS:
+            got = f"{keys.dtype} {tuple(keys.shape)}"
+            raise ValueError(f"{NAME}: {name} are {got}; they must be floating point and like the features, {tuple(image.shape)}")
     for name, queue in (("image_queue", image_queue), ("text_queue", text_queue)):
+        if not isinstance(queue, NegativeQueue):
+            raise TypeError(f"{NAME}: {name} is {type(queue).__name__}; it must be a NegativeQueue, which knows how full it is")
         if queue.features.shape[1] != image.shape[1]:
             raise ValueError(f"{NAME}: {name} has width {queue.features.shape[1]}, the features have {image.shape[1]}")
-    _check.plain_tensors(NAME, image=image, image_keys=image_keys, image_queue=image_queue.features, text_queue=text_queue.features)
+    _check.plain_tensors(NAME, image=image, image_queue=image_queue.features, text_queue=text_queue.features)
     dtype = _inputs.product_dtype(NAME, image, compute_dtype)
     factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
     how = {"compute_dtype": dtype, "stash_bytes": stash_bytes, "impl": impl}

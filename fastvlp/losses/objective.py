@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from fastvlp_kernels import _check, _inputs
 
-from .inputs import align, check
+from .gather import MergeColumns
+from .inputs import align, check, tell_refusal
+from .members import Members
 from .queue import NegativeQueue
-from .terms import Sweep, Terms, make_side, number_groups
+from .spread import Spread, shared_negatives, spread_sides
+from .terms import Sweep, Terms
 
 NAME = "contrastive_loss"
 EQUAL_IDS = ("mean", "sum", "exclude")
@@ -36,6 +40,7 @@ def contrastive_loss(
     compute_dtype: torch.dtype | None = None,
     stash_bytes: int = 0,
     impl: str | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The symmetric softmax loss of images and texts, with what has been proposed on top of it; S is never stored.
 
@@ -63,6 +68,13 @@ def contrastive_loss(
 
     Without ``label_smoothing``, negatives and prefixes it is one sweep of one operator. Smoothing adds O((M + N) D).
 
+    ``group``: the processes over which the batch is spread (``torch.distributed.group.WORLD``: all; None: it is all here). The mean over
+    processes of the returned losses and, once DDP has averaged, all gradients are then those of one process with the whole batch. The
+    sizes M, N and J may differ between processes, and M and N of equal ids too; [J, D] negatives are for all anchors of all processes; a
+    queue must hold the same everywhere (enqueue what :func:`gather_batch` gives). Each process makes the products of its own images with
+    all texts (and of its anchors with all negatives), and columns merge by their log-sum-exps, so that the products of all processes
+    together are those of one; memory is O(N D).
+
     Args:
         image: [M, D] and text: [N, D], float32, bfloat16 or float16 (float64 on the CPU). M = N, row i of both is a pair, except with
             ids of "mean" and "sum".
@@ -70,51 +82,62 @@ def contrastive_loss(
         weights, log_weights: [N] for pairs, or ([M], [N]) for images and texts.
         ids: integers, likewise; below zero: equal to nothing. With "exclude" they belong to the pairs: [N].
         label_smoothing: from 0 to below 1. focal_gamma: 0 or more.
-        tau_plus: from 0 to below 1, a number or one for each pair, [N].
+        tau_plus: from 0 to below 1, a number or one for each pair, [N] (whose range is checked on the CPU only).
         text_negatives: [J, D], [M, J, D] or :class:`NegativeQueue`. image_negatives: [J, D], [N, J, D] or a queue.
         prefixes: widths. prefix_weights: K numbers, all 1 if left out.
         compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`.
+        group: see above.
 
     Returns:
         A 0-d tensor, float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: the inputs do not fit, or two keywords have no common meaning; the message says why.
+        TypeError, ValueError: the inputs do not fit, or two keywords have no common meaning; the message says why. With ``group``, all
+            processes raise when one refuses (the others a RuntimeError), or when their keywords, widths or dtypes differ.
     """
+    members = Members(None, 0, 1) if group is None else Members.of(NAME, group)
     several = ids is not None and equal_ids != "exclude"
-    _check_options(ids is not None, equal_ids, label_smoothing, focal_gamma, tau_plus, log_weights is not None)
-    check(NAME, image, text, pairs=not several)
-    image, text = align(NAME, image, text)
-    weight = _two_sides("weights", weights, image, text)
-    bias = _two_sides("log_weights", log_weights, image, text)
-    if ids is not None and not several and not isinstance(ids, Tensor):
-        raise ValueError(f"{NAME}: equal_ids='exclude' takes one id for each pair, a tensor of shape ({len(text)},), not two of them")
-    of_images, of_texts = _two_sides("ids", ids, image, text, integer=True)
-    _check_negatives("text_negatives", text_negatives, image)
-    _check_negatives("image_negatives", image_negatives, text)
-    dtype = _inputs.product_dtype(NAME, image, compute_dtype)
-    factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
-    how_much = _check_prefixes(prefixes, prefix_weights)
+    try:
+        _check_options(ids is not None, equal_ids, label_smoothing, focal_gamma, tau_plus, log_weights is not None)
+        check(NAME, image, text, pairs=not several)
+        image, text = align(NAME, image, text)
+        weight = _two_sides("weights", weights, image, text)
+        bias = _two_sides("log_weights", log_weights, image, text)
+        if ids is not None and not several and not isinstance(ids, Tensor):
+            raise ValueError(f"{NAME}: equal_ids='exclude' takes one id for each pair, a tensor of shape ({len(text)},), not two of them")
+        numbers = _two_sides("ids", ids, image, text, integer=True)
+        _check_negatives("text_negatives", text_negatives, image)
+        _check_negatives("image_negatives", image_negatives, text)
+        dtype = _inputs.product_dtype(NAME, image, compute_dtype)
+        factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
+        how_much = _check_prefixes(prefixes, prefix_weights)
+        prior = None if tau_plus is None else _prior(tau_plus, factor, len(text))
+    except (TypeError, ValueError):
+        if members.size > 1:
+            tell_refusal(members)
+        raise
     sweep = Sweep(factor, dtype, None if prefixes is None else tuple(prefixes), stash_bytes, impl)
-    prior = None if tau_plus is None else _prior(tau_plus, factor, len(text))
     # Where 1 - p has to keep its digits, or ids say so, the positive is left out of the sums; elsewhere the comparison would cost time.
     excludes = not several and (ids is not None or focal_gamma > 0 or prior is not None)
     averages = several and equal_ids == "mean"
-    terms = Terms(sweep, several, averages, excludes, label_smoothing, focal_gamma, prior)
     shared = label_smoothing > 0 or prefixes is not None or text_negatives is not None or image_negatives is not None
+    present = [value is not None for value in (ids, tau_plus, *bias)]
+    keywords = equal_ids, label_smoothing, focal_gamma, sweep.prefixes, how_much, present
+    spread = Spread.of(NAME, members, image, text, (text_negatives, image_negatives), (factor, *bias), dtype, keywords)
+    terms = Terms(sweep, several, averages, excludes, label_smoothing, focal_gamma, prior)
 
     with torch.autocast(image.device.type, enabled=False):
-        if averages and of_images is not None and of_texts is not None:
-            of_images, of_texts = number_groups(torch.cat([of_images, of_texts]).long()).split([len(image), len(text)])
-        elif excludes:
-            of_images = of_texts = torch.arange(len(text), device=text.device) if of_texts is None else number_groups(of_texts.long())
-        biases = (side if side is None else side.to(factor.dtype) for side in bias)
-        images = make_side(image, sweep, shared, next(biases), of_images)
-        texts = make_side(text, sweep, shared, next(biases), of_texts)
+        more_texts = shared_negatives(text_negatives, spread.text_negatives)
+        more_images = shared_negatives(image_negatives, spread.image_negatives)
+        images, texts, all_images, all_texts = spread_sides(image, text, bias, numbers, terms, shared, spread)
         mode = "sums" if averages else "both" if several else "exclude" if excludes else None
-        row, col, *positive = sweep(images, texts, None if several else 0, mode)
-        by_images = terms.direction(images, texts, row, positive[0], text_negatives, weight[0])
-        by_texts = terms.direction(texts, images, col, positive[-1], image_negatives, weight[1])
+        row, col, *positive = sweep(images, all_texts, None if several else spread.images.start(members.rank), mode)
+        of_texts = positive[-1]
+        if members.size > 1:
+            col = MergeColumns.apply(col, spread.texts, False)
+            of_texts = MergeColumns.apply(of_texts, spread.texts, averages) if several else of_texts
+        by_images = terms.direction(images, all_texts, row, positive[0], more_texts, weight[0], spread.images)
+        by_texts = terms.direction(texts, all_images, col, of_texts, more_images, weight[1], spread.texts)
         parts = zip([*how_much, *how_much], by_images + by_texts, strict=True)
         return sum((much / 2 * part for much, part in parts), factor.new_zeros(()))
 
@@ -127,7 +150,7 @@ def _check_options(
         raise ValueError(f"{NAME}: equal_ids={equal_ids!r} is unknown; allowed: {', '.join(EQUAL_IDS)}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{NAME}: label_smoothing={label_smoothing}; it must be at least 0 and below 1")
-    if focal_gamma < 0:
+    if not focal_gamma >= 0:
         raise ValueError(f"{NAME}: focal_gamma={focal_gamma}; it must be 0 (no focus) or more")
     if isinstance(tau_plus, (int, float)) and not 0 <= tau_plus < 1:
         raise ValueError(f"{NAME}: tau_plus={tau_plus}; a prior must be at least 0 and below 1")
@@ -190,4 +213,6 @@ def _prior(tau_plus: float | Tensor, like: Tensor, pairs: int) -> Tensor:
     if tau_plus.ndim:
         _check.vector(NAME, "tau_plus", tau_plus, pairs)
     _check.plain_tensors(NAME, scale=like, tau_plus=tau_plus)
+    if tau_plus.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((tau_plus >= 0) & (tau_plus < 1)).all()):
+        raise ValueError(f"{NAME}: tau_plus={tau_plus.tolist()}; a prior must be at least 0 and below 1")
     return tau_plus.to(like.dtype)

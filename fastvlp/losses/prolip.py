@@ -100,7 +100,7 @@ def inclusion_loss(
 
     ProLIP asks it of images in their texts, and of whole inputs in their masked ones. h is the log ratio of the joint densities
     (``log_inclusion`` summed over features) and the mean is over rows; with ``by_feature`` each feature has its own h and the mean is over
-    all of them, as in the authors' code, which also doubles the logarithms in h and multiplies distances by e^-10.
+    all of them, as in the authors' code, which also takes log(v / u) whole instead of half of it and multiplies distances by e^-10.
 
     Args:
         mean, log_variance, mean_of, log_variance_of: [B, D], see ``log_inclusion``. scale: positive.
@@ -119,6 +119,8 @@ def inclusion_loss(
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, exp(log_variance)) || N(0, 1)), averaged over rows and features: ProLIP's variational information bottleneck.
+
+    The authors' code halves the log variance first: ``gaussian_kl(mean, log_variance / 2)``.
 
     Args:
         mean, log_variance: [B, D], floating point.
@@ -143,7 +145,7 @@ def _wide(name: str, **given: Tensor) -> tuple[Tensor, ...]:
 
 def _check_gaussians(name: str, **given: Tensor) -> None:
     """Refuse anything but floating-point tensors of one shape, with at least one row and feature, on one device."""
-    _check.plain_tensors(name, **given)
+    _check.plain_tensors(name, len(given), **given)
     (first, model), *_ = given.items()
     for what, tensor in given.items():
         if tensor.dtype not in _check.FLOATS:

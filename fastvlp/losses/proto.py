@@ -51,10 +51,11 @@ def proto_clip_loss(
 ) -> Tensor:
     """Mean cross-entropy of softmax_k(scale * <feature_i, prototype_k>) with the cluster of i (ProtoCLIP).
 
-    The clusters are a teacher's: of the other modality, or of an external model (Chen et al. 2022, arXiv:2206.10996). With ``teacher``,
-    its prototypes t_k, targets are soft: softmax_k(teacher_scale * <t_a, t_k>) for a feature of cluster a. Features of one cluster have one
-    target, so its mean prototype is made once for each cluster; neither the N x K nor the K x K similarities are stored. Both directions
-    are two calls, here with back translation (:func:`back_translate`); an episode's clusters may come from any k-means::
+    The clusters are a teacher's: of the other modality, or of an external model, whose targets the authors' code leaves hard (Chen et al.
+    2022, arXiv:2206.10996). With ``teacher``, its prototypes t_k, targets are soft: softmax_k(teacher_scale * <t_a, t_k>) for a feature of
+    cluster a. Features of one cluster have one target, so its mean prototype is made once for each cluster; neither the N x K nor the
+    K x K similarities are stored. Both directions are two calls, of which the published loss is the mean, here with back translation
+    (:func:`back_translate`); an episode's clusters may come from any k-means::
 
         proto_clip_loss(image, image_of_text_clusters, text_clusters, scale, teacher=text_prototypes, teacher_scale=10.0)
         proto_clip_loss(text, text_of_image_clusters, image_clusters, scale, teacher=image_prototypes, teacher_scale=10.0)
@@ -74,7 +75,7 @@ def proto_clip_loss(
         TypeError, ValueError: the inputs do not fit.
     """
     _check_assigned(NAME, features, assignments)
-    _check.plain_tensors(NAME, features=features, prototypes=prototypes, teacher=teacher)
+    _check.plain_tensors(NAME, 2, features=features, prototypes=prototypes, teacher=teacher)
     if prototypes.ndim != 2 or len(prototypes) == 0 or prototypes.shape[1] != features.shape[1]:
         raise ValueError(f"{NAME}: prototypes have shape {tuple(prototypes.shape)}; they must be [K, {features.shape[1]}] with K >= 1")
     K = len(prototypes)
@@ -105,11 +106,11 @@ def proto_clip_loss(
 
 
 def _check_assigned(name: str, features: Tensor, assignments: Tensor) -> None:
+    _check.plain_tensors(name, 2, features=features, assignments=assignments)
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"{name}: features have shape {tuple(features.shape)}; they must be a matrix [N, D] with N and D >= 1")
     if features.dtype not in _check.FLOATS:
         raise TypeError(f"{name}: features are {features.dtype}; they must be float32, bfloat16 or float16 (or float64 on the CPU)")
-    _check.plain_tensors(name, features=features, assignments=assignments)
     _check.vector(name, "assignments", assignments, len(features), integer=True)
 
 

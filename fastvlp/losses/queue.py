@@ -12,7 +12,8 @@ class NegativeQueue(nn.Module):
     """The last ``size`` features that were put in, first in first out (He et al. 2020, MoCo, arXiv:1911.05722).
 
     Everything is in buffers, so the state dict holds it, and nothing asks the device. Places that were never filled count nowhere. Losses
-    read the queue in place: enqueue after ``backward``, or autograd refuses the backward.
+    read the queue in place: enqueue after ``backward``, or autograd refuses the backward. Across processes enqueue what
+    :func:`gather_batch` gives, so that all of them hold the same.
 
     Args:
         size: places. width: of the features, D.
@@ -23,7 +24,7 @@ class NegativeQueue(nn.Module):
         position: int64, 0-d: the place of the next feature.
 
     Raises:
-        ValueError: ``size`` or ``width`` is below 1.
+        ValueError: ``size`` or ``width`` is below 1. TypeError: ``dtype`` is not floating point.
     """
 
     features: Tensor
@@ -34,6 +35,8 @@ class NegativeQueue(nn.Module):
         super().__init__()
         if size < 1 or width < 1:
             raise ValueError(f"NegativeQueue: size={size}, width={width}; both must be at least 1")
+        if not dtype.is_floating_point:
+            raise TypeError(f"NegativeQueue: dtype={dtype}; it must be floating point: float32, bfloat16, float16 or float64")
         self.register_buffer("features", torch.zeros(size, width, dtype=dtype, device=device))
         self.register_buffer("log_weight", torch.full((size,), -torch.inf, dtype=dtype, device=device))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
@@ -81,12 +84,12 @@ class NegativeQueue(nn.Module):
         return torch.where(best[:, None] == -torch.inf, rows, self.features[place].to(rows.dtype))
 
     def _check(self, features: Tensor) -> None:
+        _check.plain_tensors("NegativeQueue", 2, queue=self.features, features=features)
         width = self.features.shape[1]
         if features.ndim != 2 or features.shape[1] != width or len(features) == 0:
             raise ValueError(f"NegativeQueue: features have shape {tuple(features.shape)}; they must be a matrix [B, {width}] with B >= 1")
         if not features.is_floating_point():
             raise TypeError(f"NegativeQueue: features are {features.dtype}; they must be floating point")
-        _check.plain_tensors("NegativeQueue", queue=self.features, features=features)
 
     def extra_repr(self) -> str:
         size, width = self.features.shape

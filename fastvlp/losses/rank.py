@@ -31,7 +31,8 @@ def rank_clip_loss(
     With A and B two matrices of similarities [N, N], row i of A is asked to be in the order of row i of B: of a model that draws without
     replacement with probabilities softmax(A_i) (Plackett-Luce), the negative log-likelihood of the order of falling B_i (ListMLE, Xia et
     al. 2008), which is the sum over ranks d of logsumexp_{e >= d} A_i,order(e) - A_i,order(d). Equal similarities keep the order of their
-    columns. An order has no gradient. R(A, B) is the mean of these terms over rows and ranks, plus that with A and B exchanged. The loss is
+    columns (the authors' code shuffles them). An order has no gradient. R(A, B) is the mean of these terms over rows and ranks, plus that
+    with A and B exchanged. The loss is
 
     contrastive_loss(image, text, scale) + in_modal * R(image image^T, text text^T) + cross_modal * R(image text^T, text image^T),
 
@@ -53,7 +54,7 @@ def rank_clip_loss(
     check(NAME, image, text)
     image, text = align(NAME, image, text)
     for name, weight in (("in_modal", in_modal), ("cross_modal", cross_modal)):
-        if weight < 0:
+        if not weight >= 0:
             raise ValueError(f"{NAME}: {name}={weight}; it must be 0 (without this term) or more")
     dtype = _inputs.product_dtype(NAME, image, compute_dtype)
     factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))

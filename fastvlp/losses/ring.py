@@ -57,7 +57,7 @@ class SoftmaxRing(torch.autograd.Function):
         columns = column.split(batch.sizes)
 
         def visit(block: Tensor, owners: list[int]) -> None:
-            part, of_columns, of_pairs = softmax_block(image, block, scale, _offset(batch, owners))
+            part, of_columns, of_pairs = softmax_block(image, block, scale, offset_of(batch, owners))
             torch.logaddexp(row, part, out=row)
             for owner, values in zip(owners, of_columns.split([batch.sizes[owner] for owner in owners]), strict=True):
                 columns[owner].copy_(values)
@@ -84,7 +84,7 @@ class SoftmaxRing(torch.autograd.Function):
             of_column = torch.cat([weights[owner].expand(batch.sizes[owner]) for owner in owners])
             of_block_columns = torch.cat([columns[owner] for owner in owners])
             of_image, of_block, of_scale = softmax_block_backward(
-                image, block, scale, _offset(batch, owners), row, of_block_columns, of_row, of_column, ctx.trains
+                image, block, scale, offset_of(batch, owners), row, of_block_columns, of_row, of_column, ctx.trains
             )
             totals.add(of_image, of_scale)
             return None if of_block is None else of_block.to(batch.sums)
@@ -109,7 +109,7 @@ class SigmoidRing(torch.autograd.Function):
         totals = Totals(batch.sums)
 
         def visit(block: Tensor, owners: list[int]) -> Tensor | None:
-            loss, of_image, of_block, of_scale, of_bias = sigmoid_block(image, block, scale, bias, _offset(batch, owners), trains)
+            loss, of_image, of_block, of_scale, of_bias = sigmoid_block(image, block, scale, bias, offset_of(batch, owners), trains)
             totals.add(loss, of_image, of_scale, of_bias)
             return of_block
 
@@ -137,6 +137,6 @@ class SigmoidRing(torch.autograd.Function):
         return of_image, of_text, *scalars, None, None
 
 
-def _offset(batch: Batch, owners: list[int]) -> int | None:
+def offset_of(batch: Batch, owners: list[int]) -> int | None:
     """Where the pairs of a block with the own images are, which a tour visits by themselves."""
     return 0 if batch.members.rank in owners else None

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fastvlp_kernels._inputs import sum_dtype
 from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
 
+from .inputs import Batch
 from .queue import NegativeQueue
 
 SHORTEST = 1e-12  # a prefix shorter than this is divided by this instead of its length
@@ -43,6 +44,7 @@ class Side(NamedTuple):
     factors: Tensor | None  # [K, M] (or [K, M, J]): one over the length of each prefix
     bias: Tensor | None  # [M], added to all similarities
     groups: Tensor | None  # int64 [M], equal within and between sides where ids are equal
+    limit: int = 0  # above all groups of both sides
 
     def views(self, prefixes: tuple[int, ...] | None) -> list[Tensor]:
         """The features as each of the K products takes them."""
@@ -69,7 +71,9 @@ def operand(features: Tensor, dtype: torch.dtype) -> Tensor:
     return wide + lost
 
 
-def make_side(features: Tensor, sweep: Sweep, shared: bool, bias: Tensor | None = None, groups: Tensor | None = None) -> Side:
+def make_side(
+    features: Tensor, sweep: Sweep, shared: bool, bias: Tensor | None = None, groups: Tensor | None = None, limit: int = 0
+) -> Side:
     """A side; ``shared``: several terms read its features."""
     if shared:
         features = operand(features, sweep.dtype)
@@ -77,7 +81,7 @@ def make_side(features: Tensor, sweep: Sweep, shared: bool, bias: Tensor | None 
     if sweep.prefixes:
         lengths = [torch.linalg.vector_norm(features[..., :width], dim=-1) for width in sweep.prefixes]
         factors = torch.stack(lengths).clamp_min(SHORTEST).reciprocal()
-    return Side(features, factors, bias, groups)
+    return Side(features, factors, bias, groups, limit)
 
 
 def number_groups(ids: Tensor) -> Tensor:
@@ -99,12 +103,13 @@ def by_group(anchors: Side, others: Side, values: Tensor) -> Tensor:
     """Sums of ``values`` [N, ...] over the candidates of each anchor's group, [M, ...]."""
     here, there = anchors.groups, others.groups
     assert here is not None and there is not None
-    return values.new_zeros(len(here) + len(there), *values.shape[1:]).index_add(0, there, values)[here]
+    return values.new_zeros(others.limit, *values.shape[1:]).index_add(0, there, values)[here]
 
 
 def group_size(anchors: Side, others: Side, sweep: Sweep) -> Tensor:
     """How many candidates are of each anchor's group, [M]."""
-    return by_group(anchors, others, sweep.scale.detach().new_ones(len(others.features)))
+    assert others.groups is not None
+    return by_group(anchors, others, torch.ones_like(others.groups, dtype=sweep.scale.dtype))
 
 
 def group_similarity(anchors: Side, others: Side, sweep: Sweep, count: Tensor) -> Tensor:
@@ -169,13 +174,22 @@ class Terms(NamedTuple):
     tau_plus: Tensor | None
 
     def direction(
-        self, anchors: Side, others: Side, lse: Tensor, positive: Tensor, extra: Tensor | NegativeQueue | None, weight: Tensor | None
+        self,
+        anchors: Side,
+        others: Side,
+        lse: Tensor,
+        positive: Tensor,
+        extra: Tensor | NegativeQueue | None,
+        weight: Tensor | None,
+        batch: Batch,
     ) -> list[Tensor]:
         """The mean over anchors of their losses, one for each prefix.
 
         Args:
+            others: all candidates. Without ``label_smoothing`` only their groups are read.
             lse, positive: [K, M], of the sweep; with ``averages``, ``positive`` is the sum of S over the positives.
             extra: more candidates, see ``negatives_of``. weight: [M].
+            batch: the anchors of all processes, of which these are a part, and whose mean is that of the processes' results.
         """
         negatives = None if extra is None else negatives_of(anchors, extra, self.sweep)
         if negatives is not None:
@@ -192,8 +206,8 @@ class Terms(NamedTuple):
         margin = None
         if self.excludes:
             margin = lse - positive
-            if self.tau_plus is not None and same is not None:
-                count = len(others.features) - same + (0 if negatives is None else negatives.number)
+            if self.tau_plus is not None and same is not None and others.groups is not None:
+                count = len(others.groups) - same + (0 if negatives is None else negatives.number)
                 margin = debias(margin, positive, count, self.tau_plus, self.sweep.scale)
             loss = softplus(margin)
         else:
@@ -206,8 +220,8 @@ class Terms(NamedTuple):
             loss = loss.masked_fill(none, 0.0)
         if weight is not None:
             loss = loss * weight.to(loss.dtype)
-        counted = loss.shape[1] if none is None else (~none).sum(1).clamp_min(1)
-        return list(loss.sum(1) / counted)
+        counted = sum(batch.sizes) if none is None else batch.members.sum((~none).sum(1)).clamp_min(1)
+        return list(loss.sum(1) * batch.members.size / counted)
 
     def _uniform(self, anchors: Side, others: Side, positive: Tensor, same: Tensor | None, negatives: Negatives | None) -> Tensor:
         """The mean of S over the candidates of each anchor, [K, M]."""

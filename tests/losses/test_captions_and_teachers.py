@@ -185,20 +185,42 @@ def refused(rank, size, name):
     call(name, made(name), tensors)
 
 
+def refused_label(rank, size, weight):
+    tensors = whole(6)
+    tensors["labels"][0, 0] += 11 * rank
+    call("CoCaLoss", CoCaLoss(1.5, weight), tensors)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_all_processes_stop_when_one_refuses(processes, name):
     one, other = processes.run(2, refused, name)
     assert (one.kind, other.kind) == ("RuntimeError", "ValueError") and "rank 1 of the group refused" in one.message
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_all_processes_stop_at_a_wrong_label(processes, weight):
+    one, other = processes.run(2, refused_label, weight)
+    assert "rank 1 of the group refused" in one.message and "allowed: 0 to 10, and pad_id, 0" in other.message
+
+
+def test_labels_may_be_any_integers():
+    tensors = whole(9)
+    narrow = tensors | {"labels": tensors["labels"].int()}
+    assert call("CoCaLoss", CoCaLoss(1.0, 1.0), tensors)[0] == call("CoCaLoss", CoCaLoss(1.0, 1.0), narrow)[0]
+
+
 def test_refusals():
     tensors = whole(9)
+    with pytest.raises(ValueError, match="for 9 pairs; they must be"):
+        call("CoCaLoss", CoCaLoss(1.0, 1.0), tensors | {key: tensors[key][:8] for key in ("logits", "labels")})
+    with pytest.raises(TypeError, match="labels torch.float64; they must be floating point and integers"):
+        call("CoCaLoss", CoCaLoss(1.0, 1.0), tensors | {"labels": tensors["labels"].double()})
     with pytest.raises(ValueError, match=r"\[b, L, V\] and \[b, L\]"):
         call("CoCaLoss", CoCaLoss(1.0, 1.0), tensors | {"labels": tensors["labels"][:, :4]})
     with pytest.raises(ValueError, match="9 pairs of the student, 8 of the teacher"):
         call("DistillClipLoss", DistillClipLoss(), tensors | {key: tensors[key][:8] for key in ("teacher_image", "teacher_text")})
-    with pytest.raises(ValueError, match="strategy='ring' is not one of this loss; allowed: gather"):
-        DistillClipLoss(strategy="ring")
+    with pytest.raises(ValueError, match="strategy='tree' is not one of this loss; allowed: gather, ring, grouped"):
+        DistillClipLoss(strategy="tree")
     for kind in (CoCaLoss, DistillClipLoss):
         with pytest.raises(ValueError, match="use_horovod"):
             made(kind.__name__, use_horovod=True)

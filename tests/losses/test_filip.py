@@ -75,6 +75,23 @@ def test_autocast_rounds_operands_only():
         assert max(error(found[name], value)) < 4 * torch.finfo(torch.float32).eps * 20, name
 
 
+@pytest.mark.parametrize("sides", ["image", "text", "both"])
+def test_a_merged_token_counts_as_often_as_it_says(sides):
+    """Sizes are repetitions: the loss and the gradient of the tokens that are repeated, with nothing merged."""
+    tensors = {name: tensor.requires_grad_() for name, tensor in tokens(20.0, 0.4, torch.float64).items()}
+    merged, repeated = [], []
+    for name, lengths in (("image", IMAGES), ("text", TEXTS)):
+        sizes = 1 + torch.arange(sum(lengths)) % 3 if sides in (name, "both") else torch.ones(sum(lengths), dtype=torch.int64)
+        merged.append(Packed.of(tensors[name], lengths, size=sizes.float() if sides in (name, "both") else None))
+        counts = torch.stack([part.sum() for part in sizes.split(lengths)])
+        repeated.append(Packed.of(tensors[name].repeat_interleave(sizes, 0), counts))
+    found, expected = (filip_loss(*pair, tensors["scale"]) for pair in (merged, repeated))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(loss, list(tensors.values())) for loss in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_products_of_tokens_are_not_stored():
     """Of 64 x 64 pairs with 49 x 12 tokens; what is stored are the 64 x 64 scores."""
     image, text = (F.normalize(torch.randn(64 * length, 4), dim=1).requires_grad_() for length in (49, 12))

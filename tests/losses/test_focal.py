@@ -85,6 +85,7 @@ def test_refusals():
     tensors = pairs(10.0, -4.0, 0.4, torch.float32)
     for change, message in (
         ({"gamma": -1.0}, "gamma=-1.0; it must be 0"),
+        ({"gamma": float("nan")}, "gamma=nan; it must be 0"),
         ({"text": torch.zeros(5, WIDTH)}, f"{PAIRS} images but 5 texts"),
         ({"bias": torch.zeros(2)}, r"bias has shape \(2,\)"),
         ({"image": torch.zeros(PAIRS, WIDTH, dtype=torch.int64)}, "image_features is torch.int64"),

@@ -155,8 +155,8 @@ def test_slower_links_never_make_a_step_faster(loss):
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ValueError, match="12 devices are no whole number of nodes of 8"):
         Cluster(12)
-    with pytest.raises(ValueError, match="devices, per_node, intra, inter and tflops are positive"):
-        Cluster(8, inter=0)
+    with pytest.raises(ValueError, match="^devices=0, inter=-1: devices, per_node, intra, inter and tflops are positive"):
+        Cluster(0, inter=-1)
     with pytest.raises(ValueError, match="a batch of 4 for 8 devices; each needs at least one pair"):
         plan("clip", 4, 16, Cluster(8))
     with pytest.raises(ValueError, match="allowed: clip, siglip; float32, bfloat16, float16"):

@@ -164,6 +164,21 @@ def test_gaussian_kl():
     assert small.item() == pytest.approx((math.expm1(1e-3) - 1e-3) / 2, rel=1e-3)
 
 
+def test_what_the_authors_code_has_instead():
+    """It adds up 2 s + t where the integral of p^2 q has half of that, has e^-10 before inverse variances, and halves them in the KL."""
+    random = torch.Generator().manual_seed(0)
+    m, s, n, t = (torch.randn(6, 5, generator=random, dtype=torch.float64) for _ in range(4))
+
+    def inside(m, s, n, t):
+        p, q = (-s - 10).exp(), (-t - 10).exp()
+        a, b, c = p + q / 2, 2 * m * p + n * q, m * m * p + n * n * q / 2
+        return -2 * s - t - a.log() / 2 + b * b / (4 * a) - c
+
+    near = math.exp(-5)
+    torch.testing.assert_close(inside(m, s, n, t) - inside(n, t, m, s), (t - s) / 2 + log_inclusion(near * m, s, near * n, t))
+    torch.testing.assert_close(-(1 + s / 2 - m * m - (s / 2).exp()).mean() / 2, gaussian_kl(m, s / 2))
+
+
 MEAN, SPREAD = torch.ones(4, 6), torch.zeros(4, 6)
 REFUSED = [
     ((MEAN, SPREAD, torch.ones(4, 5), torch.ones(4, 5), 1.0), ValueError, "images have 6 features and texts 5; project both towers"),

@@ -8,7 +8,7 @@ from objectives import dense, differentiated
 from torch import nn
 from torch.nn import functional as F
 
-from fastvlp.losses import MomentumEncoder, NegativeQueue, contrastive_loss, queue_contrastive_loss
+from fastvlp.losses import MomentumEncoder, NegativeQueue, contrastive_loss, gather_batch, queue_contrastive_loss
 from fastvlp_kernels._testing import assert_no_worse_than, error, forbid_large_tensors
 
 B, WIDTH = 19, 24
@@ -189,10 +189,13 @@ def test_refusals():
     narrow = NegativeQueue(5, 3)
     for change, message in (
         ({"text_queue": narrow}, "text_queue has width 3, the features have 24"),
-        ({"image_keys": tensors["image"][:4]}, r"image_keys have shape \(4, 24\); they must be like the features, \(19, 24\)"),
+        ({"image_keys": tensors["image"][:4]}, r"image_keys are torch.float64 \(4, 24\); they must .* like the features, \(19, 24\)"),
         ({"text": tensors["text"][:4]}, "19 images but 4 texts"),
+        ({"text_keys": tensors["text_keys"].long()}, "text_keys are torch.int64 .* they must be floating point"),
+        ({"image_keys": None}, "image_keys is NoneType; it must be a torch.Tensor"),
+        ({"image_queue": tensors["image"]}, "image_queue is Tensor; it must be a NegativeQueue"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             queue_contrastive_loss(**(tensors | QUEUES | change))
     for call in (narrow.enqueue, narrow.nearest):
         with pytest.raises(ValueError, match=r"features have shape \(2, 4\); they must be a matrix \[B, 3\]"):
@@ -203,3 +206,41 @@ def test_refusals():
         NegativeQueue(0, 3)
     with pytest.raises(ValueError, match="momentum=1.5"):
         MomentumEncoder(nn.Linear(2, 2), 1.5)
+    for encoder in (nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2).bfloat16()):
+        with pytest.raises(ValueError, match="whose parameters differ from the copy's in number, shape or dtype"):
+            MomentumEncoder(nn.Linear(2, 2)).update(encoder)
+    with pytest.raises(ValueError, match="whose buffers differ"):
+        MomentumEncoder(nn.LayerNorm(2)).update(nn.BatchNorm1d(2))
+    with pytest.raises(TypeError, match="dtype=torch.int32; it must be floating point"):
+        NegativeQueue(5, 3, dtype=torch.int32)
+    with pytest.raises(TypeError, match="features is ndarray; it must be a torch.Tensor"):
+        narrow.enqueue(torch.zeros(2, 3).numpy())
+
+
+def two_steps(rank, sizes):
+    """This process's losses and gradients of two steps, and the queue that they leave."""
+    queues, found = [NegativeQueue(30, WIDTH, dtype=torch.float64) for _ in range(2)], []
+    for step in range(2):
+        start = sum(sizes[:rank])
+        rows = [unit(sum(sizes), WIDTH, seed=10 * step + k)[start : start + sizes[rank]].requires_grad_(k < 2) for k in range(4)]
+        image, text, *keys = gather_batch(*rows)
+        loss = queue_contrastive_loss(image, text, *keys, *queues, 20.0, batch_negatives=True)
+        found.append((loss.detach(), *torch.autograd.grad(loss, rows[:2])))
+        for queue, key in zip(queues, keys, strict=True):
+            queue.enqueue(key)
+    return found, queues[1].features
+
+
+def on_a_process(rank, size, sizes):
+    return two_steps(rank, sizes)
+
+
+def test_a_queue_is_the_same_on_all_processes(processes):
+    sizes = (5, 9)
+    (first, queue), (second, other) = processes.results(2, on_a_process, sizes)
+    expected, alone = two_steps(0, (sum(sizes),))
+    assert torch.equal(queue, other) and torch.equal(queue, alone)
+    for (loss, *one), (same, *two), (right, *gradients) in zip(first, second, expected, strict=True):
+        torch.testing.assert_close((loss + same) / 2, right, rtol=1e-12, atol=0)
+        for mine, others, whole in zip(one, two, gradients, strict=True):
+            torch.testing.assert_close(torch.cat([mine, others]) / 2, whole, rtol=1e-9, atol=1e-12)

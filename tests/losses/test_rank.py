@@ -128,6 +128,7 @@ def test_refusals():
     tensors, _ = make("clip", 10.0, 0.4, torch.float32)
     for change, message in (
         ({"in_modal": -0.1}, "in_modal=-0.1; it must be 0"),
+        ({"in_modal": float("nan")}, "in_modal=nan; it must be 0"),
         ({"cross_modal": -0.1}, "cross_modal=-0.1; it must be 0"),
         ({"text": torch.zeros(5, WIDTH)}, f"{PAIRS} images but 5 texts"),
         ({"scale": torch.ones(2)}, r"scale has shape \(2,\)"),
