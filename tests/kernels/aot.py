@@ -39,12 +39,13 @@ def compile_for(
     *,
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
     aligned: Sequence[str] = (),
 ) -> Compiled:
     """Compile ``kernel`` (a @triton.jit function) for compute capability ``arch`` (80, 90, 100) without a GPU.
 
     Args:
-        signature: type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32".
+        signature: type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32", "tensordesc<bf16[128, 64]>".
         constexprs: value of every constexpr; a pointer that is not given is a constexpr None.
         aligned: arguments known to be divisible by 16, as Triton finds out at launch: pointers of torch and strides.
     """
@@ -55,7 +56,8 @@ def compile_for(
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constexprs}
     source = ASTSource(fn=kernel, signature=types, constexprs=dict(constexprs), attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = built.asm["ptx"]
     said = _ptxas(ptx)
     used, spilled = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
@@ -79,7 +81,7 @@ class Recorder:
     def compile(self, arch: int, launch: int = -1) -> Compiled:
         """Compile a noted launch for ``arch``, specialised as Triton would: None, 1 and multiples of 16 are known."""
         values = dict(self.launches[launch])
-        options = {name: values.pop(name, default) for name, default in (("num_warps", 4), ("num_stages", 3))}
+        options = {name: values.pop(name, default) for name, default in (("num_warps", 4), ("num_stages", 3), ("maxnreg", None))}
         signature, constexprs, aligned = {}, {}, []
         fixed = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
         for name, value in values.items():
@@ -88,6 +90,8 @@ class Recorder:
             elif isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
                 aligned.append(name)
+            elif hasattr(value, "block_shape"):
+                signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:

@@ -238,6 +238,19 @@ def test_all_products_never_exist(lengths):
         assert error(mine, want)[0] < 1e-6
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_blip2_scores_each_text_token_by_the_best_query_of_each_image(impl):
+    """A dense product of all queries with one token per text, and its maximum over the queries of an image."""
+    images, queries, texts, D = 5, 8, 7, 6
+    x, y = (tokens(count, D, seed).requires_grad_() for seed, count in enumerate((images * queries, texts)))
+    score = maxsim(x, cu([queries] * images), y, cu([1] * texts), directions="y_to_x", impl=impl)
+    exact = (x.unflatten(0, (images, queries)) @ y.T).amax(1)
+    torch.testing.assert_close(score, exact, rtol=1e-12, atol=1e-12)
+    grad, _ = upstream([queries] * images, [1] * texts)
+    for mine, want in zip(*(torch.autograd.grad(s, (x, y), grad) for s in (score, exact)), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-12, atol=1e-12)
+
+
 def test_small_gradients_survive_float16():
     lengths = [9, 14, 5]
     x, y = (tokens(28, 8, seed, dtype=torch.float16) for seed in range(2))

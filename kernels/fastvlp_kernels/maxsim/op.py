@@ -96,8 +96,11 @@ def maxsim(
     y_to_x[m, n] = reduce over tokens j of n of max over tokens i of m of <x_i, y_j>
 
     FILIP (https://arxiv.org/abs/2111.07783) trains on both means; ColBERT (https://arxiv.org/abs/2004.12832) scores queries x against
-    documents y by ``reduce="sum", directions="x_to_y"``. Among equal products the first has the gradient. Backward computes the
-    products again, so that nothing is kept between the two, and is deterministic.
+    documents y by ``reduce="sum", directions="x_to_y"``. BLIP-2 (https://arxiv.org/abs/2301.12597) scores the query tokens of images x
+    against texts y of one token each by ``directions="y_to_x"``: the highest product of any of the queries with that token.
+
+    Among equal products the first has the gradient. Backward computes the products again, so that nothing is kept between the two, and
+    is deterministic.
 
     Args:
         x, y: [Tx, D] and [Ty, D] float32, bfloat16 or float16 (float64 with impl "cpu" and "reference"), any strides.
@@ -141,7 +144,7 @@ def maxsim(
 
 def _check_inputs(x: Tensor, cu_x: Tensor, y: Tensor, cu_y: Tensor, max_seqlen_x: int | None) -> None:
     _check.features(NAME, x, y)
-    _check.plain_tensors(NAME, x=x, cu_x=cu_x, cu_y=cu_y)
+    _check.plain_tensors(NAME, 3, x=x, cu_x=cu_x, cu_y=cu_y)
     for name, cu in (("cu_x", cu_x), ("cu_y", cu_y)):
         if cu.ndim != 1 or cu.shape[0] == 0 or cu.dtype != torch.int32:
             raise ValueError(f"{NAME}: {name} is {cu.dtype} {tuple(cu.shape)}; it must be int32 [segments + 1]: 0, then where each ends")

@@ -52,9 +52,7 @@ def _tile_kernel(
     last_m, last_n = tl.minimum(first_m + BLOCK_M, end_m) - 1, tl.minimum(first_n + BLOCK_N, end_n) - 1
     t_m, t_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     rows, cols = tl.minimum(t_m, last_m), tl.minimum(t_n, last_n)
-    S = dot_tile(
-        x_ptr, y_ptr, rows.to(tl.int64), cols.to(tl.int64), stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST
-    )
+    S = dot_tile(x_ptr, stride_x, y_ptr, stride_y, first_m, first_n, end_m, end_n, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
     # Hardware maxima pass over NaN; +inf stands for it until the sums.
     S = tl.where(S == S, S, float("inf"))
     if row_max_ptr is not None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import dot_tile, grouped_tile, operand, precision, same_ids, upcast
+from .._triton import descriptors, dot_tile, grouped_tile, operand, precision, processors, same_ids, source, upcast
 
 # Tiles along a side of a wave: at most 4608 rows and columns of 16-bit coefficients, 41 MB.
 WAVE_TILES = range(16, 37)
@@ -52,9 +52,10 @@ def _log1p(a):
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def _logits_kernel(
-    x_ptr, y_ptr, scale_ptr, bias_ptr, row_bias_ptr, col_bias_ptr, row_weight_ptr, col_weight_ptr, row_ids_ptr, col_ids_ptr,
+    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, bias_ptr,
+    row_bias_ptr, col_bias_ptr, row_weight_ptr, col_weight_ptr, row_ids_ptr, col_ids_ptr,
     loss_ptr, dscale_ptr, dbias_ptr, G_ptr, row_sum_ptr, col_sum_ptr, row_loss_ptr, col_loss_ptr,
-    M, N, D, offset, stride_x, stride_y, stride_G,
+    M, N, D, offset, stride_G,
     HAS_OFFSET: tl.constexpr, EXCLUDE: tl.constexpr, WEIGHTED: tl.constexpr, MAKE_G: tl.constexpr,
     FACTOR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -68,7 +69,7 @@ def _logits_kernel(
     in_row = in_m < tl.minimum(M - first_m, BLOCK_M).to(tl.int32)
     in_col = in_n < tl.minimum(N - first_n, BLOCK_N).to(tl.int32)
     rows, cols = tl.minimum(first_m + in_m, M - 1), tl.minimum(first_n + in_n, N - 1)
-    products = dot_tile(x_ptr, y_ptr, rows, cols, stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+    products = dot_tile(x_ptr, stride_x, y_ptr, stride_y, first_m, first_n, M, N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
 
     t = products * tl.load(scale_ptr) + tl.load(bias_ptr)
     if row_bias_ptr is not None:
@@ -175,11 +176,11 @@ def _wave(M: int, N: int, width: int, device: torch.device) -> tuple[int, int]:
     """Rows and columns of pairs in a wave: square where M and N allow, of the size whose products leave the fewest processors idle."""
     options = product_config()
     unit, tiles_d = options["BLOCK_M"], triton.cdiv(width, options["BLOCK_D"])
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    at_once = processors(device)
 
     def busy(tiles: int) -> float:
         programs = 2 * tiles * tiles_d
-        return programs / (triton.cdiv(programs, processors) * processors)
+        return programs / (triton.cdiv(programs, at_once) * at_once)
 
     side = max(WAVE_TILES, key=busy)
     tiles_m, tiles_n = triton.cdiv(M, unit), triton.cdiv(N, unit)
@@ -212,7 +213,8 @@ def forward(
     vectors = weighted or any(v is not None for v in (row_bias, col_bias, row_ids))
     x, y = operand(x, dtype), operand(y, dtype)
     options, product_options = config(dtype, vectors), product_config()
-    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
+    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
+    tma = descriptors(x, y)
 
     def new(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape if wanted else 0, dtype=dtype, device=x.device)
@@ -248,9 +250,10 @@ def forward(
                 of_rows = [None if v is None else v[rows] for v in (row_bias, row_weight, row_ids)]
                 of_cols = [None if v is None else v[cols] for v in (col_bias, col_weight, col_ids)]
                 _logits_kernel[(tiles_m * tiles_n,)](
-                    x[rows], y[cols], scale, bias, *(v for pair in zip(of_rows, of_cols, strict=True) for v in pair),
+                    *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y[cols], BLOCK_N, BLOCK_K, tma),
+                    scale, bias, *(v for pair in zip(of_rows, of_cols, strict=True) for v in pair),
                     loss[part], dscale[part] if make_g else None, dbias[part] if make_g else None, G if features else None, *partials,
-                    m, n, x.shape[1], 0 if offset is None else offset + i - j, x.stride(0), y.stride(0), wave_n,
+                    m, n, x.shape[1], 0 if offset is None else offset + i - j, wave_n,
                     HAS_OFFSET=offset is not None, EXCLUDE=exclude, WEIGHTED=weighted, MAKE_G=make_g, FACTOR=factor,
                     PRECISION=precision(), UPCAST=upcast(), **options,
                 )  # fmt: skip

@@ -125,7 +125,7 @@ def _inputs(
 ) -> Inputs:
     """Checked inputs: the scalar as a tensor, biases in the dtype of sums, ids in int64."""
     _check.features(OP, x, y)
-    _check.plain_tensors(OP, x=x, v=v, row_bias=row_bias, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids)
+    _check.plain_tensors(OP, 2, x=x, v=v, row_bias=row_bias, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids)
     if len(x) == 0 or len(y) == 0:
         raise ValueError(f"{OP}: x has {len(x)} rows and y has {len(y)}; each must have at least 1")
     if v.ndim != 2 or len(v) != len(y) or v.shape[1] == 0:

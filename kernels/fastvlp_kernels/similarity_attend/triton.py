@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._product import multiply
-from .._triton import dot_tile, grouped_tile, operand, precision, same_ids, upcast
+from .._triton import architecture, descriptors, dot_tile, grouped_tile, operand, precision, same_ids, source, upcast
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -27,11 +27,6 @@ HEADROOM = {torch.float16: 14, torch.bfloat16: 0, torch.float32: 0}
 FLOAT16_TOP = 2.0**15
 
 
-def architecture(device: torch.device) -> int:
-    """Major compute capability; Hopper's where the kernels are interpreted."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
 def config(a: Inputs, backward: bool) -> dict[str, int]:
     """Block sizes and launch options. Three tiles live at the end of the backward: at 128 x 128 only Hopper has the registers."""
     if a.dtype == torch.float32:
@@ -42,12 +37,13 @@ def config(a: Inputs, backward: bool) -> dict[str, int]:
 
 @triton.jit
 def _tile(
-    x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr, rows, cols, in_row, in_col, stride_x, stride_y, D,
+    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+    first_m, first_n, rows, cols, in_row, in_col, M, N, D,
     ONLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Products [BLOCK_M, BLOCK_N] and S, -inf where a pair does not count."""
-    products = dot_tile(x_ptr, y_ptr, rows, cols, stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+    products = dot_tile(x_ptr, stride_x, y_ptr, stride_y, first_m, first_n, M, N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
     S = products * tl.load(scale_ptr)
     if row_bias_ptr is not None:
         S += tl.load(row_bias_ptr + rows)[:, None]
@@ -65,8 +61,8 @@ def _tile(
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr, W_ptr, reference_ptr, total_ptr, weight_ptr,
-    M, N, D, stride_x, stride_y, stride_W,
+    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+    W_ptr, reference_ptr, total_ptr, weight_ptr, M, N, D, stride_W,
     QUANTUM: tl.constexpr, HEADROOM: tl.constexpr, ONLY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -77,8 +73,8 @@ def _forward_kernel(
     in_row, in_col = t_m < (M - first_m).to(tl.int32), t_n < (N - first_n).to(tl.int32)
     rows, cols = tl.minimum(first_m + t_m, M - 1), tl.minimum(first_n + t_n, N - 1)
     _, S = _tile(
-        x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr, rows, cols, in_row, in_col, stride_x, stride_y, D,
-        ONLY, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+        first_m, first_n, rows, cols, in_row, in_col, M, N, D, ONLY, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
     highest = tl.max(S, 1) * LOG2E
     reference = tl.ceil(highest / QUANTUM - 0.5) * QUANTUM - HEADROOM
@@ -137,9 +133,9 @@ def _align_kernel(W_ptr, reference_ptr, row_reference_ptr, M, N, stride_W, BLOCK
 
 @triton.jit
 def _backward_kernel(
-    x_ptr, y_ptr, g_ptr, v_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+    x_ptr, stride_x, y_ptr, stride_y, g_ptr, stride_g, v_ptr, stride_v, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr,
     lse_ptr, lost_ptr, constant_ptr, g_norm_ptr, norm_ptr, P_ptr, dS_ptr, row_sum_ptr, col_sum_ptr, row_along_ptr, row_mean_ptr,
-    M, N, D, E, stride_x, stride_y, stride_g, stride_v, stride_W,
+    M, N, D, E, stride_W,
     TOP: tl.constexpr, FLOW: tl.constexpr, ONLY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -152,10 +148,10 @@ def _backward_kernel(
     # Before the products, which are wanted beside P to the end: three tiles at a time would spill.
     dP = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if FLOW and g_ptr is not None:
-        dP = dot_tile(g_ptr, v_ptr, rows, cols, stride_g, stride_v, E, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+        dP = dot_tile(g_ptr, stride_g, v_ptr, stride_v, first_m, first_n, M, N, E, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
     products, S = _tile(
-        x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr, rows, cols, in_row, in_col, stride_x, stride_y, D,
-        ONLY, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+        first_m, first_n, rows, cols, in_row, in_col, M, N, D, ONLY, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
     P = tl.exp2(S * LOG2E - tl.load(lse_ptr + rows)[:, None]) * tl.load(lost_ptr + rows)[:, None]
     place = first_m * stride_W + first_n + t_m[:, None] * stride_W + t_n[None, :]
@@ -195,7 +191,8 @@ def forward(a: Inputs) -> Results:
     x, y, v = (operand(features, a.dtype) for features in (a.x, a.y, a.v))
     M, N, E = len(x), len(y), a.v.shape[1]
     options = config(a, backward=False)
-    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
+    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
+    tma = descriptors(x, y)
     tiles_n = triton.cdiv(N, BLOCK_N)
     (row_bias, row_ids), (col_bias, col_ids) = _vectors(a)
     waves, shape = _waves(M, N, BLOCK_M, x.element_size())
@@ -211,9 +208,10 @@ def forward(a: Inputs) -> Results:
             partials = new(3, tiles_n, m, dtype=torch.float32, device=x.device)
             reference, total, weight = sums[:, rows].unbind()
             _forward_kernel[grid](
-                x[rows], y, a.scale, None if row_bias is None else row_bias[rows], col_bias,
-                None if row_ids is None else row_ids[rows], col_ids, W, *partials.unbind(),
-                m, N, x.shape[1], x.stride(0), y.stride(0), shape[1],
+                *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
+                None if row_bias is None else row_bias[rows], col_bias, None if row_ids is None else row_ids[rows], col_ids,
+                W, *partials.unbind(),
+                m, N, x.shape[1], shape[1],
                 QUANTUM=QUANTUM[a.dtype], HEADROOM=HEADROOM[a.dtype], ONLY=a.ids == "only",
                 PRECISION=precision(), UPCAST=upcast(), **options,
             )  # fmt: skip
@@ -238,7 +236,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, whole: b
     x, y, v = (operand(features, a.dtype) for features in (a.x, a.y, a.v))
     (M, D), N = x.shape, len(y)
     options = config(a, backward=True)
-    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
+    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     tiles_n = triton.cdiv(N, BLOCK_N)
     (row_bias, row_ids), (col_bias, col_ids) = _vectors(a)
     lse = results.lse.double() / math.log(2)
@@ -257,6 +255,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, whole: b
         bound = constant.abs()
         if a.dtype == torch.float16:
             bound = bound + torch.linalg.vector_norm(read, dim=1) * g_norm * torch.linalg.vector_norm(v.float(), dim=1).max()
+    tma = descriptors(x, y, v, *(() if g_out is None else (g_out,)))
     norm, top = _unit(bound, a.dtype), FLOAT16_TOP if a.dtype == torch.float16 else 1.0
     alpha, beta = a.scale * norm, g_norm / top
 
@@ -279,10 +278,12 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, whole: b
             wanted = ((row_sum, tiles_n, m), (col_sum, tiles_m, N), (row_along, tiles_n, m), (row_mean, tiles_n, m))
             partials = [rounded.new_empty(parts, length) if len(into) else None for into, parts, length in wanted]
             _backward_kernel[(tiles_m * tiles_n,)](
-                x[rows], y, None if g_out is None else g_out[rows], v, a.scale, None if row_bias is None else row_bias[rows], col_bias,
-                None if row_ids is None else row_ids[rows], col_ids, rounded[rows], lost[rows], constant[rows], g_norm, norm,
+                *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma),
+                *((None, None) if g_out is None else source(g_out[rows], BLOCK_M, BLOCK_K, tma)), *source(v, BLOCK_N, BLOCK_K, tma),
+                a.scale, None if row_bias is None else row_bias[rows], col_bias, None if row_ids is None else row_ids[rows], col_ids,
+                rounded[rows], lost[rows], constant[rows], g_norm, norm,
                 P if values else None, dS if features else None, *partials,
-                m, N, D, v.shape[1], x.stride(0), y.stride(0), 0 if g_out is None else g_out.stride(0), v.stride(0), shape[1],
+                m, N, D, v.shape[1], shape[1],
                 TOP=top, FLOW=needs.similarities, ONLY=a.ids == "only", PRECISION=precision(), UPCAST=upcast(), **options,
             )  # fmt: skip
             for part, into, where in zip(partials, (row_sum, col_sum, row_along, row_mean), (rows, slice(None), rows, rows), strict=True):

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._product import multiply
-from .._triton import grouped_tile, operand, precision, same_ids, upcast
+from .._triton import architecture, descriptors, grouped_tile, operand, precision, same_ids, source, upcast
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 from .triton_stash import keep, keep_none, pointers, stashed_kernel
-from .triton_tile import config, finite, flow, similarity_tile
+from .triton_tile import config, finite, flow, launch, similarity_tile
 
 # Sums of exp(S - t) with one t per tile lose nothing that counts while maxima lie within SPREAD of t.
 SPREAD = tl.constexpr(50.0)
@@ -56,24 +56,25 @@ def _store_partials(
 
 
 @triton.jit
-def _forward_kernel(
-    x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
+def _forward_tile(
+    tile, x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
     row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
     pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr, stash_ptr, stash_t_ptr, stash_tiles, first_tile,
-    M, N, D, offset, stride_x, stride_y,
+    M, N, D, offset,
     MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    i_m, i_n = grouped_tile(tile, tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
     t_m, t_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     first_m, first_n = i_m.to(tl.int64) * BLOCK_M, i_n.to(tl.int64) * BLOCK_N
     in_row, in_col = t_m < (M - first_m).to(tl.int32), t_n < (N - first_n).to(tl.int32)
     rows, cols = tl.minimum(first_m + t_m, M - 1), tl.minimum(first_n + t_n, N - 1)
     products, S, b_row_scale, b_col_scale = similarity_tile(
-        x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, rows, cols, stride_x, stride_y, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr,
+        first_m, first_n, rows, cols, M, N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
-    place = first_tile + i_m.to(tl.int64) * tl.cdiv(N, BLOCK_N) + i_n
+    place = first_tile + i_m.to(tl.int64) * tiles_n + i_n
     partner = tl.full((BLOCK_M,), -1, tl.int32)
     if positive_ptr is not None:
         diagonal = tl.minimum(tl.maximum(first_m + offset - first_n, -BLOCK_M), BLOCK_N).to(tl.int32)
@@ -107,6 +108,38 @@ def _forward_kernel(
 
 
 @triton.jit
+def _forward_kernel(
+    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
+    row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
+    pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr, stash_ptr, stash_t_ptr, stash_tiles, first_tile,
+    M, N, D, offset,
+    MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PERSISTENT: tl.constexpr, SPECIALIZED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """All tiles, one per program or, PERSISTENT, every so manieth for each."""
+    first = tl.program_id(0)
+    # Registers decide about a loop of one turn: at 128 descriptors spill without it in Triton 3.6, pointers with it on sm_80.
+    if stride_x is None:
+        last, step = (tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)) if PERSISTENT else (first + 1, 1)
+        for tile in tl.range(first, last, step, flatten=PERSISTENT, warp_specialize=SPECIALIZED):
+            _forward_tile(
+                tile, x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr,
+                row_ids_ptr, col_ids_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
+                pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr,
+                stash_ptr, stash_t_ptr, stash_tiles, first_tile, M, N, D, offset,
+                MODE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+            )  # fmt: skip
+    else:
+        _forward_tile(
+            first, x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr,
+            row_ids_ptr, col_ids_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
+            pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr,
+            stash_ptr, stash_t_ptr, stash_tiles, first_tile, M, N, D, offset,
+            MODE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+        )  # fmt: skip
+
+
+@triton.jit
 def _merge_kernel(part_max_ptr, part_sum_ptr, max_ptr, sum_ptr, lse_ptr, parts, length, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
     """Merge ``parts`` rows of partial (maximum, sum) [parts, length] into the running ones, and give their log-sum-exp."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -130,11 +163,11 @@ def _merge_kernel(part_max_ptr, part_sum_ptr, max_ptr, sum_ptr, lse_ptr, parts, 
 
 @triton.jit
 def _backward_kernel(
-    x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
+    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
     row_lse_ptr, col_lse_ptr, pos_row_lse_ptr, pos_col_lse_ptr,
     g_row_ptr, g_col_ptr, g_pos_row_ptr, g_pos_col_ptr, g_positive_ptr, norm_ptr,
     G_ptr, row_sum_ptr, col_sum_ptr, row_along_ptr, col_along_ptr,
-    M, N, D, offset, stride_x, stride_y, stride_G,
+    M, N, D, offset, stride_G,
     MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +178,8 @@ def _backward_kernel(
     in_row, in_col = t_m < (M - first_m).to(tl.int32), t_n < (N - first_n).to(tl.int32)
     rows, cols = tl.minimum(first_m + t_m, M - 1), tl.minimum(first_n + t_n, N - 1)
     products, S, b_row_scale, b_col_scale = similarity_tile(
-        x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, rows, cols, stride_x, stride_y, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr,
+        first_m, first_n, rows, cols, M, N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
     if MODE > 0:
         same = same_ids(tl.load(row_ids_ptr + rows), tl.load(col_ids_ptr + cols))
@@ -213,8 +246,8 @@ def forward(a: Inputs, stash: Tensor | None = None) -> Results:
     """Log-sum-exps of the rows and columns of S, and its offset diagonal. ``stash``, of ``stash_shape``, is filled."""
     x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
     (M, D), N = x.shape, y.shape[0]
-    options = config(a)
-    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
+    options, tma, kept = config(a), descriptors(x, y), pointers(stash)
+    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
     sweeps = [(_Running(M, x), _Running(N, x)) for _ in range(2 if a.both else 1)]
     positive = torch.zeros(0 if a.offset is None else M, dtype=torch.float32, device=x.device)
@@ -231,11 +264,13 @@ def forward(a: Inputs, stash: Tensor | None = None) -> Results:
                 row_part, col_part = (x.new_empty(shape, dtype=torch.float32) for shape in [(tiles_n, m), (tiles_m, N)])
                 halves += [None, row_part, None, col_part]
             row_bias, row_scale, row_ids = (v if v is None else v[rows] for v in rows_v)
-            _forward_kernel[(tiles_m * tiles_n,)](
-                x[rows], y, a.scale, row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
+            programs, how = launch(tiles_m * tiles_n, tma, kept[0] is not None, x.device)
+            _forward_kernel[(programs,)](
+                *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
+                row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
                 *halves, *[None] * (8 - len(halves)), None if a.offset is None else positive[rows],
-                *pointers(stash), rows.start // BLOCK_M * tiles_n, m, N, D, (a.offset or 0) + rows.start, x.stride(0), y.stride(0),
-                MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
+                *kept, rows.start // BLOCK_M * tiles_n, m, N, D, (a.offset or 0) + rows.start,
+                MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options, **how,
             )  # fmt: skip
             if a.sums:
                 row_sums[rows] += row_part.sum(0)
@@ -278,8 +313,10 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
     g = ResultGrads(*(None if grad is None else grad.float().contiguous() for grad in g))
     x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
     (M, D), N = x.shape, y.shape[0]
-    options = config(a)
-    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
+    options, tma = config(a), descriptors(x, y)
+    if a.both and architecture(x.device) > 9:
+        tma = None  # on Blackwell these tiles spill with descriptors
+    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
     (row_lse, g_row), (col_lse, g_col) = (_side(lse, grad) for lse, grad in zip(results[:2], g[:2], strict=True))
     of_positives = zip(results[2:4], g[2:4], strict=True)
@@ -313,17 +350,19 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
             if stashed:
                 positive = None if a.offset is None else results.positive[rows]
                 stashed_kernel[(tiles_m * tiles_n,)](
-                    x[rows], y, a.scale, row_lse_, col_lse, g_row_, g_col, g_positive_, positive, norm,
-                    *kept, rows.start // BLOCK_M * tiles_n, G, m, N, D, offset, x.stride(0), y.stride(0), shape[1],
+                    *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
+                    row_lse_, col_lse, g_row_, g_col, g_positive_, positive, norm,
+                    *kept, rows.start // BLOCK_M * tiles_n, G, m, N, D, offset, shape[1],
                     PRECISION=precision(), UPCAST=upcast(), **options,
                 )  # fmt: skip
             else:
                 wanted = ((row_sum, tiles_n, m), (col_sum, tiles_m, N), (row_along, tiles_n, m), (col_along, tiles_m, N))
                 partials = [x.new_empty(parts, length, dtype=torch.float32) if len(out) else None for out, parts, length in wanted]
                 _backward_kernel[(tiles_m * tiles_n,)](
-                    x[rows], y, a.scale, row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
+                    *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
+                    row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
                     row_lse_, col_lse, pos_row_lse_, pos_col_lse, g_row_, g_col, g_pos_row_, g_pos_col, g_positive_, norm,
-                    G if len(G) else None, *partials, m, N, D, offset, x.stride(0), y.stride(0), shape[1],
+                    G if len(G) else None, *partials, m, N, D, offset, shape[1],
                     MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
                 )  # fmt: skip
                 for part, out, where in zip(partials, (row_sum, col_sum, row_along, col_along), (rows, slice(None)) * 2, strict=True):

@@ -53,8 +53,8 @@ def keep_none(stash_t_ptr, place, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def stashed_kernel(
-    x_ptr, y_ptr, scale_ptr, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, g_positive_ptr, positive_ptr, norm_ptr,
-    stash_ptr, stash_t_ptr, stash_tiles, first_tile, G_ptr, M, N, D, offset, stride_x, stride_y, stride_G,
+    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, g_positive_ptr, positive_ptr, norm_ptr,
+    stash_ptr, stash_t_ptr, stash_tiles, first_tile, G_ptr, M, N, D, offset, stride_G,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def stashed_kernel(
                 of_positive += tl.exp(b_positive - tl.load(col_lse_ptr + partners)) * tl.load(g_col_ptr + partners)
     else:
         _, S, _, _ = similarity_tile(
-            x_ptr, y_ptr, scale_ptr, None, None, None, None, rows, cols, stride_x, stride_y, D,
+            x_ptr, stride_x, y_ptr, stride_y, scale_ptr, None, None, None, None, first_m, first_n, rows, cols, M, N, D,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
         dS = flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import dot_tile
+from .._triton import architecture, dot_tile, processors
 from .arguments import Inputs
 
 
@@ -18,6 +18,17 @@ def config(a: Inputs) -> dict[str, int]:
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
+def launch(tiles: int, tma: str | None, kept: bool, device: torch.device) -> tuple[int, dict[str, int]]:
+    """Programs of the forward and how they take its tiles; ``kept``: some go to a stash, which costs registers."""
+    major = architecture(device)
+    if tma == "persistent":
+        # The warp specialisation of Triton 3.6 to 3.9 does nothing for these tiles on Hopper, or fails to compile.
+        return min(tiles, processors(device)), {"PERSISTENT": True, "SPECIALIZED": major == 10}
+    # At 128 registers two programs share a processor, and one multiplies while the other exponentiates.
+    pair = {"maxnreg": 128} if tma == "tiles" and major == 9 and not kept else {}
+    return tiles, {"PERSISTENT": False, "SPECIALIZED": False, **pair}
+
+
 @triton.jit
 def finite(maximum):
     return tl.where(maximum == -float("inf"), 0.0, maximum)
@@ -25,11 +36,12 @@ def finite(maximum):
 
 @triton.jit
 def similarity_tile(
-    x_ptr, y_ptr, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, rows, cols, stride_x, stride_y, D,
+    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr,
+    first_m, first_n, rows, cols, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Products [BLOCK_M, BLOCK_N], the same as S, and row and column scales (1 where there are none)."""
-    products = dot_tile(x_ptr, y_ptr, rows, cols, stride_x, stride_y, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+    products = dot_tile(x_ptr, stride_x, y_ptr, stride_y, first_m, first_n, M, N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
     b_row_scale = tl.full((BLOCK_M,), 1.0, tl.float32)
     b_col_scale = tl.full((BLOCK_N,), 1.0, tl.float32)
     S = products * tl.load(scale_ptr)
