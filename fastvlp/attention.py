@@ -19,8 +19,9 @@ from fastvlp_kernels import packed_attention
 def _refuse(function: str, **unwanted: tuple[Any, Any]) -> None:
     """Refuse arguments that are not what they must be: name=(got, allowed)."""
     for name, (got, allowed) in unwanted.items():
-        if got != allowed:
-            raise ValueError(f"{function}: {name}={got!r} is not computed by packed_attention; only {name}={allowed!r} is")
+        if isinstance(got, Tensor) or got != allowed:
+            got = "a tensor" if isinstance(got, Tensor) else repr(got)
+            raise ValueError(f"{function}: {name}={got} is not computed by packed_attention; only {name}={allowed!r} is")
 
 
 def flash_attn_varlen_func(
@@ -55,8 +56,8 @@ def flash_attn_varlen_func(
     """
     _refuse(
         "flash_attn_varlen_func", dropout_p=(dropout_p, 0.0), window_size=(tuple(window_size), (-1, -1)), softcap=(softcap, 0.0),
-        alibi_slopes=(alibi_slopes is None or "a tensor", True), return_attn_probs=(return_attn_probs, False),
-        block_table=(block_table is None or "a tensor", True),
+        alibi_slopes=(alibi_slopes, None), return_attn_probs=(return_attn_probs, False),
+        block_table=(block_table, None),
     )  # fmt: skip
     out = packed_attention(
         q, k, v, cu_seqlens_q, None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_size=key_size,
@@ -92,7 +93,7 @@ def varlen_attn(
     causal = tuple(window_size) == (-1, 0)
     _refuse(
         "varlen_attn", return_aux=(return_aux, None), window_size=((-1, -1) if causal else tuple(window_size), (-1, -1)),
-        seqused_k=(seqused_k is None or "a tensor", True), block_table=(block_table is None or "a tensor", True),
+        seqused_k=(seqused_k, None), block_table=(block_table, None),
     )  # fmt: skip
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"varlen_attn: {query.shape[1]} query heads and {key.shape[1]} key heads; pass enable_gqa=True to share key heads")
@@ -126,12 +127,15 @@ class BlockDiagonalMask:
         """Segments of these numbers of queries and keys (None: as many as queries).
 
         Raises:
-            ValueError: there are not equally many segments of both.
+            ValueError: there are not equally many segments of both, or a length is negative.
         """
         q = torch.tensor(q_seqlen, dtype=torch.int64)
         k = q if kv_seqlen is None else torch.tensor(kv_seqlen, dtype=torch.int64)
         if len(q) != len(k):
             raise ValueError(f"BlockDiagonalMask: {len(q)} segments of queries and {len(k)} of keys; every segment needs both")
+        for name, x in (("q_seqlen", q), ("kv_seqlen", k)):
+            if len(x) and int(x.min()) < 0:
+                raise ValueError(f"BlockDiagonalMask: {name} is {x.tolist()}; the lengths of segments are 0 or more")
         starts = [torch.cat((x.new_zeros(1), x.cumsum(0))).to(device, torch.int32) for x in (q, k)]
         return cls(q, k, starts[0], starts[0] if k is q else starts[1], (1,) * len(q))
 

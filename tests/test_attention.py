@@ -70,10 +70,12 @@ def test_what_is_not_computed_is_refused_by_name():
     q, k, v, cu_q, cu_k = inputs()
     for name, value in {"dropout_p": 0.1, "window_size": (4, 4), "softcap": 30.0, "alibi_slopes": torch.ones(4), "return_attn_probs": True,
                         "block_table": torch.ones(1)}.items():  # fmt: skip
-        with pytest.raises(ValueError, match=f"flash_attn_varlen_func: {name}="):
+        only = f"; only {name}=None is" if isinstance(value, torch.Tensor) else ""
+        with pytest.raises(ValueError, match=f"flash_attn_varlen_func: {name}=.*{only}"):
             flash_attn_varlen_func(q, k, v, cu_q, cu_k, 7, 6, **{name: value})
     for name, value in {"return_aux": True, "window_size": (3, 0), "seqused_k": torch.ones(4), "block_table": torch.ones(1)}.items():
-        with pytest.raises(ValueError, match=f"varlen_attn: {name}="):
+        only = f"a tensor .*; only {name}=None is" if isinstance(value, torch.Tensor) else ""
+        with pytest.raises(ValueError, match=f"varlen_attn: {name}={only}"):
             varlen_attn(q, k, v, cu_q, cu_k, 7, 6, **{name: value})
     with pytest.raises(ValueError, match="pass enable_gqa=True"):
         varlen_attn(q, k[:, :2], v[:, :2], cu_q, cu_k, 7, 6)
@@ -87,6 +89,8 @@ def test_what_is_not_computed_is_refused_by_name():
         memory_efficient_attention(q[None], k, v)
     with pytest.raises(ValueError, match="every segment needs both"):
         BlockDiagonalMask.from_seqlens(Q, K[:2])
+    with pytest.raises(ValueError, match=r"kv_seqlen is \[5, -2\]; the lengths of segments are 0 or more"):
+        BlockDiagonalMask.from_seqlens([2, 3], [5, -2])
     mask = BlockDiagonalMask.from_seqlens(Q, K)
     for wrong in (mask.make_causal, lambda: mask.split(q[None])):
         with pytest.raises(ValueError, match="differ in number"):

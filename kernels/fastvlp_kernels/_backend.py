@@ -43,6 +43,8 @@ def why_not(impl: str, device: torch.device) -> str:
             return f"{package} is not installed: {how}"
         if device.type != "cuda":
             return f"it needs a CUDA device and the tensors are on {device.type}"
+        if impl != "xformers" and torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs a CUDA device of compute capability 8.0 (A100) or more"
     return ""
 
 

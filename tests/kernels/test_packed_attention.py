@@ -203,6 +203,26 @@ def test_a_nan_stays_in_its_segment(variant):
         assert not gradient[:4].isnan().any() and not gradient[6:].isnan().any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("operand", ["q", "k", "v", "key_bias", "scale"])
+def test_a_nan_is_passed_on(operand, value):
+    """Also where a row of scores is nothing but NaN, which PyTorch's fused attention takes for a query without keys."""
+    inputs = {name: randn(7, 2, 4, dtype=torch.float32, seed=s) for s, name in enumerate("qkv")}
+    inputs |= {"key_bias": torch.zeros(7), "scale": 0.5}
+    if operand == "scale":
+        inputs["scale"] = torch.nan
+    else:
+        inputs[operand][2:6] = value
+    results = []
+    for impl in ("cpu", "reference"):
+        leaves = [inputs[name].clone().requires_grad_() for name in "qkv"]
+        out = packed_attention(*leaves, cu([2, 4, 1]), key_bias=inputs["key_bias"], scale=inputs["scale"], impl=impl)
+        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine.nan_to_num(), expected.nan_to_num())
+        assert torch.equal(mine.isnan(), expected.isnan())
+
+
 def test_every_element_is_written(monkeypatch):
     poisoned = {name: getattr(torch.Tensor, name) for name in ("new_empty",)} | {"empty_like": torch.empty_like}
 

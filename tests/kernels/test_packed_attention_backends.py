@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastvlp_kernels import _backend
-from fastvlp_kernels.packed_attention import packed_attention
+from fastvlp_kernels.packed_attention import backends, packed_attention
 from tests.kernels.test_packed_attention import VARIANTS, cu, loop, randn
 
 QUERIES, KEYS = [3, 0, 2, 1], [2, 4, 0, 5]
@@ -164,3 +164,78 @@ def test_what_to_install_is_said(monkeypatch, impl, message):
     monkeypatch.setattr(_backend, "_installed", lambda package: False)
     with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run here: .* is not installed: {message}"):
         packed_attention(*inputs(), cu(QUERIES), cu(KEYS), impl=impl)
+
+
+LONG = {"lengths_q": [5, 4, 9], "lengths_k": [4, 6, 4], "max_q": 9, "max_k": 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({}, "flash-attn"),
+        ({"causal": True}, "flash-attn"),
+        ({"dtype": torch.float16, "width": 16}, "flash-attn"),
+        ({"lengths_q": [5, 3, 10]}, "triton"),
+        ({"lengths_k": [3, 6, 5]}, "triton"),
+        ({"lengths_q": None}, "triton"),
+        ({"lengths_k": None}, "triton"),
+        ({"max_q": None}, "triton"),
+        ({"max_k": 5}, "triton"),
+        ({"lengths_q": [], "lengths_k": []}, "triton"),
+        ({"key_size": torch.ones(14)}, "triton"),
+        ({"key_bias": torch.zeros(14)}, "triton"),
+        ({"prefix_len": torch.ones(3).long()}, "flash-attn"),
+        ({"prefix_len": torch.ones(3).long(), "causal": True}, "triton"),
+        ({"with_mass": True}, "triton"),
+        ({"dtype": torch.float32}, "triton"),
+        ({"width": 24}, "triton"),
+        ({"value_width": 8}, "triton"),
+    ],
+)
+def test_flash_attn_is_preferred_for_long_segments_that_it_can_compute(monkeypatch, changes, first):
+    monkeypatch.setattr(backends, "LONG", 4)
+    monkeypatch.setattr(backends, "WIDEST", 16)
+    options = {**LONG, "dtype": torch.bfloat16, "width": 4, "key_size": None, "key_bias": None, "prefix_len": None, "causal": False}
+    options |= {"with_mass": False} | changes
+    dtype, width = options.pop("dtype"), options.pop("width")
+    value_width, lengths = options.pop("value_width", width), [options.pop(name) for name in ("lengths_q", "lengths_k")]
+    q, k, v = (torch.zeros(*shape, dtype=dtype) for shape in ((18, 2, width), (14, 2, width), (14, 2, value_width)))
+    given = [None if x is None else torch.tensor(x, dtype=torch.int64) for x in lengths]
+    order = backends.preferred(q, k, v, *given, **options)
+    assert order[0] == first and sorted(order) == sorted(("triton", "cpu", "reference", *backends.NAMES))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert backends.preferred(q, k, v, *given, **options)[0] == "triton"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("here", [("flash-attn", "cpu"), ("cpu",)])
+def test_what_is_installed_is_taken_where_nothing_is_named(monkeypatch, here):
+    """A stand-in for flash-attn computes long segments alone, and nothing where it is not installed or something else is named."""
+    calls = []
+
+    def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+        calls.append(max_seqlen_k)
+        return by_reference(q, k, v, cu_seqlens_q.diff(), cu_seqlens_k.diff(), causal, softmax_scale)
+
+    module(monkeypatch, "flash_attn", flash_attn_varlen_func=attend)
+    monkeypatch.setattr(_backend, "why_not", lambda impl, device: "" if impl in (*here, "reference") else "not here")
+    monkeypatch.setattr(backends, "LONG", 4)
+    monkeypatch.delenv("FASTVLP_IMPL", raising=False)
+    for lengths, options in (([4, 7], {}), ([4, 7], {"impl": "cpu"}), ([4, 7], {"key_size": torch.ones(11)}), ([3, 8], {})):
+        q, k, v = (randn(11, 2, 4, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+        out = packed_attention(q, k, v, cu(lengths), max_seqlen_q=8, lengths=torch.tensor(lengths), **options)
+        exact = by_reference(q.double(), k.double(), v.double(), lengths, lengths, False, None)
+        torch.testing.assert_close(out.double(), exact, rtol=2**-6, atol=2**-7)  # what bfloat16 rounds the weights and the result to
+    assert calls == ([8] if "flash-attn" in here else [])
+
+
+def test_devices_too_old_for_flash_attn_are_told(monkeypatch):
+    monkeypatch.setattr(_backend, "_installed", lambda package: True)
+    for capability, reason in (((7, 5), "compute capability 8.0"), ((8, 0), "")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert _backend.why_not("xformers", torch.device("cuda")) == ""
+        for impl in ("flash-attn", "varlen"):
+            said = _backend.why_not(impl, torch.device("cuda"))
+            assert reason in said and bool(said) == bool(reason)

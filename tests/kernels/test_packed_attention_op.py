@@ -93,8 +93,11 @@ def test_lengths_spare_the_question_and_must_tell_the_truth():
     expected = packed_attention(q, k, v, CU)
     torch.testing.assert_close(packed_attention(q, k, v, CU, lengths=CU.diff()), expected)
     torch.testing.assert_close(packed_attention(q, k, v, CU.long(), CU, lengths=CU.diff()), expected)
-    with pytest.raises(ValueError, match="the segments hold 6 queries and 6 keys, but q has 5 rows"):
-        packed_attention(q, k, v, CU, lengths=torch.tensor([2, 1, 3]))
+    with pytest.raises(ValueError, match=r"lengths \[2, 1, 2\] are not those of cu_seqlens_q, \[2, 0, 3\]; leave lengths out"):
+        packed_attention(q, k, v, CU, lengths=torch.tensor([2, 1, 2]))
+    for impl in ("cpu", "reference", "sdpa"):
+        with pytest.raises(ValueError, match="lengths_k .* are not those of cu_seqlens_k"):
+            packed_attention(q, k, v, CU, CU, lengths_k=torch.tensor([3, 2, 0]), impl=impl)
 
 
 def test_views_of_a_fused_projection_need_no_copy_of_the_whole():
@@ -113,8 +116,20 @@ def test_an_expanded_gradient_is_taken():
         torch.testing.assert_close(ones, torch.autograd.grad(out, leaves, torch.ones(5, 2, 4)))
 
 
-def test_second_derivatives_are_refused_by_name():
-    q, k, v = qkv()
+def test_the_same_with_the_dispatcher_and_without():
+    """Parameters go through the operator, other tensors in eager mode on CPUs past it."""
+    results = []
+    for kind in (torch.nn.Parameter, lambda x: x.clone().requires_grad_()):
+        leaves = [kind(x.detach()) for x in qkv()]
+        out = packed_attention(*leaves, CU, causal=True)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert "_Direct" not in type(results[0][0].grad_fn).__name__ and "_Direct" in type(results[1][0].grad_fn).__name__
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda x: x])
+def test_second_derivatives_are_refused_by_name(kind):
+    q, k, v = map(kind, qkv())
     (gradient,) = torch.autograd.grad(packed_attention(q, k, v, CU).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="packed_attention: second derivatives"):
         gradient.sum().backward()

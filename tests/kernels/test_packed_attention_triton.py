@@ -13,7 +13,10 @@ from tests.kernels.test_packed_attention import cu, loop, randn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-KERNELS = {"_forward_kernel": "triton", "_query_kernel": "triton_backward", "_key_kernel": "triton_backward"}
+KERNELS = {
+    "_forward_kernel": "triton", "_query_kernel": "triton_backward", "_key_kernel": "triton_backward",
+    "_short_kernel": "triton_short", "_short_backward_kernel": "triton_short_backward",
+}
 # Probabilities, dS and results are rounded once each; the interpreter of Triton truncates to bfloat16 where GPUs round.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
@@ -107,15 +110,15 @@ def test_interpreted():
 
 
 def launches(monkeypatch, dtype, width, lengths, longest, extras) -> dict[str, Recorder]:
-    """The launches of a forward and a backward over segments of ``lengths`` queries and keys, not run."""
+    """The launches of a forward and a backward over 64 segments of ``lengths`` queries and keys, not run."""
     recorders = {}
-    modules = {name: import_module(f"fastvlp_kernels.packed_attention.{name}") for name in ("triton", "triton_backward")}
+    modules = {name: import_module(f"fastvlp_kernels.packed_attention.{name}") for name in set(KERNELS.values())}
     for name, module in KERNELS.items():
         recorders[name] = Recorder(getattr(modules[module], name))
         monkeypatch.setattr(modules[module], name, recorders[name])
-    S, heads = 5, 12
+    S, heads = 64, 12
     q, k = (torch.zeros(S * n, heads, width, dtype=dtype) for n in lengths)
-    starts = [cu([n] * S) for n in lengths]
+    starts = [cu([n] * S) for n in lengths] if lengths[0] != lengths[1] else [cu([lengths[0]] * S)] * 2
     terms = (torch.ones(len(k)), torch.ones(heads, len(k)), torch.ones(S, dtype=torch.int64)) if extras else (None, None, None)
     ends = (*starts, *(lengths if longest else (None, None)))
     out, lse, _ = modules["triton"].forward(q, k, k, *ends, *terms, extras, 0.1, extras)
@@ -125,16 +128,21 @@ def launches(monkeypatch, dtype, width, lengths, longest, extras) -> dict[str, R
 
 # Data type, head width, lengths of queries and keys, whether they are known, and whether everything optional is used.
 COMPILED = {
+    "stacked": (torch.bfloat16, 64, (4, 4), True, True),
     "short": (torch.bfloat16, 64, (50, 50), True, True),
     "middle": (torch.bfloat16, 64, (197, 197), True, False),
     "long": (torch.bfloat16, 128, (1000, 1000), True, True),
+    "three tiles": (torch.float16, 64, (150, 150), True, False),
     "72": (torch.float16, 72, (100, 100), True, False),
     "pooling": (torch.bfloat16, 80, (1, 256), True, False),
     "float32": (torch.float32, 64, (50, 50), False, True),
 }
 
 
-@pytest.mark.parametrize(("case", "arch"), [(c, a) for a in SHARED_LIMIT for c in COMPILED if a == 90 or c in ("short", "middle", "long")])
+EVERYWHERE = ("stacked", "short", "middle", "long")
+
+
+@pytest.mark.parametrize(("case", "arch"), [(c, a) for a in SHARED_LIMIT for c in COMPILED if a == 90 or c in EVERYWHERE])
 def test_compiled_ahead_of_time(case, arch, monkeypatch):
     dtype, width, lengths, longest, extras = COMPILED[case]
     for name, recorder in launches(monkeypatch, dtype, width, lengths, longest, extras).items():
@@ -145,7 +153,7 @@ def test_compiled_ahead_of_time(case, arch, monkeypatch):
             assert not compiled.holds("atom") and not compiled.holds("red")
             if dtype != torch.float32:
                 # The tensor cores of Hopper and Blackwell take tiles of 64 rows from 4 warps on; smaller ones go the way of Ampere.
-                rows = options["BLOCK_N" if name == "_key_kernel" else "BLOCK_M"]
+                rows = options["BLOCK_N" if name in ("_key_kernel", "_short_backward_kernel") else "BLOCK_M"]
                 assert compiled.holds("wgmma" if arch == 90 and rows >= 64 else "mma") or (arch == 100 and compiled.holds("tcgen05"))
 
 

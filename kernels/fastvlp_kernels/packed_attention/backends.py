@@ -1,4 +1,4 @@
-"""Packed attention by kernels of others, for comparison: the same result as ours, or a refusal that names what they cannot do."""
+"""Packed attention by kernels of others: the same result as ours, or a refusal that names what they cannot do; and when they are taken."""
 
 import importlib
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAMES = ("flash-attn", "xformers", "varlen", "flex", "sdpa")
+LONG = 1024  # tokens of a segment from which flash-attn's asynchronous pipelines are expected to beat the loop of our Triton kernel
+WIDEST = 128  # features of a head; wider ones leave flash-attn small tiles
 Lengths = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -20,19 +22,9 @@ def packed_attention(
     Raises:
         RuntimeError: the backend cannot compute this.
     """
-    masked = name in ("flex", "sdpa")
-    given = {"key_size": key_size is not None, "key_bias": key_bias is not None, "prefix_len": causal and prefix_len is not None}
-    if with_mass:
-        _refuse(name, "does not return the mass of keys (return_key_mass)")
-    for option, used in given.items():
-        if used and not masked:
-            _refuse(name, f"takes no {option}")
-    if not masked and q.dtype not in (torch.float16, torch.bfloat16) and not (name == "xformers" and q.dtype == torch.float32):
-        _refuse(name, f"does not compute in {q.dtype}; cast q, k and v to bfloat16 or float16")
-    if not masked and q.shape[2] > 256:
-        _refuse(name, f"takes heads of at most 256 features, not {q.shape[2]}")
-    if name in ("flash-attn", "varlen") and q.shape[2] != v.shape[2]:
-        _refuse(name, f"needs values as wide as keys, and they have {v.shape[2]} and {q.shape[2]} features")
+    reason = unable(name, q, v, key_size, key_bias, prefix_len, causal, with_mass)
+    if reason:
+        _refuse(name, reason)
     if name == "flex":
         return _flex(q, k, v, cu_q, cu_k, key_size, key_bias, prefix_len, causal, scale)
     if name == "sdpa":
@@ -46,6 +38,57 @@ def packed_attention(
         window, grouped = (-1, 0) if causal else (-1, -1), q.shape[1] != k.shape[1]
         return attend(q, k, v, *starts, *longest, scale=scale, window_size=window, **({"enable_gqa": True} if grouped else {}))
     return _flash(q, k, v, *starts, *longest, causal, scale)
+
+
+def unable(
+    name: str, q: Tensor, v: Tensor, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool,
+    with_mass: bool,
+) -> str:  # fmt: skip
+    """What the backend ``name`` cannot do of what is asked for; an empty string when it can do everything."""
+    if with_mass:
+        return "does not return the mass of keys (return_key_mass)"
+    if name in ("flex", "sdpa"):
+        return ""
+    given = {"key_size": key_size is not None, "key_bias": key_bias is not None, "prefix_len": causal and prefix_len is not None}
+    for option, used in given.items():
+        if used:
+            return f"takes no {option}"
+    if q.dtype not in (torch.float16, torch.bfloat16) and not (name == "xformers" and q.dtype == torch.float32):
+        return f"does not compute in {q.dtype}; cast q, k and v to bfloat16 or float16"
+    if q.shape[2] > 256:
+        return f"takes heads of at most 256 features, not {q.shape[2]}"
+    if name in ("flash-attn", "varlen") and q.shape[2] != v.shape[2]:
+        return f"needs values as wide as keys, and they have {v.shape[2]} and {q.shape[2]} features"
+    return ""
+
+
+def preferred(
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor | None, lengths_k: Tensor | None, max_q: int | None, max_k: int | None,
+    key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, with_mass: bool,
+) -> tuple[str, ...]:  # fmt: skip
+    """All implementations, the first of which that runs here is taken: "triton" before "cpu", but "flash-attn" before both where
+
+    * every segment has LONG queries and LONG keys or more, as ``lengths`` say, and the longest are known: a short segment leaves most
+      of its tiles of 128 rows empty, while the Triton kernels have one pass over whole segments, several of them in a program;
+    * heads are at most WIDEST features wide, in bfloat16 or float16, and there are no sizes, biases or prefixes, and no mass;
+    * gradients need not be deterministic (its dQ is summed by atomics), and no compiler traces.
+
+    The others are never first: xformers and sdpa need the lengths on the host, and repeat heads or pad; flex makes its mask in every
+    call; varlen is flash-attn's kernel behind arguments that have changed between versions of PyTorch. All of this is reasoned from how
+    the kernels work, and unmeasured: none has run on a GPU here.
+    """
+    ours = ("triton", "cpu", "reference")
+    free = not (torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled())
+    if free and _long(q, lengths_q, max_q) and _long(k, lengths_k, max_k) and q.shape[2] <= WIDEST:
+        if not unable("flash-attn", q, v, key_size, key_bias, prefix_len, causal, with_mass):
+            return ("flash-attn", *ours, *NAMES[1:])
+    return (*ours, *NAMES)
+
+
+def _long(x: Tensor, lengths: Tensor | None, longest: int | None) -> bool:
+    if lengths is None or longest is None or not 0 < LONG * len(lengths) <= x.shape[0]:
+        return False
+    return int(lengths.min()) >= LONG and int(lengths.max()) <= longest
 
 
 def _refuse(name: str, what: str) -> None:

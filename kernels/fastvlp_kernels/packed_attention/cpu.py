@@ -45,6 +45,8 @@ def forward(
             lse = out.new_zeros(out.shape[:3], dtype=sum_dtype(q.dtype))
         if fused:
             out, lse = _flash(*_operands(x, run), 0.0, causal, attn_mask=_mask(x, run), scale=scale)
+            if lse.count_nonzero() < lse.numel() and _may_be_nan(x, run):
+                out, _ = _dense(x, run)
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.flatten())
     out = _join(outs, q.new_empty(0, q.shape[1], v.shape[2]))
@@ -152,6 +154,16 @@ def _flashes(x: _Inputs, run: Run) -> bool:
     biased = x.bias is not None and x.bias.dtype != x.q.dtype
     dense_rows = all(t.stride(2) == 1 for t in (x.q, x.k, x.v))
     return not (masked or biased) and dense_rows and x.q.device.type == "cpu" and min(run.n, run.m) > 0 and x.q.shape[2] == x.v.shape[2]
+
+
+def _may_be_nan(x: _Inputs, run: Run) -> bool:
+    """Whether scores of a run can be NaN: no product exceeds that of the norms.
+
+    The fused attention takes a short row of nothing but NaN for one that sees no key: out and lse are 0.
+    """
+    q, k = (torch.linalg.vector_norm(t, dtype=sum_dtype(t.dtype)) for t in (x.q[run.queries], x.k[run.keys]))
+    bound = q * k * x.scale
+    return not bool((bound if x.bias is None else bound + x.bias[:, run.keys].exp().sum()).isfinite())
 
 
 def _mask(x: _Inputs, run: Run) -> Tensor | None:

@@ -1,18 +1,20 @@
 """``packed_attention``: attention inside each segment of a packed batch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastvlp_kernels import _backend, _check
 from fastvlp_kernels._inputs import product_dtype, sum_dtype
+from fastvlp_kernels._ragged import read_lengths
 
 from . import backends, cpu, reference
 
 IMPLEMENTATIONS = ("triton", "cpu", "reference", *backends.NAMES)
 
 
-@torch.library.custom_op("fastvlp::packed_attention", mutates_args=())
-def _packed_attention(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None,
     key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool, impl: str,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
@@ -26,6 +28,9 @@ def _packed_attention(
     return cpu.forward(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale, with_mass)
 
 
+_packed_attention = torch.library.custom_op("fastvlp::packed_attention", _forward, mutates_args=())
+
+
 @_packed_attention.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, with_mass, impl,
       max_seqlen_q=None, max_seqlen_k=None):  # fmt: skip
@@ -34,8 +39,7 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bia
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), lse, mass
 
 
-@torch.library.custom_op("fastvlp::packed_attention_backward", mutates_args=())
-def _packed_attention_backward(
+def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     lengths: Tensor | None, lengths_k: Tensor | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None,
     causal: bool, scale: float, needs: list[bool], impl: str, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
@@ -45,8 +49,12 @@ def _packed_attention_backward(
 
         saved = (grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return triton_backward.backward(*saved, key_size, key_bias, prefix_len, causal, scale, needs)
-    host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
-    return cpu.backward(grad, q, k, v, out, lse, *host, key_size, key_bias, prefix_len, causal, scale, needs)
+    if lengths is None or lengths_k is None:
+        lengths, lengths_k = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
+    return cpu.backward(grad, q, k, v, out, lse, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, needs)
+
+
+_packed_attention_backward = torch.library.custom_op("fastvlp::packed_attention_backward", _gradients, mutates_args=())
 
 
 @_packed_attention_backward.register_fake
@@ -64,13 +72,32 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
-    grads = torch.ops.fastvlp.packed_attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, needs, ctx.impl, *ctx.longest)
+    direct = _untraced(grad) and not torch.is_grad_enabled()
+    run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.packed_attention_backward
+    grads = run(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, needs, ctx.impl, *ctx.longest)
     dq, dk, dv, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dq, dk, dv, *[None] * 5, dbias, *[None] * 7
 
 
+def _untraced(x: Tensor) -> bool:
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return type(x) is Tensor and x.device.type == "cpu" and not transformed
+
+
 def _refuse(ctx, *_):
     raise RuntimeError("packed_attention: second derivatives are not available; use impl='reference' for them")
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without the Python of ``custom_op``, which takes longer than the attention of a few short segments on a CPU."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 _packed_attention.register_autograd(_backward, setup_context=_setup)
@@ -79,17 +106,10 @@ _packed_attention_backward.register_autograd(_refuse)
 
 def _host(cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> tuple[Tensor, Tensor]:
     """The lengths on the CPU, read from the device where the caller did not give them."""
-    host = _read("cu_seqlens_q", cu_q) if lengths is None else lengths
-    if lengths_k is not None:
-        return host, lengths_k
-    return host, host if cu_k is cu_q else _read("cu_seqlens_k", cu_k)
-
-
-def _read(name: str, cu_seqlens: Tensor) -> Tensor:
-    starts = cu_seqlens.cpu()
-    if starts[0] != 0:
-        raise ValueError(f"packed_attention: {name} starts at {int(starts[0])}; it must start at 0")
-    return starts.diff()
+    host = read_lengths("packed_attention", "cu_seqlens_q", cu_q, "lengths", lengths)
+    if cu_k is cu_q and (lengths_k is None or lengths_k is lengths):
+        return host, host
+    return host, read_lengths("packed_attention", "cu_seqlens_k", cu_k, "lengths_k", lengths_k)
 
 
 def packed_attention(
@@ -123,7 +143,8 @@ def packed_attention(
         max_seqlen_q, max_seqlen_k: the longest segments (``Packed.max_seqlen``). On GPUs they let short segments run in one pass; None:
             nothing is known of them. max_seqlen_k None with cu_seqlens_k None: that of q. A segment that is longer gets NaN, or its
             right values.
-        key_size: [Tk], how many tokens a key stands for (proportional attention, ToMe); has no gradient. 0 hides a key.
+        key_size: [Tk], how many tokens a key stands for (proportional attention, ToMe); has no gradient. 0 hides a key;
+            below 0, which nobody checks, is no size.
         key_bias: [Tk] or [H, Tk], has a gradient. -inf hides a key.
         prefix_len: integers [S]; with ``causal`` the first prefix_len[s] keys of segment s are visible to all its queries (prefix-LM).
         causal: query i of n sees key j of m only if j <= i + m - n: the last query sees everything.
@@ -132,9 +153,10 @@ def packed_attention(
         lengths, lengths_k: integers [S] on the CPU, what cu_seqlens_q and cu_seqlens_k say (``Packed.lengths``). Without them impl
             "cpu", "reference", "xformers" and "sdpa" read them from cu_seqlens, which on a CUDA device costs a synchronisation.
             "triton" never asks; there cu_seqlens must end at Tq and Tk, which nobody checks.
-        impl: "triton", "cpu", "reference"; None takes the first that runs on the device (float64: never Triton). "flash-attn",
-            "xformers", "varlen" (torch.nn.attention.varlen), "flex" (FlexAttention) and "sdpa" (padded) are others' kernels, for
-            comparison; what one of them cannot compute it refuses by name. The environment variable FASTVLP_IMPL names one too.
+        impl: "triton", "cpu", "reference"; None takes the first that runs on the device (float64: never Triton), and on CUDA devices
+            flash-attn, where that is installed, for segments of 1,024 tokens and more that it can compute (``backends.preferred``).
+            "flash-attn", "xformers", "varlen" (torch.nn.attention.varlen), "flex" (FlexAttention) and "sdpa" (padded) are others'
+            kernels; what one of them cannot compute it refuses by name. The environment variable FASTVLP_IMPL names one too.
 
     Returns:
         out: [Tq, H, e] in the dtype of q, 0 for a query that sees no key; with ``return_key_mass`` (out, mass).
@@ -153,7 +175,9 @@ def packed_attention(
         cu_seqlens_k, lengths_k = cu_seqlens_q, lengths
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    chosen = _backend.choose("packed_attention", impl, q.device, IMPLEMENTATIONS)
+    lengths_and_longest = (lengths, lengths_k, max_seqlen_q, max_seqlen_k)
+    order = backends.preferred(q, k, v, *lengths_and_longest, key_size, key_bias, prefix_len, causal, return_key_mass)
+    chosen = _backend.choose("packed_attention", impl, q.device, order)
     if chosen == "triton" and q.dtype == torch.float64:
         if impl == "triton":
             raise RuntimeError("packed_attention: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
@@ -167,7 +191,8 @@ def packed_attention(
         host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
         out, mass = reference.packed_attention(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale)
     else:
-        out, _, mass = torch.ops.fastvlp.packed_attention(
+        run = _Direct.apply if chosen == "cpu" and _untraced(q) else torch.ops.fastvlp.packed_attention
+        out, _, mass = run(
             q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, return_key_mass,
             chosen, max_seqlen_q, max_seqlen_k,
         )  # fmt: skip
@@ -180,7 +205,7 @@ def _check_inputs(
 ) -> None:
     op = "packed_attention"
     _check.plain_tensors(
-        op, q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_size=key_size, key_bias=key_bias, prefix_len=prefix_len
+        op, 4, q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_size=key_size, key_bias=key_bias, prefix_len=prefix_len
     )
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 3:

@@ -1,4 +1,4 @@
-"""Packed attention on GPUs, forward: a program per tile of a segment's queries and head.
+"""Packed attention on GPUs, forward: a program per tile of a segment's queries and head. Short segments: ``triton_short``.
 
 Tiles begin where segments begin, so that a short segment costs one small program and no product with its neighbours. Which segment a
 program has follows from the longest length; where that is not known, or few segments are that long, by a binary search: segment s owns
@@ -45,10 +45,10 @@ class Side(NamedTuple):
         return slots, NO_STEP, True
 
     def whole(self, most: int) -> int:
-        """Width of a tile that holds all keys of any segment and wastes little, or 0."""
+        """Columns of tiles that hold all keys of any segment and waste little, or 0."""
         if self.longest is None:
             return 0
-        width = max(16, triton.next_power_of_2(self.longest))
+        width = 192 if 128 < self.longest <= 192 else max(16, triton.next_power_of_2(self.longest))
         return width if width <= most and (width <= 64 or self.tokens >= WHOLE_USE * self.segments * width) else 0
 
 
@@ -61,19 +61,19 @@ def rows_of(longest: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(longest)))
 
 
-def config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int | bool]:
+def config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int]:
     """Block sizes and launch options of the forward pass for heads of ``width``."""
     if dtype == torch.float32:
         rows, columns = rows_of(queries.typical, 32), rows_of(keys.typical, 32)
-        return {"BLOCK_M": rows, "BLOCK_N": columns, "WHOLE": False, "num_warps": 8, "num_stages": 2}
-    wide, whole = width > 64, keys.whole(128)
-    rows = rows_of(queries.typical, 128 if queries.typical > 512 and not whole else 64)
-    columns = whole or rows_of(keys.typical, 32 if wide and rows == 128 else 64)
+        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
+    wide = width > 64
+    rows = rows_of(queries.typical, 128 if queries.typical > 512 else 64)
+    columns = rows_of(keys.typical, 32 if wide and rows == 128 else 64)
     if rows * columns <= 2048 and not wide:
         warps = 1 if rows * columns <= 512 else 2
     else:
-        warps = 8 if rows == 128 or (wide and rows == 64 and (columns == 128 or not whole)) else 4
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "WHOLE": bool(whole), "num_warps": warps, "num_stages": 1 if whole else 2 if wide else 3}
+        warps = 8 if rows == 128 or (wide and rows == 64) else 4
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": 2 if wide else 3}
 
 
 @triton.jit
@@ -117,6 +117,15 @@ def store(ptr, value, first, offs, inside, stride, WIDTH: tl.constexpr, BLOCK: t
 
 
 @triton.jit
+def fill(ptr, first, length, block, blocks, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """NaN behind the ``blocks`` tiles of a segment of ``length``: a longest length that is too small must not go unseen."""
+    offs = tl.arange(0, ROWS)
+    nothing = tl.full((ROWS, BLOCK), float("nan"), tl.float32)
+    for rest in range((blocks + block) * ROWS, length, blocks * ROWS):
+        store(ptr, nothing, first + rest, offs, rest + offs < length, stride, WIDTH, BLOCK)
+
+
+@triton.jit
 def key_terms(size_ptr, bias_ptr, first, offs, inside):
     """What is added to the scores of keys, in powers of 2 (-inf: the key is hidden), and their sizes."""
     term = tl.zeros(offs.shape, tl.float32)
@@ -137,11 +146,32 @@ def limits(prefix_ptr, segment, rows, n, m):
     return limit
 
 
+@triton.jit
+def attend(s, v, size_ptr, size, highest, total, acc, PRECISION: tl.constexpr):
+    """The highest score of each row, its sum and its unnormalised result, after the keys with scores s [rows, keys] too."""
+    higher = tl.maximum(highest, tl.max(s, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(s - shift[:, None])
+    if size_ptr is not None:
+        p *= size[None, :]
+    shrink = tl.exp2(highest - shift)
+    return higher, total * shrink + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+
+
+@triton.jit
+def finish(out_ptr, lse_ptr, highest, total, acc, first, offs, inside, H, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Store the results of rows, 0 for those without keys, and their lse."""
+    some = total != 0
+    lse = tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), float("inf"))
+    tl.store(lse_ptr + first + offs, lse, mask=inside)
+    store(out_ptr, acc / tl.where(some, total, 1.0)[:, None], first, offs, inside, H * E, E, BLOCK_E)
+
+
 @triton.jit(do_not_specialize=["S", "Tq", "Tk", "blocks", "bias_stride"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr, out_ptr, lse_ptr,
     S, Tq, Tk, H, group, blocks, scale, bias_stride, stride_q, stride_k, stride_v, head_q, head_k, head_v,
-    CAUSAL: tl.constexpr, SEARCH: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    CAUSAL: tl.constexpr, SEARCH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -159,14 +189,10 @@ def _forward_kernel(
     if bias_ptr is not None:
         bias_ptr += head.to(tl.int64) * bias_stride
     scale *= LOG2E
-    if WHOLE:
-        scale = tl.where(m > BLOCK_N, float("nan"), scale)
     if not SEARCH:
-        # A longest length that is too small must not go unseen.
         scale = tl.where(n > blocks * BLOCK_M, float("nan"), scale)
-        for rest in range((blocks + block) * BLOCK_M, n, blocks * BLOCK_M):
-            nothing = tl.full((BLOCK_M, BLOCK_E), float("nan"), tl.float32)
-            store(out_ptr, nothing, first_q + rest, in_m, rest + in_m < n, H * E, E, BLOCK_E)
+        fill(out_ptr, first_q, n, block, blocks, H * E, E, BLOCK_E, BLOCK_M)
+        fill(lse_ptr, first_q, n, block, blocks, 1, 1, 1, BLOCK_M)
     row = block * BLOCK_M
     if row < n:
         rows = row + in_m
@@ -178,8 +204,6 @@ def _forward_kernel(
         if CAUSAL:
             limit = limits(prefix_ptr, segment, rows, n, m)
             last = tl.minimum(m, tl.max(limit, 0))
-        if WHOLE:
-            last = BLOCK_N
         for key in range(0, last, BLOCK_N):
             keys = key + in_n
             k = tile(k_ptr, first_k + key, in_n, keys < m, stride_k, D, BLOCK_D, UPCAST)
@@ -188,19 +212,8 @@ def _forward_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + term[None, :]
             if CAUSAL:
                 s = tl.where(keys[None, :] < limit[:, None], s, float("-inf"))
-            higher = tl.maximum(highest, tl.max(s, 1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            p = tl.exp2(s - shift[:, None])
-            if size_ptr is not None:
-                p *= size[None, :]
-            shrink = tl.exp2(highest - shift)
-            total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-            highest = higher
-        some = total != 0
-        lse = tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), float("inf"))
-        tl.store(lse_ptr + (first_q + row) + in_m, lse, mask=rows < n)
-        store(out_ptr, acc / tl.where(some, total, 1.0)[:, None], first_q + row, in_m, rows < n, H * E, E, BLOCK_E)
+            highest, total, acc = attend(s, v, size_ptr, size, highest, total, acc, PRECISION)
+        finish(out_ptr, lse_ptr, highest, total, acc, first_q + row, in_m, rows < n, H, E, BLOCK_E)
 
 
 def operands(*tensors: Tensor) -> tuple[list[Tensor], int]:
@@ -223,21 +236,27 @@ def forward(
     """out [Tq, H, e], lse [H * Tq] to base 2, mass [Tk] or [0]."""
     (Tq, H, D), E = q.shape, v.shape[2]
     queries, keys = Side(cu_q, Tq, max_q), Side(cu_k, k.shape[0], max_k)
+    from . import triton_short
+
     out = q.new_empty(Tq, H, E)
     lse = torch.empty(H * Tq, dtype=torch.float32, device=q.device)
     if Tq and queries.segments:
         (qs, ks, vs), align = operands(q, k, v)
         size, bias, bias_stride = key_options(k, key_size, key_bias)
-        options = config(q.dtype, max(D, E), queries, keys)
-        tiles, blocks, search = queries.tiles(options["BLOCK_M"])
+        tensors = (qs, ks, vs, cu_q.contiguous(), cu_k.contiguous(), size, bias, prefix_len, out, lse)
+        sizes = (queries.segments, Tq, keys.tokens, H, H // k.shape[1])
+        terms = (scale, bias_stride, *(x.stride(axis) for axis in (0, 1) for x in (qs, ks, vs)))
+        fixed = {"CAUSAL": causal, "ALIGN": align, "PRECISION": precision(), "UPCAST": upcast(),
+                 "D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}  # fmt: skip
+        short = triton_short.config(q.dtype, max(D, E), queries, keys, causal, size is not None or bias is not None)
         with torch.cuda.device_of(q):
-            _forward_kernel[(tiles * H,)](
-                qs, ks, vs, cu_q.contiguous(), cu_k.contiguous(), size, bias, prefix_len, out, lse,
-                queries.segments, Tq, keys.tokens, H, H // k.shape[1], blocks, scale, bias_stride,
-                qs.stride(0), ks.stride(0), vs.stride(0), qs.stride(1), ks.stride(1), vs.stride(1),
-                CAUSAL=causal, SEARCH=search, ALIGN=align, PRECISION=precision(), UPCAST=upcast(),
-                D=D, E=E, BLOCK_D=padded(D), BLOCK_E=padded(E), **options,
-            )  # fmt: skip
+            if short is not None:
+                programs, known = triton_short.programs(queries, keys, H, short)
+                triton_short._short_kernel[(programs * H,)](*tensors, *sizes, *known, *terms, **fixed, **short)
+            else:
+                options = config(q.dtype, max(D, E), queries, keys)
+                tiles, blocks, search = queries.tiles(options["BLOCK_M"])
+                _forward_kernel[(tiles * H,)](*tensors, *sizes, blocks, *terms, SEARCH=search, **fixed, **options)
     if not with_mass:
         return out, lse, torch.empty(0, dtype=torch.float32, device=q.device)
     from .triton_backward import key_mass

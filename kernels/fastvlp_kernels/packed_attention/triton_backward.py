@@ -1,7 +1,7 @@
 """Packed attention on GPUs, backward and the mass of keys: no atomics, every element has one program that owns it.
 
-A program of ``_key_kernel`` owns a tile of keys: their dK, dV, bias gradients and mass. Where the tile holds all keys of the segment it
-makes dQ too, and a segment and key head are one program; else ``_query_kernel`` has made dQ before, and the rows' sums of P * dP.
+``_query_kernel`` makes dQ and the rows' sums of P * dP, then ``_key_kernel``, whose programs own a tile of keys, their dK, dV and bias
+gradients (or their mass). Of short segments ``triton_short_backward`` makes all in one program.
 """
 
 import torch
@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import precision, upcast
-from .triton import LOG2E, Side, key_options, key_terms, limits, operands, padded, rows_of, span, store, tile, tile_of
+from . import triton_short_backward
+from .triton import LOG2E, Side, fill, key_options, key_terms, limits, operands, padded, rows_of, span, store, tile, tile_of
+from .triton_short import stacking
 
 
 def query_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int]:
@@ -22,15 +24,13 @@ def query_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> d
     return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8 if wide and rows * columns == 4096 else 4, "num_stages": 2}
 
 
-def key_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int | bool]:
+def key_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int]:
     """Block sizes and launch options of the kernel that owns keys."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": rows_of(keys.typical, 32), "WHOLE": False, "num_warps": 8, "num_stages": 1}
-    wide = width > 64
-    whole = keys.whole(64 if wide else 128)
-    rows, columns = rows_of(queries.typical, 32), whole or rows_of(keys.typical, 64)
-    warps = 8 if columns == 128 or (columns == 64 and wide) else 4
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "WHOLE": bool(whole), "num_warps": warps, "num_stages": 1 if whole or wide else 2}
+        return {"BLOCK_M": 16, "BLOCK_N": rows_of(keys.typical, 32), "num_warps": 8, "num_stages": 1}
+    wide, columns = width > 64, rows_of(keys.typical, 64)
+    warps = 8 if wide and columns == 64 else 4
+    return {"BLOCK_M": rows_of(queries.typical, 32), "BLOCK_N": columns, "num_warps": warps, "num_stages": 1 if wide else 2}
 
 
 @triton.jit(do_not_specialize=["S", "Tq", "Tk", "blocks", "bias_stride"])
@@ -57,6 +57,8 @@ def _query_kernel(
         bias_ptr += head.to(tl.int64) * bias_stride
     if dq_ptr is not None:
         dq_ptr += head.to(tl.int64) * D
+    if dq_ptr is not None and not SEARCH:
+        fill(dq_ptr, first_q, n, block, blocks, H * D, D, BLOCK_D, BLOCK_M)
     row = block * BLOCK_M
     if row < n:
         rows = row + in_m
@@ -91,12 +93,12 @@ def _query_kernel(
 @triton.jit(do_not_specialize=["S", "Tq", "Tk", "blocks", "bias_stride"])
 def _key_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dbias_ptr, mass_ptr,
+    dk_ptr, dv_ptr, dbias_ptr, mass_ptr,
     S, Tq, Tk, H, group, blocks, scale, bias_stride, stride_g, stride_q, stride_k, stride_v, head_g, head_q, head_k, head_v,
-    CAUSAL: tl.constexpr, SEARCH: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, SEARCH: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk [Tk, H / group, D], dv [.., E], dbias and mass [H, Tk], each if wanted; dq [Tq, H, D] where the tile is WHOLE."""
+    """dk [Tk, H / group, D], dv [.., E], dbias and mass [H, Tk], each if wanted."""
     kv_heads = H // group
     head_kv = tl.program_id(0) % kv_heads
     segment, block = tile_of(cu_k_ptr, tl.program_id(0) // kv_heads, S, blocks, SEARCH, BLOCK_N)
@@ -107,7 +109,7 @@ def _key_kernel(
     if v_ptr is not None:
         v_ptr += tl.multiple_of(head_kv.to(tl.int64) * head_v, ALIGN)
     key = block * BLOCK_N
-    if WHOLE or key < m:
+    if key < m:
         keys = key + in_n
         k = tile(k_ptr, first_k + key, in_n, keys < m, stride_k, D, BLOCK_D, UPCAST)
         if v_ptr is not None:
@@ -115,7 +117,7 @@ def _key_kernel(
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         begin = 0
-        if CAUSAL and not WHOLE:
+        if CAUSAL:
             # Before the first query that sees a key of this tile; with a prefix it may be that all do.
             begin = tl.maximum(key + n - m, 0) // BLOCK_M * BLOCK_M
             if prefix_ptr is not None:
@@ -148,26 +150,28 @@ def _key_kernel(
                         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
                     if v_ptr is not None:
                         dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-                        if WHOLE:
-                            delta = tl.sum(p * dp, 0)
-                        else:
-                            delta = tl.load(delta_ptr + (at + row) + in_m, mask=rows < n, other=0.0)
+                        delta = tl.load(delta_ptr + (at + row) + in_m, mask=rows < n, other=0.0)
                         ds = p * (dp - delta[None, :])
                         if dbias_ptr is not None:
                             sums += tl.sum(ds, 1)
                         if dk_ptr is not None:
                             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-                        if dq_ptr is not None:
-                            dq = tl.dot(tl.trans(ds.to(k.dtype)), k, input_precision=PRECISION) * scale
-                            store(dq_ptr + head.to(tl.int64) * D, dq, first_q + row, in_m, rows < n, H * D, D, BLOCK_D)
             if dbias_ptr is not None:
                 tl.store(dbias_ptr + head.to(tl.int64) * Tk + (first_k + key) + in_n, sums, mask=keys < m)
+                if not SEARCH:
+                    fill(dbias_ptr + head.to(tl.int64) * Tk, first_k, m, block, blocks, 1, 1, 1, BLOCK_N)
             if mass_ptr is not None:
                 tl.store(mass_ptr + head.to(tl.int64) * Tk + (first_k + key) + in_n, sums, mask=keys < m)
+                if not SEARCH:
+                    fill(mass_ptr + head.to(tl.int64) * Tk, first_k, m, block, blocks, 1, 1, 1, BLOCK_N)
         if dk_ptr is not None:
             store(dk_ptr + head_kv.to(tl.int64) * D, dk * scale, first_k + key, in_n, keys < m, kv_heads * D, D, BLOCK_D)
         if dv_ptr is not None:
             store(dv_ptr + head_kv.to(tl.int64) * E, dv, first_k + key, in_n, keys < m, kv_heads * E, E, BLOCK_E)
+        if dk_ptr is not None and not SEARCH:
+            fill(dk_ptr + head_kv.to(tl.int64) * D, first_k, m, block, blocks, kv_heads * D, D, BLOCK_D, BLOCK_N)
+        if dv_ptr is not None and not SEARCH:
+            fill(dv_ptr + head_kv.to(tl.int64) * E, first_k, m, block, blocks, kv_heads * E, E, BLOCK_E, BLOCK_N)
 
 
 def key_mass(
@@ -180,12 +184,12 @@ def key_mass(
     if Tq and Tk and queries.segments:
         (qs, ks), align = operands(q, k)
         size, bias, bias_stride = key_options(k, key_size, key_bias)
-        options = key_config(q.dtype, D, queries, keys) | {"WHOLE": False}
+        options = key_config(q.dtype, D, queries, keys)
         tiles, blocks, search = keys.tiles(options["BLOCK_N"])
         with torch.cuda.device_of(q):
             _key_kernel[(tiles * k.shape[1],)](
                 None, qs, ks, None, lse, None, queries.cu.contiguous(), keys.cu.contiguous(), size, bias, prefix_len,
-                None, None, None, None, mass, queries.segments, Tq, Tk, H, H // k.shape[1], blocks, scale, bias_stride,
+                None, None, None, mass, queries.segments, Tq, Tk, H, H // k.shape[1], blocks, scale, bias_stride,
                 0, qs.stride(0), ks.stride(0), 0, 0, qs.stride(1), ks.stride(1), 0, CAUSAL=causal, SEARCH=search, ALIGN=align,
                 PRECISION=precision(), UPCAST=upcast(), D=D, E=D, BLOCK_D=padded(D), BLOCK_E=padded(D), **options,
             )  # fmt: skip
@@ -206,29 +210,36 @@ def backward(
         (gs, qs, ks, vs), align = operands(grad, q, k, v)
         size, bias, bias_stride = key_options(k, key_size, key_bias)
         cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
-        options = key_config(q.dtype, max(D, E), queries, keys)
         through_scores = needs[0] or needs[1] or needs[3]
-        whole = options["WHOLE"] or not through_scores
-        common = (scale, bias_stride, *(x.stride(axis) for axis in (0, 1) for x in (gs, qs, ks, vs)))
+        made = (dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, dbias if needs[3] else None)
+        terms = (scale, bias_stride, *(x.stride(axis) for axis in (0, 1) for x in (gs, qs, ks, vs)))
         fixed = {"CAUSAL": causal, "ALIGN": align, "PRECISION": precision(), "UPCAST": upcast(),
                  "D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}  # fmt: skip
         sizes = (queries.segments, Tq, Tk, H, H // k.shape[1])
-        delta = None if whole else torch.empty(H * Tq, dtype=torch.float32, device=q.device)
+        short = triton_short_backward.config(q.dtype, max(D, E), queries, keys) if through_scores else None
         with torch.cuda.device_of(q):
-            if not whole:
-                rows = query_config(q.dtype, max(D, E), queries, keys)
-                tiles, blocks, search = queries.tiles(rows["BLOCK_M"])
-                _query_kernel[(tiles * H,)](
-                    gs, qs, ks, vs, out, lse, cu_q, cu_k, size, bias, prefix_len, dq if needs[0] else None, delta,
-                    *sizes, blocks, *common, SEARCH=search, **fixed, **rows,
+            if short is not None:
+                known = stacking(queries, keys)
+                programs = triton.cdiv(Tq, known[1]) if short["STACK"] else queries.segments
+                triton_short_backward._short_backward_kernel[(programs * k.shape[1],)](
+                    gs, qs, ks, vs, lse, cu_q, cu_k, size, bias, prefix_len, *made, *sizes, *known, *terms, **fixed, **short,
                 )  # fmt: skip
-            if needs[1] or needs[2] or needs[3] or whole:
-                tiles, blocks, search = (queries.segments, 1, False) if options["WHOLE"] else keys.tiles(options["BLOCK_N"])
-                _key_kernel[(tiles * k.shape[1],)](
-                    gs, qs, ks, vs if through_scores else None, lse, delta, cu_q, cu_k, size, bias, prefix_len,
-                    dq if whole and needs[0] else None, dk if needs[1] else None, dv if needs[2] else None,
-                    dbias if needs[3] else None, None, *sizes, blocks, *common, SEARCH=search, **fixed, **options,
-                )  # fmt: skip
+            else:
+                delta = torch.empty(H * Tq if through_scores else 0, dtype=torch.float32, device=q.device)
+                if through_scores:
+                    rows = query_config(q.dtype, max(D, E), queries, keys)
+                    tiles, blocks, search = queries.tiles(rows["BLOCK_M"])
+                    _query_kernel[(tiles * H,)](
+                        gs, qs, ks, vs, out, lse, cu_q, cu_k, size, bias, prefix_len, made[0], delta,
+                        *sizes, blocks, *terms, SEARCH=search, **fixed, **rows,
+                    )  # fmt: skip
+                if needs[1] or needs[2] or needs[3]:
+                    options = key_config(q.dtype, max(D, E), queries, keys)
+                    tiles, blocks, search = keys.tiles(options["BLOCK_N"])
+                    _key_kernel[(tiles * k.shape[1],)](
+                        gs, qs, ks, vs if through_scores else None, lse, delta, cu_q, cu_k, size, bias, prefix_len,
+                        *made[1:], None, *sizes, blocks, *terms, SEARCH=search, **fixed, **options,
+                    )  # fmt: skip
     if key_bias is not None and needs[3]:
         dbias = (dbias.sum(0) if key_bias.ndim == 1 else dbias).to(key_bias.dtype)
     return dq, dk, dv, dbias
