@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlp_kernels import Packed, token_select
+from fastvlp_kernels._backend import why_not
+from fastvlp_kernels.token_select import cuda
 from tests.kernels.aot import SHARED_LIMIT, Recorder
 from tests.kernels.interpreter import interpreted
 
@@ -141,13 +143,17 @@ def test_meta_tensors_know_their_shapes():
         ({"keep": -2}, ValueError, "keep is -2; it must be a count"),
         ({"keep": 1.5}, ValueError, "keep is 1.5"),
         ({"keep": "all"}, TypeError, "keep is str"),
+        ({"keep": torch.tensor([1, -1, 2])}, ValueError, r"keep is \[1, -1, 2\]; it must hold counts of 0 or more"),
+        ({"keep": torch.tensor([0.5, 2.0, 0.5])}, ValueError, r"or shares \(floats, 0 to 1\)"),
         ({"keep": torch.ones(2)}, ValueError, r"keep has shape \(2,\)"),
         ({"total": 5}, ValueError, "total is 5; 6 tokens are kept"),
         ({"protected": -1}, ValueError, "protected is -1"),
+        ({"protected": 0.5}, ValueError, "protected is 0.5; it must be an int"),
         ({"lengths": torch.tensor([5, 1, 6])}, ValueError, "are not those of cu_seqlens"),
         ({"cu_seqlens": CU - 1}, ValueError, "it must start at 0"),
         ({"cu_seqlens": CU[:3]}, ValueError, "the segments hold 5 tokens, but there are 12 rows"),
-        ({"impl": "cuda"}, ValueError, "impl='cuda' is unknown"),
+        ({"impl": "sort"}, ValueError, "impl='sort' is unknown; allowed: triton, cpu, cuda, reference"),
+        ({"impl": "cuda"}, RuntimeError, "impl='cuda' cannot run here: (CuPy is not installed: pip|it needs a CUDA device)"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, error, message):
@@ -155,14 +161,16 @@ def test_what_does_not_fit_is_refused(changes, error, message):
         token_select(**{"scores": torch.zeros(12), "cu_seqlens": CU, "keep": 3} | changes)
     with pytest.raises(ValueError, match=r"the selection is of 12 rows"):
         token_select(torch.zeros(12), CU, 3).take(torch.zeros(11))
+    with pytest.raises(ValueError, match=r"made for segments of \[5, 0, 7\] tokens, but these have \[7, 5\]"):
+        token_select(torch.zeros(12), CU, 3).apply(Packed.of(torch.zeros(12), [7, 5]))
 
 
-def compare(lengths, device="cpu", dtype=torch.float32):
+def compare(lengths, device="cpu", dtype=torch.float32, impl="triton"):
     for keep, protected in ((4, 0), (0.29, 0), (5, 2), (1, 3), (torch.arange(len(lengths)), 1), (torch.rand(len(lengths)), 0)):
         for scores in (levels(sum(lengths)), torch.randn(sum(lengths))):
             scores = scores.to(dtype)
             scores[::7], scores[1::9] = torch.nan, torch.inf
-            mine = token_select(scores.to(device), cu(lengths).to(device), keep, protected=protected, impl="triton")
+            mine = token_select(scores.to(device), cu(lengths).to(device), keep, protected=protected, impl=impl)
             true = token_select(scores, cu(lengths), keep, protected=protected, impl="reference")
             for field in ("index", "cu_seqlens", "lengths"):
                 assert torch.equal(getattr(mine, field).cpu(), getattr(true, field)), (field, keep, protected)
@@ -207,13 +215,24 @@ def test_kernels_compile(arch, monkeypatch):
         assert not compiled.holds("atom") and not compiled.holds("red")
 
 
-@needs_triton
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=needs_triton), "cuda"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_on_the_device():
-    compare([197, 0, 1, 50, 700, 64], "cuda")
-    scores, starts = torch.rand(400, device="cuda"), cu([200, 200]).cuda()
+def test_on_the_device(impl):
+    if impl == "cuda" and (reason := why_not("cuda", torch.device("cuda")) or cuda.why_not()):
+        pytest.skip(reason)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        compare([197, 0, 1, 50, 700, 64], "cuda", dtype, impl)
+    compare([40_000, 3], "cuda", impl=impl)
+    compare([], "cuda", impl=impl)
+    scores, starts, lengths = torch.rand(400, device="cuda"), cu([200, 200]).cuda(), torch.tensor([200, 200])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        token_select(scores, starts, 0.5, lengths=torch.tensor([200, 200]))
+        token_select(scores, starts, 0.5, lengths=lengths, impl=impl)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # which records what runs on the current stream
+        selection = token_select(scores, starts, 0.5, lengths=lengths, impl=impl)
+    scores.copy_(-scores)
+    graph.replay()
+    assert torch.equal(selection.index, token_select(scores, starts, 0.5, lengths=lengths, impl="cpu").index)

@@ -1,4 +1,4 @@
-"""The highest scores of each segment through sorts of padded batches."""
+"""The highest scores of each segment through one sort of each padded batch."""
 
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ def select(scores: Tensor, lengths: Tensor, counts: Tensor, protected: int, tota
     values = scores.to(sum_dtype(scores.dtype)).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     counts = counts.to(scores.device)
     for batch in batches(lengths, scores.device, TOKENS):
-        # Two stable sorts, because scores may be infinite themselves: padding last, the protected prefix first.
-        order = values[batch.tokens].argsort(dim=1, descending=True, stable=True)
-        group = torch.where(batch.inside, 1, 2)
-        group[:, :protected].masked_fill_(batch.inside[:, :protected], 0)
-        order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
-        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(1, order, place)
-        stays[batch.tokens[batch.inside]] = (rank < counts[batch.segments, None])[batch.inside]
+        # Of equals the first stay: the prefix before infinite scores, padding behind them.
+        ranked = batch.read(values).masked_fill_(~batch.inside, -torch.inf)
+        ranked[:, :protected] = torch.inf
+        order = ranked.argsort(dim=1, descending=True, stable=True)
+        kept = torch.arange(order.shape[1], device=order.device) < counts[batch.segments, None]
+        batch.write(torch.empty_like(kept).scatter_(1, order, kept), stays)
     if scores.device.type == "cpu":
         return stays.nonzero().squeeze(1)
     return torch.nonzero_static(stays, size=total).squeeze(1)

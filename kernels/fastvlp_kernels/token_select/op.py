@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fastvlp_kernels import _backend, _check
-from fastvlp_kernels._ragged import check_number, check_segments, counted, host_lengths
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels._ragged import check_number, check_protected, check_segments, counted, host_lengths
+from fastvlp_kernels.packed import Packed, check_segments_of
 
 from . import cpu, reference
 
-IMPLEMENTATIONS = ("triton", "cpu", "reference")
+IMPLEMENTATIONS = ("triton", "cpu", "cuda", "reference")  # "cuda" after one that always runs, so by name only: no GPU has timed it yet
 
 
 @torch.library.custom_op("fastvlp::token_select", mutates_args=())
@@ -26,11 +26,13 @@ def _select(
     counts = _counts(lengths, keep, share, each, protected)
     if total != int(counts.sum()):
         raise ValueError(f"token_select: total is {total}; {int(counts.sum())} tokens are kept, pass that or leave total out")
-    if impl == "triton":
-        from . import triton
-
+    if impl in ("triton", "cuda"):
+        if impl == "triton":
+            from .triton import select
+        else:
+            from .cuda import select
         longest = int(lengths.max()) if len(lengths) else 0
-        return triton.select(scores, cu_seqlens, longest, keep, share, each, protected, total)
+        return select(scores, cu_seqlens, longest, keep, share, each, protected, total)
     starts = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(scores.device, torch.int32)
     if impl == "reference":
         return reference.select(scores, lengths.tolist(), counts.tolist(), protected), starts
@@ -63,7 +65,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     (index,) = ctx.saved_tensors  # no token twice: a copy, where index_select would add
-    return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy(0, index, grad), None
+    return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None
 
 
 _take.register_autograd(_backward, setup_context=_setup)
@@ -75,13 +77,14 @@ class TokenSelection:
 
     Attributes:
         index: int64 [T'], ascending. cu_seqlens: int32 [S+1] on the device. lengths: int64 [S] on the CPU.
-        tokens: T, how many there were.
+        tokens: T, how many there were. before: int64 [S] on the CPU, the lengths of the segments that they were chosen from.
     """
 
     index: Tensor
     cu_seqlens: Tensor
     lengths: Tensor
     tokens: int
+    before: Tensor
 
     def take(self, x: Tensor) -> Tensor:
         """The kept rows of ``x`` [T, ...]: [T', ...], differentiable."""
@@ -91,7 +94,12 @@ class TokenSelection:
         return torch.ops.fastvlp.token_take(x, self.index)
 
     def apply(self, packed: Packed) -> Packed:
-        """The kept tokens of a packed batch, with their sizes and positions."""
+        """The kept tokens of a packed batch, with their sizes and positions.
+
+        Raises:
+            ValueError, TypeError: its segments are not those of the scores.
+        """
+        check_segments_of("TokenSelection.apply", packed, self.before)
         size, pos = (None if t is None else self.take(t) for t in (packed.size, packed.pos))
         if torch.compiler.is_compiling():
             longest = packed.max_seqlen
@@ -128,31 +136,32 @@ def token_select(
             cu_seqlens, which on a CUDA device costs a synchronisation.
         total: how many tokens are kept in all, for torch.compile, which cannot read it from the lengths. None: counted.
         protected: the first tokens of each segment that stay whatever their scores (and however low ``keep`` is): 1 for a class token.
-        impl: "triton", "cpu", "reference"; None takes the first that runs on the device.
+        impl: "triton", "cpu", "cuda" (through CuPy; one launch, linear in the length of a segment), "reference"; None takes the first
+            that runs on the device.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; total is not what is kept.
         RuntimeError: ``impl`` cannot run here.
     """
-    op, segments = "token_select", cu_seqlens.shape[0] - 1 if cu_seqlens.ndim == 1 else 0
+    op = "token_select"
     check_segments(op, "scores", scores, cu_seqlens, lengths)
+    segments = cu_seqlens.shape[0] - 1
     check_number(op, "keep", keep, segments)
     if scores.ndim != 1 or scores.dtype not in _check.FLOATS:
         raise ValueError(f"{op}: scores are {scores.dtype} {tuple(scores.shape)}; they must be [tokens], floating point")
-    if protected < 0:
-        raise ValueError(f"{op}: protected is {protected}; it must be 0 or more, the leading tokens of a segment that stay")
+    check_protected(op, protected)
     each = keep.cpu() if isinstance(keep, Tensor) else None
     number = 0.0 if isinstance(keep, Tensor) else float(keep)
     share = isinstance(keep, float)
     chosen = _backend.choose(op, impl, scores.device, IMPLEMENTATIONS)
-    if chosen == "triton" and scores.dtype == torch.float64:
-        if impl == "triton":
-            raise RuntimeError(f"{op}: impl='triton' compares float32, bfloat16 or float16, not float64; use impl='cpu'")
+    if chosen in ("triton", "cuda") and scores.dtype == torch.float64:
+        if impl == chosen:
+            raise RuntimeError(f"{op}: impl={impl!r} compares float32, bfloat16 or float16, not float64; use impl='cpu'")
         chosen = "cpu"
-    host = cu_seqlens.cpu().diff() if lengths is None else lengths
-    after = _counts(host.long(), number, share, each, protected)
+    host = (cu_seqlens.cpu().diff() if lengths is None else lengths).long()
+    after = _counts(host, number, share, each, protected)
     total = int(after.sum()) if total is None else total
     index, starts = torch.ops.fastvlp.token_select(
         scores.detach(), cu_seqlens, host, number, share, each, protected, total, chosen
     )
-    return TokenSelection(index, starts, after, scores.shape[0])
+    return TokenSelection(index, starts, after, scores.shape[0], host)
