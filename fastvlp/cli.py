@@ -16,7 +16,7 @@ EPILOG = """examples:
   fastvlp env
   fastvlp profile mini
   fastvlp plan mini data.batch_size=1048576 --devices 256
-  fastvlp show tokens picture.png --merge 0.4       which patches become one token
+  fastvlp show tokens picture.png                   which patches merge, are dropped, are attended to
 
 exit codes: 0 done, 1 failed while running, 2 wrong usage or settings, 130 stopped by Ctrl-C (143 by SIGTERM) with a checkpoint
 """
@@ -51,7 +51,8 @@ PLAN_EPILOG = """example, a batch of a million pairs on 256 GPUs in machines of 
 
 bytes and memory are exact up to a few per cent; seconds are those of ideal links and products at the rates given, a lower bound
 """
-SHOW = """Draw the patches of a picture as tokens: --keep fades those that would be dropped, --merge paints those that become one token."""
+SHOW = """Draw the patches of a picture as tokens: --merge paints those that become one token, --keep fades those that would be dropped,
+--attend colours them by the attention that they receive. Without any of these all three are drawn side by side, at 0.4 and 0.5."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,10 +89,13 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="draw what becomes of the patches of a picture", description=SHOW)
     show.add_argument("what", choices=["tokens"], help="what to show")
     show.add_argument("image", metavar="IMAGE", help="a picture file")
-    fate = show.add_mutually_exclusive_group(required=True)
+    fate = show.add_mutually_exclusive_group()
+    fate.add_argument("--merge", type=float, metavar="SHARE",
+                      help="that share of the patches, the most similar, merges away (ToMe), in steps of at most a half")
     fate.add_argument("--keep", type=float, metavar="SHARE", help="the patches that differ most from the mean stay, the others fade")
-    fate.add_argument("--merge", type=float, metavar="SHARE", help="that share of the patches, the most similar, merges away (ToMe)")
-    show.add_argument("--model", metavar="CHECKPOINT", help="compare patches as this model embeds them, not by their pixels")
+    fate.add_argument("--attend", action="store_true", help="how much attention each patch receives")
+    show.add_argument("--model", metavar="CHECKPOINT", help="compare patches as this model embeds them, and attend as it does; else by "
+                      "their pixels")
     show.add_argument("--out", default="tokens.png", metavar="FILE", help="where the picture goes (default: %(default)s)")
     commands.add_parser("env", help="versions, devices, and what computes each operator")
     return root
@@ -212,7 +216,7 @@ def _show(options: argparse.Namespace) -> int:
 
     try:
         model = None if options.model is None else fastvlp.load(options.model)
-        print(save(options.image, options.out, options.keep, options.merge, model))
+        print(save(options.image, options.out, model, keep=options.keep, merge=options.merge, attend=options.attend))
     except (OSError, ValueError) as error:
         return _fail(error, 2)
     return 0
@@ -241,7 +245,10 @@ def _env(options: argparse.Namespace) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"fastvlp: error: {error}", file=sys.stderr)
+    said = str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # else "[Errno 2] No such file or directory: ..."
+        said = f"{error.filename}: {error.strerror}"
+    print(f"fastvlp: error: {said}", file=sys.stderr)
     return code
 
 

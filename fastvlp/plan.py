@@ -37,8 +37,9 @@ class Cluster:
     latency: float = 20.0
 
     def __post_init__(self) -> None:
-        if min(self.devices, self.per_node) < 1 or min(self.intra, self.inter, self.tflops) <= 0 or self.latency < 0:
-            raise ValueError(f"{self}: devices, per_node, intra, inter and tflops are positive, latency is not negative")
+        wrong = [f"{name}={value}" for name, value in vars(self).items() if not (value >= 0 if name == "latency" else value > 0)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: devices, per_node, intra, inter and tflops are positive, latency is not negative")
         if self.devices > self.per_node and self.devices % self.per_node:
             raise ValueError(f"{self.devices} devices are no whole number of nodes of {self.per_node}; all nodes must be alike")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvlp.layers.token_merger import even_segments
+from fastvlp.layers.token_merger import check_rows, even_segments
 from fastvlp_kernels import MergePlan, merge_plan
 
 
@@ -21,7 +21,8 @@ class Merge:
     """What :func:`bipartite_soft_matching` returns first: call it to merge [B, N, C] into [B, N', C]."""
 
     plan: MergePlan
-    rows: int
+    shape: tuple[int, int]  # (B, N)
+    left: int  # N'
     order: Tensor | None  # int64 [N'], where a distillation token moves the rows of each image
 
     def __call__(self, x: Tensor, mode: str = "mean") -> Tensor:
@@ -30,8 +31,9 @@ class Merge:
 
     def weighted(self, x: Tensor, size: Tensor | None, mode: str = "mean") -> tuple[Tensor, Tensor]:
         """x [B, N', C] and the sums of the sizes [B, N']; ``size`` [B, N] weighs a mean."""
+        check_rows("Merge", "x", x, self.shape)
         merged, sizes = self.plan.merge(x.flatten(0, 1), None if size is None else size.flatten(), mode)
-        shape = (self.rows, self.plan.total // self.rows)
+        shape = (self.shape[0], self.left)
         return self._ordered(merged.unflatten(0, shape)), self._ordered(sizes.unflatten(0, shape))
 
     def _ordered(self, x: Tensor) -> Tensor:
@@ -45,9 +47,10 @@ class Unmerge:
     merge: Merge
 
     def __call__(self, x: Tensor) -> Tensor:
-        order = self.merge.order
-        rows = x if order is None else x[:, order.argsort()]
-        return self.merge.plan.unmerge(rows.flatten(0, 1)).unflatten(0, (x.shape[0], -1))
+        merge = self.merge
+        check_rows("Unmerge", "x", x, (merge.shape[0], merge.left))
+        rows = x if merge.order is None else x[:, merge.order.argsort()]
+        return merge.plan.unmerge(rows.flatten(0, 1)).unflatten(0, merge.shape)
 
 
 def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, distill_token: bool = False) -> tuple[Merge, Unmerge]:
@@ -63,7 +66,10 @@ def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, d
 
     Raises:
         ValueError: a distillation token without a class token, a metric that is not [B, N, d].
+        TypeError: ``r`` is no int.
     """
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"bipartite_soft_matching: r is {r!r}; it must be an int, how many tokens of each image are merged away")
     if metric.ndim != 3:
         raise ValueError(f"bipartite_soft_matching: metric is {tuple(metric.shape)}; it must be [B, N, d], what is compared of each token")
     if distill_token and not class_token:
@@ -80,7 +86,7 @@ def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, d
         stayed = (tokens + 1) // 2 - r
         places = torch.arange(tokens - r, device=metric.device)
         order = torch.cat((places[:1], places[stayed : stayed + 1], places[1:stayed], places[stayed + 1 :]))
-    merge = Merge(plan, rows, order)
+    merge = Merge(plan, (rows, tokens), tokens - r, order)
     return merge, Unmerge(merge)
 
 

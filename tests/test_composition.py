@@ -1,13 +1,15 @@
-"""Ragged images packed, tokens dropped, merged twice with proportional attention between, pooled: one loop over images says the same."""
+"""Ragged images embedded but for what is dropped, merged twice, proportional attention between, pooled: one loop says the same."""
 
 import pytest
 import torch
 
 from fastvlp.layers import AttentionPool, PackedAttention, TokenMerger
 from fastvlp_kernels import Packed, packed_attention, segment_pool, token_select
+from tests.kernels.test_patch_embed import convolutions, embed, parameters, picture
 from tests.matching import merged_rows
 
-LENGTHS, WIDTH, HEADS = (13, 1, 20, 6, 9), 8, 2
+GRIDS, PATCH = torch.tensor([(3, 4), (1, 1), (4, 5), (2, 3), (3, 3)]), 2
+LENGTHS, WIDTH, HEADS = tuple(GRIDS.prod(1).tolist()), 8, 2
 
 
 def attended(x, size, layer):
@@ -16,9 +18,10 @@ def attended(x, size, layer):
     return layer.proj((weight / weight.sum(-1, keepdim=True) @ v).transpose(0, 1).reshape(len(x), WIDTH))
 
 
-def loop(images, scores, first, second, pool):
+def loop(pixels, embedding, rotary, scores, first, second, pool):
     rows = []
-    for x, score in zip(images, scores, strict=True):
+    images = convolutions(pixels, GRIDS * PATCH, embedding, PATCH, rotary=rotary).split(LENGTHS)
+    for x, score in zip(images, scores.split(LENGTHS), strict=True):
         kept = sorted(sorted(range(len(x)), key=lambda i, score=score: -float(score[i]))[: int(0.7 * len(x))])
         x = x[kept]
         size = torch.ones(len(x), dtype=x.dtype)
@@ -36,9 +39,10 @@ def loop(images, scores, first, second, pool):
     return torch.stack(rows)
 
 
-def composed(x, scores, first, second, pool):
-    packed = Packed.of(x, LENGTHS)
-    packed = token_select(scores, packed.cu_seqlens, 0.7, lengths=packed.lengths).apply(packed)
+def composed(pixels, embedding, rotary, scores, first, second, pool):
+    starts = torch.tensor([0, *LENGTHS]).cumsum(0)
+    kept = token_select(scores, starts, 0.7, lengths=torch.tensor(LENGTHS))
+    packed = embed(pixels, GRIDS * PATCH, embedding, PATCH, kept.index, rotary=rotary)
     for layer, share in ((first, 0.3), (second, 0.25)):
         packed = packed.replace(x=packed.x + layer(packed).x)
         packed = TokenMerger(share)(packed)
@@ -46,17 +50,16 @@ def composed(x, scores, first, second, pool):
     return torch.cat((mean, pool(packed)), 1)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_pack_drop_merge_attend_pool_equals_a_loop_over_images(seed):
-    torch.manual_seed(seed)
-    x = torch.randn(sum(LENGTHS), WIDTH, dtype=torch.float64, requires_grad=True)
-    scores = torch.rand(len(x))
+@pytest.mark.parametrize(("positions", "rotary"), [("factorised", None), ("grid", None), ("none", 100.0), ("factorised", 10.0)])
+def test_pack_drop_merge_attend_pool_equals_a_loop_over_images(positions, rotary):
+    torch.manual_seed(0)
+    embedding, scores = parameters(PATCH, WIDTH, positions), torch.rand(sum(LENGTHS))
     layers = [PackedAttention(WIDTH, HEADS).double(), PackedAttention(WIDTH, HEADS).double(), AttentionPool(WIDTH, HEADS).double()]
-    leaves = [x, *(parameter for layer in layers for parameter in layer.parameters())]
-    found, expected = composed(x, scores, *layers), loop(x.split(LENGTHS), scores.split(LENGTHS), *layers)
+    leaves = [*embedding.values(), *(parameter for layer in layers for parameter in layer.parameters())]
+    found, expected = (chain(picture(GRIDS * PATCH), embedding, rotary, scores, *layers) for chain in (composed, loop))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     upstream = torch.randn_like(found)
-    for one, other in zip(torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True):
+    for one, other in zip(*(torch.autograd.grad(x, leaves, upstream) for x in (found, expected)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 

@@ -99,7 +99,20 @@ def test_parse_r():
     assert parse_r(4, (6, 0.5)) == [3, 5, 7, 9]
 
 
+def test_a_batch_without_images():
+    merge, unmerge = bipartite_soft_matching(torch.randn(0, 9, 4), 2)
+    assert merge(torch.randn(0, 9, 5)).shape == (0, 7, 5) and unmerge(torch.randn(0, 7, 5)).shape == (0, 9, 5)
+
+
 def test_refusals():
+    merge, unmerge = bipartite_soft_matching(torch.randn(2, 9, 4), 2)
+    for other in ((3, 6, 4), (1, 18, 4)):
+        with pytest.raises(ValueError, match=r"it must be \[2, 9, ...\]"):
+            merge(torch.randn(other))
+    with pytest.raises(ValueError, match=r"it must be \[2, 7, ...\]"):
+        unmerge(torch.randn(1, 14, 4))
+    with pytest.raises(TypeError, match="r is 0.5; it must be an int"):
+        bipartite_soft_matching(torch.randn(2, 9, 4), 0.5)
     with pytest.raises(ValueError, match=r"must be \[B, N, d\]"):
         bipartite_soft_matching(torch.randn(5, 3), 1)
     with pytest.raises(ValueError, match="needs class_token=True"):

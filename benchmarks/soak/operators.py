@@ -206,17 +206,19 @@ def patch_embed(dice: Dice) -> Drawn:
         leaves |= {"rows": dice.normal(12, C), "cols": dice.normal(12, C)}
     elif positions == "grid":
         leaves["grid"] = dice.normal(dice.count(1, 8), dice.count(1, 8), C)
+    rotary = dice.plain.choice((10.0, 10_000.0)) if C % 4 == 0 else None
     keep = None if dice.plain.random() < 0.5 else (dice.positive(patches).cpu() < 0.6).nonzero().squeeze(1)
 
     def call(given: Given, impl: str | None) -> Results:
         tables = (given["rows"], given["cols"]) if positions == "rows and columns" else given.get("grid")
         out = kernels.patch_embed(pixels, grid * P, given["weight"], given.get("bias"), patch_size=P, mean=0.5, std=(0.5, 0.4, 0.3),
-                                  positions=tables, keep=keep, impl=impl)  # fmt: skip
+                                  positions=tables, rotary=rotary, keep=keep, impl=impl)  # fmt: skip
         assert out.pos is not None
         return out.x, out.pos, out.cu_seqlens
 
     kept = None if keep is None else len(keep)
-    return Drawn(f"patch_embed {_sizes(grid=grid.tolist(), P=P, C=C, positions=positions, kept=kept)} {' '.join(leaves)}", leaves, call)
+    sizes = _sizes(grid=grid.tolist(), P=P, C=C, positions=positions, rotary=rotary, kept=kept)
+    return Drawn(f"patch_embed {sizes} {' '.join(leaves)}", leaves, call)
 
 
 OPERATORS = (similarity_logsumexp, pairwise_sigmoid, similarity_attend, maxsim, packed_attention, patch_embed, merge_plan, token_select,

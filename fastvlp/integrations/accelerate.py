@@ -93,7 +93,8 @@ def accelerate(
     * ``merge`` merges similar tokens between attention and MLP of each block (ToMe, https://arxiv.org/abs/2210.09461, with its order of
       tokens and its attention in proportion to sizes). After the last block every patch has the token that it went to, so that shapes and
       pooling stay; class and register tokens never merge. Between two blocks flow ``Tokens`` (a tuple, the tokens first) instead of a
-      tensor, which a hook on a block sees; ``forward_intermediates`` of timm and open_clip does not work with that.
+      tensor, which a hook on a block sees; ``forward_intermediates`` of timm and open_clip, and ``output_attentions`` of transformers,
+      are refused with that.
     * ``drop`` lets each image lose that share of its patches before the first block, in training only (PatchDropout, FLIP).
     * ``attention="packed"`` computes attention by :func:`fastvlp.ops.packed_attention` also where nothing merges.
     * ``pack`` leaves padding out of all blocks where a batch comes with an attention mask (NaFlexVit, SigLIP 2), as merging always does;
@@ -121,7 +122,8 @@ def accelerate(
 
     Raises:
         TypeError: there is nothing to replace, or the blocks of a tower that is to merge, drop or pack are of another kind.
-        ValueError: merge, drop or attention are not what is allowed; patches are to be dropped from a tower whose pooling takes a mask.
+        ValueError: merge, drop or attention are not what is allowed, or nothing is asked for; patches are to be dropped from a tower whose
+            pooling takes a mask; ``group`` or ``logits`` without a loss.
         RuntimeError: it is transformers 4, whose models are built differently, or the model is accelerated already.
     """
     for path, module in model.named_modules():
@@ -133,13 +135,22 @@ def accelerate(
     switches = towers.Switches(merge, drop, attention, pack)
     if unknown and (not found and switches.on):
         raise TypeError(f"fastvlp.accelerate: {unknown[0]}; leave merge, drop, attention and pack out for this model")
-    plans = [towers.plan(path, tower, switches) for path, tower in found]
+    plans = [towers.plan(path, tower, switches) for path, tower in found] if switches.on else []
     replaced: list[Replacement] = []
     losses = [(path, module) for path, module in model.named_modules() if _of_transformers(module)]
     if losses:
         from . import transformers
 
         replaced += transformers.replace(losses, transformers.Options(group, logits))
+    if not replaced and not (group is None and logits is None):
+        raise ValueError(
+            f"fastvlp.accelerate: group= and logits= are for the loss of transformers' models, and this {type(model).__name__} has none"
+        )
+    if found and not (replaced or switches.on):
+        raise ValueError(
+            f"fastvlp.accelerate: nothing was asked for, and this {type(model).__name__} has no loss to replace; pass merge=, drop=, "
+            "attention='packed' or pack=True"
+        )
     if not plans and (not replaced or switches.on):
         raise TypeError(
             f"fastvlp.accelerate: nothing to replace in {type(model).__name__}; it knows the image towers of timm (VisionTransformer, "

@@ -17,6 +17,12 @@ from fastvlp_kernels.token_merge.op import IMPLEMENTATIONS
 
 from .instances import OPTIONS
 
+# forward_intermediates cuts, or normalises, what a block returns.
+NO_TENSOR = (
+    "fastvlp.accelerate: what flows between blocks that merge or pack is no tensor [B, N, C]; forward_intermediates and others that take "
+    "it for one need report.restore() first"
+)
+
 
 class Tokens(NamedTuple):
     """The tokens of a batch between two blocks. It carries everything, so that recomputing a block (checkpointing) needs nothing else.
@@ -33,6 +39,15 @@ class Tokens(NamedTuple):
     lengths: Tensor | None
     places: Tensor | None
     shape: tuple[int, int]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, tuple):
+            raise TypeError(NO_TENSOR)
+        return tuple.__getitem__(self, key)
+
+    @classmethod
+    def __torch_function__(cls, *call: Any, **more: Any) -> Any:
+        raise TypeError(NO_TENSOR)
 
     def segments(self) -> tuple[Tensor, Tensor]:
         """cu_seqlens on the device and lengths on the CPU."""
@@ -107,6 +122,11 @@ def block_forward(cls: Any) -> Callable[..., Any]:
                 return original(self, x, *args, **kwargs)
             if kwargs.get("is_causal"):
                 raise ValueError("fastvlp.accelerate: this block was called with is_causal=True; merged and packed tokens see each other")
+            attention = getattr(self, step.family.attention)
+            if kwargs.get("output_attentions", getattr(getattr(attention, "config", None), "output_attentions", False)):
+                raise ValueError(
+                    "fastvlp.accelerate: output_attentions=True asks for weights that packed_attention never has; call report.restore()"
+                )
             x = _enter(x, mask)
         call = Call(x)
 
@@ -140,7 +160,7 @@ def attention_forward(cls: Any) -> Callable[..., Any]:
         starts, lengths = call.tokens.segments()
         out = packed_attention(q, k, v, starts, key_size=call.tokens.size, lengths=lengths)
         call.metric = k.detach().mean(1)
-        out = family.project(self, cast(Tensor, out).reshape(*x.shape[:-1], -1), x)
+        out = family.project(self, cast(Tensor, out).reshape(*x.shape[:-1], v.shape[1] * v.shape[2]), x)
         return (out, None) if family.pair else out
 
     return forward

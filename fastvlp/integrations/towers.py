@@ -32,7 +32,7 @@ class Switches:
     @property
     def on(self) -> bool:
         """Whether anything of the towers is to change."""
-        return self.merge is not None or bool(self.drop) or self.attention is not None or self.pack
+        return self.merge is not None or self.drop is not None or self.attention is not None or self.pack
 
     def schedule(self, depth: int) -> list[int | float]:
         """What each of ``depth`` blocks merges."""
@@ -41,7 +41,7 @@ class Switches:
         if len(each) != depth:
             raise ValueError(f"fastvlp.accelerate: merge has {len(each)} numbers; this tower has {depth} blocks and needs one for each")
         for r in each:
-            if isinstance(r, bool) or not isinstance(r, int | float) or r < 0 or (isinstance(r, float) and r >= 1):
+            if isinstance(r, bool) or not isinstance(r, int | float) or not r >= 0 or (isinstance(r, float) and r >= 1):
                 raise ValueError(f"fastvlp.accelerate: merge is {r!r}; it must be a count of 0 or more, or a share of the tokens below 1")
         return each
 
@@ -123,7 +123,7 @@ def _change(step: Step) -> str:
     if step.drop:
         changes.append(f"drops {step.drop:.0%} of the patches in training")
     if step.merge:
-        changes.append(f"merges {step.merge if isinstance(step.merge, int) else f'{step.merge:.0%} of the'} tokens")
+        changes.append(f"merges {step.merge if isinstance(step.merge, int) else f'{step.merge:.0%} of the'} token{'s' * (step.merge != 1)}")
     if step.packed:
         changes.append("attends by packed_attention")
     if step.pack:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp_kernels import segment_pool
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels._check import plain_tensors
+from fastvlp_kernels.packed import Packed, check_packed
 
 
 def _bins(size: int, out: int) -> list[range]:
@@ -49,6 +50,8 @@ class AdaptiveAveragePool(nn.Module):
         Raises:
             ValueError: ``sizes`` is not what the segments hold.
         """
+        check_packed("AdaptiveAveragePool", packed=packed)
+        plain_tensors("AdaptiveAveragePool", sizes=sizes)
         if sizes.shape != (len(packed), 3) or not torch.equal(sizes.prod(1), packed.lengths) or (len(sizes) and int(sizes.min()) < 1):
             raise ValueError(f"AdaptiveAveragePool: sizes are {sizes.tolist()}, the segments have {packed.lengths.tolist()} tokens; "
                              "each needs positive frames, rows and columns whose product is its length")  # fmt: skip

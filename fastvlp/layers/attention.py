@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp_kernels import packed_attention
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_packed
 
 
 class PackedAttention(nn.Module):
@@ -20,7 +20,7 @@ class PackedAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True, proj_bias: bool = True, causal: bool = False) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"PackedAttention: dim {dim} with {num_heads} heads; the heads must divide the width")
         self.num_heads, self.causal = num_heads, causal
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -28,6 +28,7 @@ class PackedAttention(nn.Module):
 
     def forward(self, packed: Packed) -> Packed:
         """Packed [T, C] -> the same segments, [T, C]; ``packed.size`` weighs the keys."""
+        check_packed("PackedAttention", packed=packed)
         q, k, v = self.qkv(packed.x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         out = packed_attention(
             q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, key_size=packed.size, causal=self.causal, lengths=packed.lengths
@@ -44,7 +45,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 8, num_queries: int = 1) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"AttentionPool: dim {dim} with {num_heads} heads; the heads must divide the width")
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.randn(num_queries, dim) * dim**-0.5)
@@ -52,6 +53,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         """Packed [T, C] -> [S, C], or [S, Q, C] of several queries; ``packed.size`` weighs the tokens."""
+        check_packed("AttentionPool", packed=packed)
         segments, queries = len(packed), self.query.shape[0]
         q = self.q(self.query).unflatten(-1, (self.num_heads, -1)).expand(segments, -1, -1, -1).flatten(0, 1)
         k, v = self.kv(packed.x).unflatten(-1, (2, self.num_heads, -1)).unbind(1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp_kernels import packed_attention
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_packed
 
 
 class _Look(nn.Module):
@@ -48,7 +48,7 @@ class LearnedCentres(nn.Module):
 
     def __init__(self, dim: int, num_centres: int = 8, num_heads: int = 8, depth: int = 2, temperature: float = 0.9) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"LearnedCentres: dim {dim} with {num_heads} heads; the heads must divide the width")
         self.temperature = temperature
         self.centres = nn.Parameter(torch.randn(num_centres, dim) * 0.02)
@@ -62,6 +62,7 @@ class LearnedCentres(nn.Module):
 
         ``packed.size`` weighs the means. A centre without tokens, and every centre of an empty segment, has a mean of 0.
         """
+        check_packed("LearnedCentres", packed=packed)
         number = self.centres.shape[0]
         centres = Packed.of(self.centres.repeat(len(packed), 1), [number] * len(packed))
         for look in self.looks:

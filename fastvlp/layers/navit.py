@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlp_kernels import packed_attention, token_select
+from fastvlp_kernels._check import plain_tensors
 from fastvlp_kernels.packed import Packed
 
 
@@ -84,6 +85,11 @@ class _Transformer(nn.Module):
         return packed.replace(x=self.norm(packed.x))
 
 
+def _check_share(share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"NaViT: token_dropout_prob is {share}; it must be the share that is left out, from 0 to below 1")
+
+
 class NaViT(nn.Module):
     """NaViT (Dehghani et al., https://arxiv.org/abs/2307.06304) with vit-pytorch's constructor, call and state-dict keys.
 
@@ -95,7 +101,7 @@ class NaViT(nn.Module):
         token_dropout_prob: the share of each image's tokens that training leaves out: a number, or a function of height and width.
 
     Raises:
-        ValueError: sizes that are no multiples of the patch.
+        ValueError: sizes that are no multiples of the patch, a share outside 0 to below 1.
     """
 
     def __init__(
@@ -116,8 +122,10 @@ class NaViT(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height % patch_size or width % patch_size:
+        if patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"NaViT: image_size is {height} x {width}; both must be multiples of patch_size={patch_size}")
+        if not (token_dropout_prob is None or callable(token_dropout_prob)):
+            _check_share(token_dropout_prob)
         self.patch_size, self.channels, self.token_dropout_prob = patch_size, channels, token_dropout_prob
         values = channels * patch_size**2
         self.to_patch_embedding = nn.Sequential(_LayerNorm(values), nn.Linear(values, dim), _LayerNorm(dim))
@@ -137,8 +145,11 @@ class NaViT(nn.Module):
 
         Raises:
             ValueError: an image of another number of channels, of a size that is no multiple of the patch or above image_size; no image.
+            TypeError: an image that is no tensor, or not of the model's dtype (outside autocast) or not floating point.
         """
-        images = [image for part in batched_images for image in ([part] if isinstance(part, Tensor) else part)]
+        images: list[Tensor] = []
+        for part in batched_images:
+            images += cast(Sequence[Tensor], part if isinstance(part, list | tuple) else [part])
         self._check(images)
         # Images of one size lie together: they are cut, and attended, as one tensor.
         order = sorted(range(len(images)), key=lambda i: tuple(images[i].shape[1:]))
@@ -177,14 +188,19 @@ class NaViT(nn.Module):
 
     def _kept(self, image: Tensor, tokens: int) -> int:
         prob = self.token_dropout_prob
-        share = prob(image.shape[1], image.shape[2]) if callable(prob) else prob
-        return max(1, int(tokens * (1 - cast(float, share))))
+        share = cast(float, prob(image.shape[1], image.shape[2]) if callable(prob) else prob)
+        _check_share(share)
+        return max(1, int(tokens * (1 - share)))
 
     def _check(self, images: Sequence[Tensor]) -> None:
         p, most = self.patch_size, (self.pos_embed_height.shape[0], self.pos_embed_width.shape[0])
         if not images:
             raise ValueError("NaViT: got no images; pass at least one [channels, h, w]")
+        own, autocast = self.pos_embed_height, torch.is_autocast_enabled(self.pos_embed_height.device.type)
         for i, image in enumerate(images):
+            plain_tensors("NaViT", 2, **{"the model": own, f"image {i}": image})
+            if not image.is_floating_point() or (image.dtype != own.dtype and not autocast):
+                raise TypeError(f"NaViT: image {i} is {image.dtype}; convert it to the model's {own.dtype} (divide uint8 by 255)")
             if image.ndim != 3 or image.shape[0] != self.channels or image.shape[1] % p or image.shape[2] % p or not image.numel():
                 raise ValueError(
                     f"NaViT: image {i} has shape {tuple(image.shape)}; it must be [{self.channels}, h, w] with h and w multiples of {p}"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_packed
 
 
 class ParameterFreeAttention(nn.Module):
@@ -33,6 +33,7 @@ class ParameterFreeAttention(nn.Module):
         Raises:
             ValueError: there are not as many pictures as texts.
         """
+        check_packed("ParameterFreeAttention", texts=texts, images=images)
         if len(texts) != len(images):
             raise ValueError(f"ParameterFreeAttention: got {len(texts)} texts and {len(images)} pictures; each text needs one")
         x, _ = texts.to_padded()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp_kernels import token_select
+from fastvlp_kernels._check import plain_tensors
 
 
 def patch_dropout(x: Tensor, prob: float, num_prefix_tokens: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
@@ -14,9 +15,15 @@ def patch_dropout(x: Tensor, prob: float, num_prefix_tokens: int, ordered: bool 
 
     Returns:
         The prefix and the kept tokens [B, N', C], and which they are: int64 [B, L'], counted after the prefix, ascending if ``ordered``.
+
+    Raises:
+        ValueError: there is nothing after the prefix. TypeError: ``x`` is no dense tensor.
     """
+    plain_tensors("PatchDropout", x=x)
     rows, tokens = x.shape[:2]
     patches = tokens - num_prefix_tokens
+    if patches < 1:
+        raise ValueError(f"PatchDropout: x has {tokens} tokens, {num_prefix_tokens} of them prefix; at least one other is needed")
     kept = max(1, int(patches * (1 - prob)))
     scores = torch.rand(rows, patches, device=x.device)
     if not ordered:

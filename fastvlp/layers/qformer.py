@@ -54,8 +54,10 @@ class QFormer(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if hidden_size % num_heads:
+        if num_heads < 1 or hidden_size % num_heads:
             raise ValueError(f"QFormer: hidden_size {hidden_size} with {num_heads} heads; the heads must divide the width")
+        if cross_attention_freq < 1:
+            raise ValueError(f"QFormer: cross_attention_freq={cross_attention_freq}; it must be 1 (every layer has one) or more")
         self.num_heads = num_heads
         layers = nn.ModuleList()
         for place in range(num_layers):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp_kernels import packed_attention
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_packed
 
 _WIDEST = 128  # of a value in one pass of the kernel
 
@@ -25,6 +25,7 @@ class TokenLearner(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         """Packed [T, C] -> [S, M, C]; ``packed.size`` weighs the tokens, and an empty segment gives zeros."""
+        check_packed("TokenLearner", packed=packed)
         x, segments = packed.x, len(packed)
         scores = self.mlp(self.norm(x))
         tokens = scores.shape[1]

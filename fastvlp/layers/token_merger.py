@@ -21,6 +21,12 @@ def even_segments(rows: int, tokens: int, device: torch.device) -> tuple[Tensor,
     return starts, torch.full((rows,), tokens, dtype=torch.int64)
 
 
+def check_rows(op: str, name: str, x: Tensor, shape: tuple[int, int]) -> None:
+    """Refuse what is not [B, N, ...] with ``shape`` = (B, N)."""
+    if x.shape[:2] != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; it must be [{shape[0]}, {shape[1]}, ...], a row for each token")
+
+
 class TokenMerger(nn.Module):
     """Merge the most similar tokens of each image: bipartite soft matching (ToMe, https://arxiv.org/abs/2210.09461).
 
@@ -55,7 +61,13 @@ class TokenMerger(nn.Module):
             return plan.apply(x)
         if self.threshold is not None:
             raise ValueError("TokenMerger: a threshold merges another number in every row of [B, N, C]; pass Packed.from_padded(x)")
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"TokenMerger: x is {got}; it must be Packed or a tensor [B, N, C]")
         rows, tokens = x.shape[:2]
+        for name, given in (("metric", metric), ("size", size)):
+            if given is not None:
+                check_rows("TokenMerger", name, given, (rows, tokens))
         starts, lengths = even_segments(rows, tokens, x.device)
         values = (x if metric is None else metric).flatten(0, 1)
         left = tokens - mergeable(tokens, self.r, self.protected)

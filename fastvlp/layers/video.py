@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastvlp.layers.token_merger import TokenMerger
 from fastvlp_kernels import packed_attention
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_packed
 
 _COLUMNS = {"time": (1, 2), "space": (0,)}  # of ``pos``: what tokens share along this axis
 
@@ -24,6 +24,7 @@ def along(packed: Packed, axis: Literal["time", "space"]) -> tuple[Packed, Tenso
     Raises:
         ValueError: the tokens carry no positions.
     """
+    check_packed(f"along {axis}", packed=packed)
     if packed.pos is None:
         raise ValueError(f"along {axis}: the packed tokens carry no positions; pos [T, 3] must say frame, row and column")
     video = torch.arange(len(packed), device=packed.x.device).repeat_interleave(packed.cu_seqlens.diff(), output_size=packed.total)
@@ -79,7 +80,7 @@ class TemporalContext(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 1) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"TemporalContext: dim {dim} with {num_heads} heads; the heads must divide the width")
         self.num_heads = num_heads
         self.qk = nn.Linear(dim, 2 * dim, bias=False)

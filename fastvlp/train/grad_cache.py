@@ -62,8 +62,14 @@ class GradCache:
             The loss, 0-d, detached and not multiplied.
 
         Raises:
-            ValueError: not as many lists as towers, or one is empty.
+            ValueError: not as many lists as towers, or one is empty. TypeError: a whole batch where its micro-batches are needed.
+            RuntimeError: gradients are off.
         """
+        for batch in batches:
+            if isinstance(batch, Tensor | Packed):
+                raise TypeError(f"GradCache: got a {type(batch).__name__}; give each tower a list of micro-batches (a tensor: x.split(32))")
+        if not torch.is_grad_enabled():
+            raise RuntimeError("GradCache: gradients are off (torch.no_grad), but backward computes them; call it outside")
         if len(batches) != len(self._towers) or not all(len(batch) for batch in batches):
             raise ValueError(f"GradCache: {[len(batch) for batch in batches]} micro-batches for {len(self._towers)} towers; "
                              "give each tower a list of at least one")

@@ -6,14 +6,18 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def plain_tensors(op: str, **tensors: Tensor | None) -> None:
-    """Refuse DTensors by name, and tensors that do not share one device."""
+def plain_tensors(op: str, required: int = 1, /, **tensors: Tensor | None) -> None:
+    """Refuse by name what is no dense tensor (None is fine after the ``required`` first), and tensors that do not share one device."""
     device = None
-    for name, tensor in tensors.items():
-        if tensor is None:
+    for place, (name, tensor) in enumerate(tensors.items()):
+        if tensor is None and place >= required:
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} is {type(tensor).__name__}; it must be a torch.Tensor (torch.as_tensor makes one of an array)")
         if type(tensor).__name__ == "DTensor":
             raise TypeError(f"{op}: {name} is a DTensor, which this operator does not take; pass {name}.to_local() or {name}.full_tensor()")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} has the layout {tensor.layout}; it must be dense, as {name}.to_dense() is")
         if device is None:
             device, first = tensor.device, name
         elif tensor.device != device:
@@ -22,7 +26,7 @@ def plain_tensors(op: str, **tensors: Tensor | None) -> None:
 
 def features(op: str, x: Tensor, y: Tensor) -> None:
     """Refuse anything but two floating-point matrices of one width and one dtype, on one device."""
-    plain_tensors(op, x=x, y=y)
+    plain_tensors(op, 2, x=x, y=y)
     for name, tensor in (("x", x), ("y", y)):
         if tensor.ndim != 2:
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must be a matrix [rows, width]")
@@ -41,6 +45,7 @@ def vector(op: str, name: str, tensor: Tensor | None, length: int, integer: bool
     """Refuse a per-row or per-column vector of the wrong length or kind."""
     if tensor is None:
         return
+    plain_tensors(op, **{name: tensor})
     if tensor.shape != (length,):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must have shape ({length},)")
     if tensor.is_floating_point() == integer or tensor.is_complex():

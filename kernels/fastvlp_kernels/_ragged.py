@@ -1,5 +1,6 @@
 """What the token operators share: lengths on the host, counts per segment, and padded batches of segments of similar lengths."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,38 +16,55 @@ NARROW = 16  # segments this short lie in one batch all the same
 class Batch(NamedTuple):
     """``segments`` int64 [B] of similar lengths: their ``tokens`` int64 [B, width] (a valid index everywhere), real where ``inside``.
 
-    full: all lengths are equal, so that all tokens are real.
+    full: all lengths are equal, so that all tokens are real. start: the first token, where they are one range of tokens in their order.
     """
 
     segments: Tensor
     tokens: Tensor
     inside: Tensor
     full: bool
+    start: int | None
+
+    def read(self, x: Tensor) -> Tensor:
+        """The rows [B, width, ...] of ``x`` [T, ...]; a view where the tokens are one range."""
+        if self.start is not None:
+            return x.narrow(0, self.start, self.tokens.numel()).unflatten(0, self.tokens.shape)
+        return x.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape)
+
+    def write(self, values: Tensor, x: Tensor) -> None:
+        """Put ``values`` [B, width] of the real tokens into ``x`` [T]."""
+        if self.start is not None:
+            x.narrow(0, self.start, self.tokens.numel()).copy_(values.flatten())
+        else:
+            real = self.inside.flatten().nonzero().squeeze(1)
+            x.index_copy_(0, self.tokens.flatten().index_select(0, real), values.flatten().index_select(0, real))
 
 
 def batches(lengths: Tensor, device: torch.device, limit: int, square: bool = False) -> Iterator[Batch]:
     """The segments that are not empty, shortest first, in batches of at most ``limit`` padded tokens (or squares of the width)."""
-    order = torch.argsort(lengths, stable=True)
-    starts = (lengths.cumsum(0) - lengths)[order].to(device)
-    sizes = lengths[order].tolist()
-    counts, order = lengths[order].to(device), order.to(device)
-    last = int((lengths == 0).sum())
-    while last < len(sizes):
-        first, widest = last, max(NARROW, int(sizes[last] * SPREAD))
-        while last < len(sizes) and sizes[last] <= widest:
-            cost = sizes[last] ** 2 if square else sizes[last]
-            if last > first and (last + 1 - first) * cost > limit:
+    sizes = lengths.tolist()
+    starts = [end - n for end, n in zip(itertools.accumulate(sizes), sizes, strict=True)]
+    order = sorted((s for s, n in enumerate(sizes) if n), key=sizes.__getitem__)
+    last = 0
+    while last < len(order):
+        first, widest = last, max(NARROW, int(sizes[order[last]] * SPREAD))
+        while last < len(order) and (width := sizes[order[last]]) <= widest:
+            if last > first and (last + 1 - first) * (width**2 if square else width) > limit:
                 break
             last += 1
-        place = torch.arange(sizes[last - 1], device=device)
-        inside = place < counts[first:last, None]
-        tokens = torch.where(inside, starts[first:last, None] + place, starts[first:last, None])
-        yield Batch(order[first:last], tokens, inside, sizes[first] == sizes[last - 1])
+        chosen = order[first:last]
+        width, full = sizes[chosen[-1]], sizes[chosen[0]] == sizes[chosen[-1]]
+        together = full and starts[chosen[-1]] - starts[chosen[0]] == (len(chosen) - 1) * width
+        segments, start, count = torch.tensor([chosen, [starts[s] for s in chosen], [sizes[s] for s in chosen]], device=device)
+        place = torch.arange(width, device=device)
+        inside = place < count[:, None]
+        tokens = start[:, None] + (place if full else place * inside)
+        yield Batch(segments, tokens, inside, full, starts[chosen[0]] if together else None)
 
 
 def check_segments(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor, lengths: Tensor | None) -> None:
     """Refuse ``cu_seqlens`` or ``lengths`` that cannot cut ``tokens`` [T, ...] into segments."""
-    _check.plain_tensors(op, **{name: tokens, "cu_seqlens": cu_seqlens})
+    _check.plain_tensors(op, 2, **{name: tokens, "cu_seqlens": cu_seqlens})
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         raise ValueError(f"{op}: cu_seqlens is {got}; it must be int32 [S+1]: 0, then where each segment ends")
@@ -60,10 +78,37 @@ def check_number(op: str, name: str, number: int | float | Tensor, segments: int
     if isinstance(number, Tensor):
         _check.plain_tensors(op, **{name: number})
         _check.vector(op, name, number, segments, integer=not number.is_floating_point())
+        if number.device.type == "cpu" and not torch.compiler.is_compiling() and not _allowed(number):
+            raise ValueError(f"{op}: {name} is {number.tolist()}; it must hold counts of 0 or more (integers) or shares (floats, 0 to 1)")
     elif isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{op}: {name} is {type(number).__name__}; it must be an int, a float or a tensor with one number per segment")
     elif number < 0 or (isinstance(number, float) and not number <= 1):
         raise ValueError(f"{op}: {name} is {number}; it must be a count of 0 or more (an int) or a share of the tokens (a float, 0 to 1)")
+
+
+def _allowed(numbers: Tensor) -> bool:
+    return bool((numbers >= 0).all()) and (not numbers.is_floating_point() or bool((numbers <= 1).all()))
+
+
+def check_protected(op: str, protected: int) -> None:
+    """Refuse what is no number of tokens."""
+    if isinstance(protected, bool) or not isinstance(protected, int) or protected < 0:
+        raise ValueError(f"{op}: protected is {protected}; it must be an int of 0 or more, the leading tokens of a segment that stay")
+
+
+def read_lengths(op: str, name: str, cu_seqlens: Tensor, given: str, lengths: Tensor | None) -> Tensor:
+    """int64 [S] on the CPU: ``lengths``, held against ``cu_seqlens`` where that is on the CPU too, or read from it where they are None."""
+    if lengths is not None and cu_seqlens.device.type != "cpu":
+        return lengths.long()
+    starts = cu_seqlens.tolist()  # lists: a few operators on few numbers take longer
+    if starts[0] != 0:
+        raise ValueError(f"{op}: {name} starts at {starts[0]}; it must start at 0")
+    found = [end - start for start, end in itertools.pairwise(starts)]
+    if lengths is None:
+        return torch.tensor(found, dtype=torch.int64)
+    if lengths.tolist() != found:
+        raise ValueError(f"{op}: {given} {lengths.tolist()} are not those of {name}, {found}; leave {given} out")
+    return lengths.long()
 
 
 def host_lengths(op: str, cu_seqlens: Tensor, lengths: Tensor | None, total: int) -> Tensor:
@@ -72,18 +117,12 @@ def host_lengths(op: str, cu_seqlens: Tensor, lengths: Tensor | None, total: int
     Raises:
         ValueError: they are no lengths, not those of cu_seqlens, or do not sum to ``total``.
     """
-    if lengths is None or cu_seqlens.device.type == "cpu":
-        starts = cu_seqlens.cpu()
-        if starts[0] != 0:
-            raise ValueError(f"{op}: cu_seqlens starts at {int(starts[0])}; it must start at 0")
-        if lengths is not None and not torch.equal(lengths.long(), starts.diff().long()):
-            raise ValueError(f"{op}: lengths {lengths.tolist()} are not those of cu_seqlens, {starts.diff().tolist()}; leave lengths out")
-        lengths = starts.diff()
-    lengths = lengths.long()
-    if len(lengths) and int(lengths.min()) < 0:
+    lengths = read_lengths(op, "cu_seqlens", cu_seqlens, "lengths", lengths)
+    counts = lengths.tolist()
+    if min(counts, default=0) < 0:
         raise ValueError(f"{op}: a segment has a negative length; cu_seqlens must start at 0 and never decrease")
-    if int(lengths.sum()) != total:
-        raise ValueError(f"{op}: the segments hold {int(lengths.sum())} tokens, but there are {total} rows")
+    if sum(counts) != total:
+        raise ValueError(f"{op}: the segments hold {sum(counts)} tokens, but there are {total} rows")
     return lengths
 
 

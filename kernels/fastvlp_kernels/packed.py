@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _check
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -43,8 +45,9 @@ class Packed:
         """Cut ``x`` [T, ...] into segments of these lengths (a sequence or an integer tensor [S]; on a CUDA device it costs one sync).
 
         Raises:
-            ValueError: the lengths are not counts that sum to T, or ``size`` is not [T], or ``pos`` not [T, 3].
+            ValueError, TypeError: the lengths are not counts that sum to T, or ``size`` is not [T], or ``pos`` not [T, 3].
         """
+        _check.plain_tensors("Packed", x=x, size=size, pos=pos)
         counts = _lengths(lengths)
         if x.ndim == 0 or int(counts.sum()) != x.shape[0]:
             raise ValueError(f"Packed: the lengths sum to {int(counts.sum())}, x has shape {tuple(x.shape)}; its rows are the tokens")
@@ -135,8 +138,23 @@ class Packed:
         return dataclasses.replace(self, x=x, cu_seqlens=cu_seqlens, size=move(self.size), pos=move(self.pos))
 
 
+def check_packed(op: str, **given: Any) -> None:
+    """Refuse by name what is no ``Packed``."""
+    for name, packed in given.items():
+        if not isinstance(packed, Packed):
+            raise TypeError(f"{op}: {name} is {type(packed).__name__}; it must be Packed: make one with Packed.of(tokens, lengths)")
+
+
+def check_segments_of(op: str, packed: Packed, lengths: Tensor | None) -> None:
+    """Refuse a batch whose segments are not of ``lengths`` [S], as far as the host knows these."""
+    check_packed(op, packed=packed)
+    if lengths is None or torch.compiler.is_compiling() or torch.equal(lengths, packed.lengths):
+        return
+    raise ValueError(f"{op}: made for segments of {lengths.tolist()} tokens, but these have {packed.lengths.tolist()}; make one for these")
+
+
 def _lengths(lengths: Sequence[int] | Tensor) -> Tensor:
-    counts = lengths.detach() if isinstance(lengths, Tensor) else torch.tensor(lengths, dtype=torch.int64)
+    counts = lengths.detach() if isinstance(lengths, Tensor) else torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
     if counts.ndim != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
         raise ValueError(f"Packed: lengths are {counts.dtype} of shape {tuple(counts.shape)}; they must be integers [S], one per segment")
     counts = counts.to("cpu", torch.int64)

@@ -104,7 +104,9 @@ def test_nothing_switched_on(build):
     model, batch, _ = made(build)
     expected, grads = gradients(model, batch)
     keys, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
-    report = fastvlp.accelerate(model)
+    with pytest.raises(ValueError, match="nothing was asked for.*pass merge=, drop=, attention='packed' or pack=True"):
+        fastvlp.accelerate(model)
+    report = fastvlp.accelerate(model, merge=0)
     assert report.replaced and report.flops_saved == 0 and list(model.state_dict()) == keys
     assert all(isinstance(module, kind) for module, kind in zip(model.modules(), kinds, strict=True))
     output, found = gradients(model, batch)
@@ -292,10 +294,40 @@ def test_low_precision(build):
         assert torch.nn.functional.cosine_similarity(found.double().flatten(1), expected.flatten(1)).min() > 0.9
 
 
+def test_a_batch_without_images():
+    model, batch, _ = made(models.timm_class)
+    report = fastvlp.accelerate(model, merge=[1, 2, 0.2])
+    assert model(batch[:0]).shape == (0, 5)
+    assert "merges 1 token; saves" in str(report) and "merges 2 tokens; saves" in str(report)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_intermediates_of_merged_tokens_are_refused(norm):
+    model, batch, _ = made(models.timm_class)
+    fastvlp.accelerate(model, merge=1)
+    with pytest.raises(TypeError, match=r"is no tensor \[B, N, C\]; forward_intermediates .* report.restore"):
+        model.forward_intermediates(batch, norm=norm)
+
+
+@pytest.mark.parametrize("build", [models.clip, models.siglip, models.vit], ids=lambda build: build.__name__)
+def test_attention_weights_of_merged_tokens_are_refused(build):
+    model, batch, tower = made(build)
+    tower.set_attn_implementation("eager")
+    report = fastvlp.accelerate(model, merge=1)
+    with pytest.raises(ValueError, match="output_attentions=True asks for weights that packed_attention never has"):
+        tower(**batch, output_attentions=True)
+    tower.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        tower(**batch)
+    report.restore()
+    assert len(tower(**batch).attentions) == models.DEPTH
+
+
 def test_refusals():
     model, batch, _ = made(models.timm_class)
     for options, message in (
         ({"merge": -1}, "merge is -1"), ({"merge": 1.5}, "merge is 1.5"), ({"merge": [1, 2]}, "has 2 numbers; this tower has 3"),
+        ({"merge": float("nan")}, "merge is nan"), ({"merge": 1, "logits": True}, "group= and logits= are for the loss of"),
         ({"drop": 1.0}, "drop is 1.0"), ({"attention": "flash"}, "'flash' is unknown"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

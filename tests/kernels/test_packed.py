@@ -84,6 +84,7 @@ def test_replace_and_to():
         (lambda: Packed.of(torch.zeros(4, 2), [2, 3]), r"the lengths sum to 5, x has shape \(4, 2\)"),
         (lambda: Packed.of(torch.zeros(4, 2), [5, -1]), "segment 1 has length -1"),
         (lambda: Packed.of(torch.zeros(4, 2), torch.tensor([4.0])), "they must be integers"),
+        (lambda: Packed.of(torch.zeros(4, 2), [1.9, 2.9]), "they must be integers"),
         (lambda: Packed.of(torch.zeros(4, 2), [4], size=torch.ones(3)), r"size has shape \(3,\); with 4 tokens it must be \(4,\)"),
         (lambda: Packed.of(torch.zeros(4, 2), [4], pos=torch.ones(4, 2)), r"pos has shape \(4, 2\); with 4 tokens it must be \(4, 3\)"),
         (lambda: Packed.from_list([]), "pass at least one"),

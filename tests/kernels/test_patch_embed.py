@@ -37,15 +37,15 @@ def parameters(patch, width, positions, dtype=torch.float64, rows=6, cols=5):
     return {name: randn(*shape, dtype=dtype, seed=i).requires_grad_() for i, (name, shape) in enumerate(shapes.items())}
 
 
-def embed(pixels, sizes, leaves, patch, keep=None, impl=None):
-    positions = leaves.get("grid", (leaves["rows"], leaves["cols"]) if "rows" in leaves else None)
+def embed(pixels, sizes, leaves, patch, keep=None, impl=None, rotary=None):
     return patch_embed(
-        pixels, sizes, leaves["weight"], leaves["bias"], patch_size=patch, mean=MEAN, std=STD, positions=positions, keep=keep, impl=impl
-    )
+        pixels, sizes, leaves["weight"], leaves["bias"], patch_size=patch, mean=MEAN, std=STD, keep=keep, impl=impl, rotary=rotary,
+        positions=leaves.get("grid", (leaves["rows"], leaves["cols"]) if "rows" in leaves else None),
+    )  # fmt: skip
 
 
-def convolutions(pixels, sizes, leaves, patch, keep=None):
-    """A strided convolution of each normalised picture, position embeddings added as pictures; everything in the leaves' dtype."""
+def convolutions(pixels, sizes, leaves, patch, keep=None, rotary=None):
+    """A strided convolution of each normalised picture, positions added as pictures, rotations; everything in the leaves' dtype."""
     dtype, tokens, start = leaves["weight"].dtype, [leaves["weight"].new_zeros(0, len(leaves["weight"]))], 0
     unit, (mean, std) = 255 if pixels.dtype == torch.uint8 else 1, (torch.tensor(values, dtype=dtype) for values in (MEAN, STD))
     kernel = leaves["weight"].unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
@@ -58,9 +58,23 @@ def convolutions(pixels, sizes, leaves, patch, keep=None):
             x = x + leaves["rows"][: h // patch].T[None, :, :, None] + leaves["cols"][: w // patch].T[None, :, None]
         if "grid" in leaves:
             x = x + at_size(leaves["grid"], h // patch, w // patch)
+        if rotary is not None:
+            x = torch.einsum("hwij,bjhw->bihw", rotations(h // patch, w // patch, x.shape[1], rotary).to(dtype), x)
         tokens.append(x[0].flatten(1).T)
     x = torch.cat(tokens)
     return x if keep is None else x[keep]
+
+
+def rotations(rows, cols, width, base):
+    """[rows, cols, C, C]: exponentials of the generators of rotations in the planes of neighbouring channels."""
+    generators = torch.zeros(2, width, width, dtype=torch.float64)
+    for which in range(2):
+        for i in range(width // 4):
+            at = which * width // 2 + 2 * i
+            generators[which, at + 1, at] = base ** (-2 * i / (width / 2))
+    generators = generators - generators.mT
+    angles = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).double()
+    return torch.matrix_exp(torch.einsum("ng,gij->nij", angles, generators)).unflatten(0, (rows, cols))
 
 
 def at_size(grid, rows, cols):
@@ -78,17 +92,18 @@ def gradients(x, leaves, upstream):
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=6), st.integers(1, 3), st.integers(1, 4),
        st.sampled_from(["none", "factorised", "grid"]), st.sampled_from([torch.uint8, torch.float32, torch.float64]),
-       st.sampled_from(["cpu", "reference"]), st.one_of(st.none(), st.floats(0, 1)))  # fmt: skip
+       st.sampled_from(["cpu", "reference"]), st.one_of(st.none(), st.floats(0, 1)), st.sampled_from([None, 100.0]))  # fmt: skip
 @settings(max_examples=80, deadline=None)
-def test_any_images_equal_a_convolution(grids, patch, width, positions, dtype, impl, share):
+def test_any_images_equal_a_convolution(grids, patch, width, positions, dtype, impl, share, rotary):
+    width *= 1 if rotary is None else 4
     sizes = patch * torch.tensor(grids, dtype=torch.int64).view(-1, 2)
     pixels, leaves = picture(sizes, dtype), parameters(patch, width, positions)
     total = int((sizes // patch).prod(1).sum())
     keep = None if share is None else (torch.rand(total, generator=torch.Generator().manual_seed(1)) < share).nonzero()[:, 0]
     with pytest.MonkeyPatch.context() as patcher:
         patcher.setattr(cpu, "ELEMENTS", 1)
-        ours = embed(pixels, sizes, leaves, patch, keep, impl)
-        exact = convolutions(pixels, sizes, leaves, patch, keep)
+        ours = embed(pixels, sizes, leaves, patch, keep, impl, rotary)
+        exact = convolutions(pixels, sizes, leaves, patch, keep, rotary)
         torch.testing.assert_close(ours.x, exact, rtol=1e-10, atol=1e-10)
         upstream = randn(*exact.shape, seed=9)
         for mine, true in zip(gradients(ours.x, leaves, upstream), gradients(exact, leaves, upstream), strict=True):
@@ -119,24 +134,28 @@ def test_taps_are_those_of_interpolate(grid):
         torch.testing.assert_close(taps(grid, size), theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("positions", ["none", "factorised", "grid"])
-def test_gradcheck(positions):
-    leaves, keep = parameters(2, 3, positions), torch.tensor([0, 3, 4, 9])
+@pytest.mark.parametrize(("positions", "rotary"), [("none", None), ("factorised", None), ("grid", None), ("grid", 100)])
+def test_gradcheck(positions, rotary):
+    leaves, keep = parameters(2, 3 if rotary is None else 4, positions), torch.tensor([0, 3, 4, 9])
     sizes, names = torch.tensor([[4, 6], [2, 8]]), list(leaves)
     pixels = picture(sizes)
-    assert torch.autograd.gradcheck(lambda *t: embed(pixels, sizes, dict(zip(names, t, strict=True)), 2, keep).x, tuple(leaves.values()))
+
+    def tokens(*tensors):
+        return embed(pixels, sizes, dict(zip(names, tensors, strict=True)), 2, keep, rotary=rotary).x
+
+    assert torch.autograd.gradcheck(tokens, tuple(leaves.values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("positions", ["factorised", "grid"])
-def test_errors_are_no_larger_than_eager_pytorch(dtype, pixels, positions):
+@pytest.mark.parametrize(("positions", "rotary"), [("factorised", None), ("grid", None), ("factorised", 100.0)])
+def test_errors_are_no_larger_than_eager_pytorch(dtype, pixels, positions, rotary):
     sizes = torch.tensor([[32, 40], [48, 16], [40, 24]])
     pixels, leaves = picture(sizes, pixels), parameters(8, 24, positions, dtype)
     total, results = int((sizes // 8).prod(1).sum()), []
     for run, kind in ((embed, dtype), (convolutions, dtype), (convolutions, torch.float64)):
         here = {name: leaf.detach().to(kind).requires_grad_() for name, leaf in leaves.items()}
-        x = run(pixels, sizes, here, 8)
+        x = run(pixels, sizes, here, 8, rotary=rotary)
         x = x if isinstance(x, torch.Tensor) else x.x
         results.append([x, *gradients(x, here, randn(total, 24, seed=9).to(dtype))])
     for name, mine, other, true in zip(("x", *leaves), *results, strict=True):
@@ -145,8 +164,8 @@ def test_errors_are_no_larger_than_eager_pytorch(dtype, pixels, positions):
 
 
 def test_pixels_are_never_all_floats_or_all_gathered():
-    sizes = torch.tensor([[512, 512], [256, 1024]])
-    pixels, leaves = picture(sizes), parameters(16, 8, "factorised", torch.float32, rows=32, cols=64)
+    sizes = torch.tensor([[1024, 1024], [512, 2048]])
+    pixels, leaves = picture(sizes), parameters(16, 8, "factorised", torch.float32, rows=64, cols=128)
     limit = pixels.numel() // 4
     with forbid_large_tensors(limit) as seen:
         embed(pixels, sizes, leaves, 16).x.square().sum().backward()
@@ -162,27 +181,27 @@ def test_dropped_patches_are_neither_read_nor_multiplied(monkeypatch):
     assert rows[0] == 4 * len(keep)
 
 
-@pytest.mark.parametrize("positions", ["none", "factorised", "grid"])
-def test_opcheck(positions):
-    leaves = parameters(4, 3, positions, torch.float32)
+@pytest.mark.parametrize(("positions", "rotary"), [("none", None), ("factorised", None), ("grid", None), ("none", 100.0)])
+def test_opcheck(positions, rotary):
+    leaves = parameters(4, 4, positions, torch.float32)
     tables = [leaves.get(name) for name in ("rows", "cols", "grid")]
     arguments = (picture(SIZES), SIZES, torch.tensor([0, 3, 8]), leaves["weight"], leaves["bias"], *tables)
-    shared = (4, list(MEAN), list(STD))
+    shared = (4, list(MEAN), list(STD), rotary)
     torch.library.opcheck(torch.ops.fastvlp.patch_embed.default, (*arguments, *shared, 3, torch.float32, "cpu"))
     held = [None if t is None else t.detach() for t in arguments]
     _, pos, where = torch.ops.fastvlp.patch_embed(*held, *shared, 3, torch.float32, "cpu")
-    backward = (torch.randn(3, 3), *held[:2], *held[3:], pos, where, *shared, [t is not None for t in arguments[3:]], "cpu")
+    backward = (torch.randn(3, 4), *held[:2], *held[3:], pos, where, *shared, [t is not None for t in arguments[3:]], "cpu")
     torch.library.opcheck(torch.ops.fastvlp.patch_embed_backward.default, backward)
 
 
-@pytest.mark.parametrize("positions", ["factorised", "grid"])
-def test_compiled_once_for_all_images_on_meta_tensors_and_under_autocast(positions):
-    leaves = parameters(4, 3, positions)
+@pytest.mark.parametrize(("positions", "rotary"), [("factorised", None), ("grid", 100.0)])
+def test_compiled_once_for_all_images_on_meta_tensors_and_under_autocast(positions, rotary):
+    leaves = parameters(4, 4, positions)
     torch._dynamo.reset()
     names = list(leaves)
 
     def step(pixels, sizes, *tensors):
-        packed = embed(pixels * 1, sizes, dict(zip(names, tensors, strict=True)), 4)
+        packed = embed(pixels * 1, sizes, dict(zip(names, tensors, strict=True)), 4, rotary=rotary)
         return packed.x.square().sum() + packed.pos.sum() * 0
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -193,14 +212,14 @@ def test_compiled_once_for_all_images_on_meta_tensors_and_under_autocast(positio
             for mine, true in zip(ours, eager, strict=True):
                 torch.testing.assert_close(mine, true)
     meta = {name: leaf.detach().to("meta", torch.bfloat16).requires_grad_() for name, leaf in leaves.items()}
-    packed = embed(picture(SIZES).to("meta"), SIZES, meta, 4, torch.tensor([0, 3]))
-    assert packed.x.shape == (2, 3) and packed.x.dtype == torch.bfloat16 and packed.lengths.tolist() == [2, 0, 0, 0, 0]
-    assert torch.autograd.grad(packed.x.sum(), meta["weight"])[0].shape == (3, 48)
-    single = parameters(4, 3, positions, torch.float32)
+    packed = embed(picture(SIZES).to("meta"), SIZES, meta, 4, torch.tensor([0, 3]), rotary=rotary)
+    assert packed.x.shape == (2, 4) and packed.x.dtype == torch.bfloat16 and packed.lengths.tolist() == [2, 0, 0, 0, 0]
+    assert torch.autograd.grad(packed.x.sum(), meta["weight"])[0].shape == (4, 48)
+    single = parameters(4, 4, positions, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        x = embed(picture(SIZES), SIZES, single, 4).x
+        x = embed(picture(SIZES), SIZES, single, 4, rotary=rotary).x
     assert x.dtype == torch.bfloat16 and torch.autograd.grad(x.sum(), single["weight"])[0].dtype == torch.float32
-    torch.testing.assert_close(x, embed(picture(SIZES), SIZES, single, 4).x.bfloat16())
+    torch.testing.assert_close(x, embed(picture(SIZES), SIZES, single, 4, rotary=rotary).x.bfloat16())
 
 
 def test_only_needed_gradients_are_made_and_second_ones_refused(monkeypatch):
@@ -241,6 +260,8 @@ def test_only_needed_gradients_are_made_and_second_ones_refused(monkeypatch):
         ({"mean": (0.1, 0.2)}, ValueError, "mean holds 2 numbers"),
         ({"std": 0}, ValueError, "std is 0; it must be above 0"),
         ({"patch_size": 0}, ValueError, "patch_size is 0"),
+        ({"rotary": 0, "weight": torch.zeros(4, 48)}, ValueError, "rotary is 0 .* must be finite and above 0"),
+        ({"rotary": 100}, ValueError, "makes 3 channels; .* the channels a multiple of 4"),
         ({"bias": torch.zeros(3, device="meta")}, ValueError, "move them to one device"),
         ({"impl": "cuda"}, ValueError, "impl='cuda' is unknown"),
     ],
@@ -252,11 +273,11 @@ def test_what_does_not_fit_is_refused(changes, error, message, impl):
         patch_embed(**usual | changes)
 
 
-def compare(sizes, patch, width, positions, dtype=torch.float32, pixels=torch.uint8, device="cpu", keep=None):
+def compare(sizes, patch, width, positions, dtype=torch.float32, pixels=torch.uint8, device="cpu", keep=None, rotary=None):
     images, leaves, results = picture(sizes, pixels), parameters(patch, width, positions, dtype, rows=40, cols=40), []
     for here, kind, impl in ((device, dtype, "triton"), ("cpu", torch.float64, "reference")):
         copies = {name: leaf.detach().to(here, kind).requires_grad_() for name, leaf in leaves.items()}
-        packed = embed(images.to(here), sizes, copies, patch, keep, impl)
+        packed = embed(images.to(here), sizes, copies, patch, keep, impl, rotary)
         upstream = randn(*packed.x.shape, seed=9).to(dtype)
         results.append([packed.x, packed.pos, packed.cu_seqlens, *gradients(packed.x, copies, upstream)])
     rounding = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
@@ -277,7 +298,8 @@ def interpreted_cases() -> None:
     compare(SIZES, 4, 20, "grid", torch.bfloat16, keep=torch.tensor([0, 5, 6, 7, 11, 16, 22]))
     compare(torch.tensor([[6, 8], [2, 2], [10, 4]]), 2, 5, "factorised", torch.float16)
     compare(torch.tensor([[6, 3]]), 3, 5, "none", torch.float16, torch.float32)
-    compare(SIZES, 4, 20, "grid", torch.float32, torch.bfloat16)
+    compare(SIZES, 4, 20, "grid", torch.float32, torch.bfloat16, rotary=100.0)
+    compare(SIZES, 4, 40, "factorised", torch.bfloat16, keep=torch.tensor([0, 5, 22]), rotary=100.0)
     compare(SIZES[:0], 4, 4, "factorised")
     for images in (2, 3, 4, 5, 8, 9, 17):
         compare(torch.tensor([[2, 2]] * images), 2, 1, "none")
@@ -293,7 +315,7 @@ def test_interpreted():
 def test_kernels_compile(arch, monkeypatch):
     from fastvlp_kernels.patch_embed import triton
 
-    names = ("_locate_kernel", "_forward_kernel", "_weight_kernel", "_table_kernel")
+    names = ("_locate_kernel", "_forward_kernel", "_weight_kernel", "_table_kernel", "_turn_kernel")
     recorders = {name: Recorder(getattr(triton, name)) for name in names}
     for name, recorder in recorders.items():
         monkeypatch.setattr(triton, name, recorder)
@@ -302,7 +324,10 @@ def test_kernels_compile(arch, monkeypatch):
         where, pos = triton.locate(images, torch.zeros(400, dtype=torch.int64), 400, patch)
         weight, flat = torch.zeros(768, 3 * patch**2, dtype=dtype), torch.zeros(4096, dtype=pixels)
         tables = [(pos[:, 1], torch.zeros(32, 768)), (pos[:, 2], torch.zeros(32, 768))]
-        out = triton.forward(flat, where, weight, None, tables, patch, [127.0] * 3, [64.0] * 3, dtype)
+        turn = (pos, torch.zeros(32, 384))
+        for turned in (None, turn):
+            out = triton.forward(flat, where, weight, None, tables, turned, patch, [127.0] * 3, [64.0] * 3, dtype)
+        triton.rotate(out, *turn)
         triton.weight_backward(out, flat, where, weight, patch, [127.0] * 3, [64.0] * 3)
     triton.table_backward(out, torch.zeros(400, dtype=torch.int64), 32, torch.float32)
     for name, recorder in recorders.items():
@@ -310,7 +335,7 @@ def test_kernels_compile(arch, monkeypatch):
             compiled = recorder.compile(arch, launch)
             assert compiled.shared <= SHARED_LIMIT[arch] and compiled.spills == 0, name
             assert not compiled.holds("atom") and not compiled.holds("red"), name
-            if arch == 90 and name in ("_forward_kernel", "_weight_kernel") and launch == 0:
+            if arch == 90 and name in ("_forward_kernel", "_weight_kernel") and launch < len(recorder.launches) // 2:
                 assert compiled.holds("wgmma"), name
 
 
@@ -320,5 +345,6 @@ def test_kernels_compile(arch, monkeypatch):
 @pytest.mark.parametrize("positions", ["factorised", "grid"])
 def test_on_the_device(dtype, positions):
     sizes = 16 * torch.tensor([[14, 14], [7, 30], [0, 3], [1, 1], [20, 9]])
-    compare(sizes, 16, 768, positions, dtype, device="cuda")
+    for rotary in (None, 100.0):
+        compare(sizes, 16, 768, positions, dtype, device="cuda", rotary=rotary)
     compare(sizes // 16 * 14, 14, 384, positions, dtype, torch.float32, "cuda", torch.arange(0, 400, 3))

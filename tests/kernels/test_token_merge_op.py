@@ -80,6 +80,8 @@ def test_meta_tensors_know_their_shapes(options):
         mine, theirs = getattr(plan, field.name), getattr(real, field.name)
         if field.name == "lengths":
             assert mine is None if "threshold" in options else torch.equal(mine, theirs)
+        elif field.name == "before":
+            assert torch.equal(mine, theirs)
         elif isinstance(mine, torch.Tensor):
             assert (mine.shape, mine.dtype, mine.device.type) == (theirs.shape, theirs.dtype, "meta")
     out, size = plan.merge(x)
@@ -155,9 +157,11 @@ def plan_with(**changes):
         ({"r": 1.5}, ValueError, r"a share of the tokens \(a float, 0 to 1\)"),
         ({"r": float("nan")}, ValueError, "r is nan"),
         ({"r": True}, TypeError, "r is bool"),
+        ({"r": torch.tensor([1, -1, 2])}, ValueError, r"r is \[1, -1, 2\]; it must hold counts of 0 or more"),
         ({"r": torch.ones(2)}, ValueError, r"r has shape \(2,\); it must have shape \(3,\)"),
         ({"threshold": 0.5}, ValueError, "got r and threshold; pass one of them"),
         ({"protected": -1}, ValueError, "protected is -1"),
+        ({"protected": 0.5}, ValueError, "protected is 0.5; it must be an int"),
         ({"total": 9}, ValueError, "total is 9; the result has 8 rows"),
         ({"total": 9, "ghost": True}, ValueError, "as many rows as the metric, 12"),
         ({"metric": randn(0, 3), "cu_seqlens": CU[:1], "ghost": True}, ValueError, "there are no segments"),
@@ -178,6 +182,9 @@ def test_what_does_not_fit_is_refused(changes, error, message):
         (lambda plan: plan.merge(randn(12), mode="prod"), ValueError, "mode='prod' is unknown; allowed: mean, sum, amax"),
         (lambda plan: plan.merge(randn(12), torch.ones(11)), ValueError, r"size has shape \(11,\); it must have shape \(12,\)"),
         (lambda plan: plan.merge(randn(12), torch.ones(12, device="meta")), ValueError, "move them to one device"),
+        (lambda plan: plan.apply(Packed.of(randn(12, 2), [7, 5])), ValueError, r"for segments of \[5, 0, 7\] .* these have \[7, 5\]"),
+        (lambda plan: plan_with(r=0, threshold=0.5).apply(Packed.of(randn(12), [7, 5])), ValueError, "made for segments of"),
+        (lambda plan: plan.apply(randn(12, 2)), TypeError, "packed is Tensor; it must be Packed"),
         (lambda plan: plan.unmerge(randn(12, 2)), ValueError, "unmerge: x has shape .* the plan is for 8 rows"),
     ],
 )

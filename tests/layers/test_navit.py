@@ -108,5 +108,16 @@ def test_refusals(model):
                            (torch.zeros(3, 36, 8), "image_size allows 32 x 32")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             model([image.double()])
+    for image, message in ((torch.zeros(3, 8, 8, dtype=torch.uint8), "image 1 is torch.uint8"), (torch.zeros(3, 8, 8).half(), "convert it"),
+                           (torch.zeros(3, 8, 8).numpy(), "image 1 is ndarray"), (object(), "image 1 is object")):  # fmt: skip
+        with pytest.raises(TypeError, match=message):
+            model([torch.zeros(3, 8, 8).double(), image])
+    for share in (1.0, -1, float("nan")):
+        with pytest.raises(ValueError, match="token_dropout_prob is"):
+            NaViT(**OPTIONS, token_dropout_prob=share)
+        with pytest.raises(ValueError, match="token_dropout_prob is"):
+            NaViT(**OPTIONS, token_dropout_prob=lambda h, w, share=share: share)([torch.zeros(3, 8, 8)])
+    with pytest.raises(ValueError, match="multiples of patch_size=0"):
+        NaViT(**{**OPTIONS, "patch_size": 0})
     with pytest.raises(ValueError, match="got no images"):
         model([])

@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastvlp.layers import AttentionPool, PackedAttention, PatchDropout, PatchDropoutWithIndices, TokenMerger
+from fastvlp.layers import (
+    AttentionPool,
+    LearnedCentres,
+    PackedAttention,
+    PatchDropout,
+    PatchDropoutWithIndices,
+    TemporalContext,
+    TokenLearner,
+    TokenMerger,
+    segment_mean,
+)  # fmt: skip
 from fastvlp_kernels import Packed
 
 
@@ -64,6 +74,10 @@ def test_token_merger_dense_and_packed_agree():
         torch.testing.assert_close((merged * sizes[..., None]).sum(1), (x * size[..., None]).sum(1))
     with pytest.raises(ValueError, match="another number in every row"):
         TokenMerger(threshold=0.5)(x)
+    with pytest.raises(ValueError, match="metric has shape"):
+        TokenMerger(1)(x, torch.randn(2 * x.shape[0], x.shape[1] // 2, 3))
+    with pytest.raises(ValueError, match=r"it must be Packed or a tensor \[B, N, C\]"):
+        TokenMerger(1)(x[0])
 
 
 def test_token_merger_by_threshold_and_by_itself():
@@ -88,8 +102,9 @@ def test_packed_attention_layer(causal):
         expected.append(layer.proj((scores.softmax(-1) @ v).transpose(0, 1).reshape(len(x), 12)))
     torch.testing.assert_close(layer(packed).x, torch.cat(expected))
     assert sorted(layer.state_dict()) == ["proj.bias", "proj.weight", "qkv.bias", "qkv.weight"]
-    with pytest.raises(ValueError, match="the heads must divide"):
-        PackedAttention(10, 3)
+    for heads in (3, 0):
+        with pytest.raises(ValueError, match="the heads must divide"):
+            PackedAttention(10, heads)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -104,5 +119,14 @@ def test_attention_pool(queries):
         expected.append(layer.proj(attended.transpose(0, 1).reshape(queries, 12)))
     found = layer(packed)
     torch.testing.assert_close(found, torch.cat(expected) if queries == 1 else torch.stack(expected))
-    with pytest.raises(ValueError, match="the heads must divide"):
-        AttentionPool(10, 3)
+    for heads in (3, 0):
+        with pytest.raises(ValueError, match="the heads must divide"):
+            AttentionPool(10, heads)
+
+
+@pytest.mark.parametrize(
+    "call", [PackedAttention(4, 2), AttentionPool(4, 2), TokenLearner(4, 2), LearnedCentres(4, 2, 2), TemporalContext(4), segment_mean]
+)
+def test_a_tensor_where_packed_is_needed_is_refused(call):
+    with pytest.raises(TypeError, match=r"packed is Tensor; it must be Packed: make one with Packed.of\(tokens, lengths\)"):
+        call(torch.zeros(6, 4))

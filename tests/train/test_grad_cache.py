@@ -212,6 +212,10 @@ def test_wrong_lists_are_refused():
     for lists in ([[rows(2, 0)]], [[rows(2, 0)], []]):
         with pytest.raises(ValueError, match="micro-batches for 2 towers; give each tower a list of at least one"):
             GradCache([unit(tower) for tower in towers(2)], clip).backward(*lists)
+    with pytest.raises(TypeError, match=r"got a Tensor; give each tower a list of micro-batches"):
+        GradCache([unit(tower) for tower in towers(2)], clip).backward(rows(2, 0), rows(2, 1))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="gradients are off"):
+        GradCache([unit(tower) for tower in towers(2)], clip).backward([rows(2, 0)], [rows(2, 1)])
 
 
 LARGE = """

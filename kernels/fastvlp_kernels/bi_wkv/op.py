@@ -118,7 +118,7 @@ def bi_wkv(
 
 
 def _check_tensors(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> None:
-    _check.plain_tensors(NAME, r=r, k=k, v=v, w=w, u=u)
+    _check.plain_tensors(NAME, 5, r=r, k=k, v=v, w=w, u=u)
     shapes = f"r {tuple(r.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, w {tuple(w.shape)}, u {tuple(u.shape)}"
     if v.ndim != 3 or k.ndim != 3 or not r.shape == k.shape == w.shape or k.shape[:2] != v.shape[:2] or u.shape != k.shape[1:]:
         raise ValueError(f"{NAME}: got {shapes}; r, k and w must be [T, H, K], v [T, H, V] and u [H, K]")

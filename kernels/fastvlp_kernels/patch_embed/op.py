@@ -19,7 +19,8 @@ IMPLEMENTATIONS = ("triton", "cpu", "reference")
 @torch.library.custom_op(f"fastvlp::{NAME}", mutates_args=())
 def _embed(
     pixels: Tensor, sizes: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None,
-    grid: Tensor | None, patch_size: int, mean: list[float], std: list[float], total: int, dtype: torch.dtype, impl: str,
+    grid: Tensor | None, patch_size: int, mean: list[float], std: list[float], rotary: float | None, total: int, dtype: torch.dtype,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_values(pixels, sizes, keep, rows, cols, patch_size)
     shapes, cells = _shapes(sizes // patch_size)
@@ -32,11 +33,12 @@ def _embed(
     with torch.autocast(device.type, enabled=False):  # dtypes are decided; autocast would round sums
         if grid is not None:
             tables = [(where[:, 2], positions.resize(grid, shapes, sum_dtype(dtype)))]
-        return module.forward(pixels, where, weight, bias, tables, patch_size, *stored, dtype), pos, where
+        turn = None if rotary is None else (pos, _turns(rotary, sizes, patch_size, weight, sum_dtype(dtype)))
+        return module.forward(pixels, where, weight, bias, tables, turn, patch_size, *stored, dtype), pos, where
 
 
 @_embed.register_fake
-def _(pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, mean, std, total, dtype, impl):
+def _(pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, mean, std, rotary, total, dtype, impl):
     pos, where = (weight.new_empty((total, 3), dtype=kind) for kind in (torch.int32, torch.int64))
     return weight.new_empty((total, weight.shape[0]), dtype=dtype), pos, where
 
@@ -44,12 +46,15 @@ def _(pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, mean, std
 @torch.library.custom_op(f"fastvlp::{NAME}_backward", mutates_args=())
 def _embed_backward(
     grad: Tensor, pixels: Tensor, sizes: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None,
-    grid: Tensor | None, pos: Tensor, where: Tensor, patch_size: int, mean: list[float], std: list[float], needs: list[bool], impl: str,
+    grid: Tensor | None, pos: Tensor, where: Tensor, patch_size: int, mean: list[float], std: list[float], rotary: float | None,
+    needs: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     module, acc = _module(impl), sum_dtype(grad.dtype)
     grad = grad.contiguous()
     results = [weight.new_empty(0, dtype=dtype) for dtype in _dtypes(weight, bias, rows, cols, grid)]
     with torch.autocast(grad.device.type, enabled=False):
+        if rotary is not None:
+            grad = module.rotate(grad, pos, _turns(rotary, sizes, patch_size, weight, acc, back=True))
         if needs[0]:
             stored = [_stored(pixels, values) for values in (mean, std)]
             results[0] = module.weight_backward(grad, pixels, where, weight, patch_size, *stored)
@@ -66,7 +71,7 @@ def _embed_backward(
 
 
 @_embed_backward.register_fake
-def _(grad, pixels, sizes, weight, bias, rows, cols, grid, pos, where, patch_size, mean, std, needs, impl):
+def _(grad, pixels, sizes, weight, bias, rows, cols, grid, pos, where, patch_size, mean, std, rotary, needs, impl):
     parameters = (weight, bias, rows, cols, grid)
     return tuple(
         weight.new_empty(t.shape if need else (0,), dtype=dtype)
@@ -75,15 +80,16 @@ def _(grad, pixels, sizes, weight, bias, rows, cols, grid, pos, where, patch_siz
 
 
 def _setup(ctx, inputs, output) -> None:
-    pixels, sizes, _, weight, bias, rows, cols, grid, ctx.patch_size, ctx.mean, ctx.std, _, _, ctx.impl = inputs
+    pixels, sizes, _, weight, bias, rows, cols, grid, ctx.patch_size, ctx.mean, ctx.std, ctx.rotary, _, _, ctx.impl = inputs
     ctx.save_for_backward(pixels, sizes, weight, bias, rows, cols, grid, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in range(3, 8)]
-    results = torch.ops.fastvlp.patch_embed_backward(grad, *ctx.saved_tensors, ctx.patch_size, ctx.mean, ctx.std, needs, ctx.impl)
-    return None, None, None, *(r if need else None for r, need in zip(results, needs, strict=True)), *[None] * 6
+    fixed = (ctx.patch_size, ctx.mean, ctx.std, ctx.rotary, needs, ctx.impl)
+    results = torch.ops.fastvlp.patch_embed_backward(grad, *ctx.saved_tensors, *fixed)
+    return None, None, None, *(r if need else None for r, need in zip(results, needs, strict=True)), *[None] * 7
 
 
 def _refuse(ctx, *_):
@@ -110,6 +116,11 @@ def _stored(pixels: Tensor, values: Sequence[float]) -> list[float]:
     return [255 * value for value in values] if pixels.dtype == torch.uint8 else list(values)
 
 
+def _turns(rotary: float, sizes: Tensor, patch_size: int, weight: Tensor, dtype: torch.dtype, back: bool = False) -> Tensor:
+    places = int(sizes.max()) // patch_size if len(sizes) else 0
+    return positions.turns(rotary, places, weight.shape[0], back).to(weight.device, dtype)
+
+
 def _before(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
 
@@ -130,6 +141,7 @@ def patch_embed(
     mean: float | Sequence[float],
     std: float | Sequence[float],
     positions: Tensor | tuple[Tensor, Tensor] | None = None,
+    rotary: float | None = None,
     keep: Tensor | None = None,
     impl: str | None = None,
 ) -> Packed:
@@ -137,7 +149,9 @@ def patch_embed(
 
     The patches are never laid out in memory, neither as floats nor as bytes, and dropped ones are not read (FLIP,
     https://arxiv.org/abs/2212.00794). Positions are factorised (NaViT, https://arxiv.org/abs/2307.06304): rows[row] + cols[col]; or one
-    learned grid that each image sees as ``interpolate(grid, mode="bilinear", antialias=True)`` at its own size (SigLIP 2).
+    learned grid that each image sees as ``interpolate(grid, mode="bilinear", antialias=True)`` at its own size (SigLIP 2). ``rotary``
+    turns that sum in two dimensions (after RoFormer, https://arxiv.org/abs/2104.09864): channels 2 i and 2 i + 1 of the first half are
+    a plane turned by row * rotary^(-4 i / C); those of the second half, counted from its start, in the same way by the column.
     On uint8 pixels bfloat16 and float16 products round the weights alone, because 0 to 255 are exact there.
 
     Args:
@@ -147,6 +161,7 @@ def patch_embed(
             after ``.permute(0, 2, 3, 1).flatten(1)``. bias: [C].
         patch_size: P. mean, std: of pixels in 0..1; one number, or one for each of the three channels.
         positions: (rows [G, C], cols [G', C]), with G and G' at least the patches in a column and row; or grid [G, G', C].
+        rotary: the base of the angles, usually 100 to 10000; None: nothing is turned. C must be a multiple of 4.
         keep: int64, ascending: which patches of all images' are embedded. On a CUDA device: a synchronisation.
         impl: "triton", "cpu", "reference"; None takes the first that runs on the device.
 
@@ -164,6 +179,12 @@ def patch_embed(
     shift, scale = _channels("mean", mean), _channels("std", std)
     if min(scale) <= 0:
         raise ValueError(f"{NAME}: std is {std}; it must be above 0")
+    if rotary is not None and not (0 < rotary < float("inf") and weight.shape[0] % 4 == 0):
+        raise ValueError(
+            f"{NAME}: rotary is {rotary} and the weight makes {weight.shape[0]} channels; rotary must be finite and above 0, and "
+            "the channels a multiple of 4: pairs for the row and pairs for the column"
+        )
+    rotary = None if rotary is None else float(rotary)
     dtype = _inputs.product_dtype(NAME, weight, None)
     chosen = _backend.choose(NAME, impl, pixels.device, IMPLEMENTATIONS)
     if chosen == "triton" and torch.float64 in (dtype, pixels.dtype):
@@ -174,11 +195,11 @@ def patch_embed(
     if chosen == "reference":
         _check_values(pixels, sizes, keep, rows, cols, patch_size)
         x, pos = reference.patch_embed(
-            pixels, sizes.tolist(), keep, weight, bias, rows, cols, grid, patch_size, shift, scale, dtype
+            pixels, sizes.tolist(), keep, weight, bias, rows, cols, grid, patch_size, shift, scale, rotary, dtype
         )
     else:
         x, pos, _ = torch.ops.fastvlp.patch_embed(
-            pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, shift, scale, total, dtype, chosen
+            pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, shift, scale, rotary, total, dtype, chosen
         )
     patches = (sizes // patch_size).prod(1)
     lengths = patches if keep is None else torch.searchsorted(keep, torch.stack((_before(patches), patches.cumsum(0)))).diff(dim=0)[0]
@@ -188,6 +209,7 @@ def patch_embed(
 
 
 def _host(name: str, numbers: Tensor) -> Tensor:
+    _check.plain_tensors(NAME, **{name: numbers})
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise TypeError(f"{NAME}: {name} is {numbers.dtype}; it must be an integer tensor")
     return numbers.detach().to("cpu", torch.int64)
@@ -213,7 +235,7 @@ def _check_tensors(
     grid: Tensor | None, patch_size: int,
 ) -> None:  # fmt: skip
     parameters = {"weight": weight, "bias": bias, "rows": rows, "cols": cols, "grid": grid}
-    _check.plain_tensors(NAME, pixels=pixels, **parameters)
+    _check.plain_tensors(NAME, 2, pixels=pixels, **parameters)
     if pixels.ndim != 1 or pixels.dtype not in (torch.uint8, *_check.FLOATS):
         got = f"{pixels.dtype} {tuple(pixels.shape)}"
         raise ValueError(f"{NAME}: pixels is {got}; it must be flat, uint8 or floating point (flatten each [h, w, 3] and join them)")
@@ -221,8 +243,8 @@ def _check_tensors(
         raise ValueError(f"{NAME}: pixels have no gradient here; pass pixels.detach()")
     if sizes.ndim != 2 or sizes.shape[1] != 2:
         raise ValueError(f"{NAME}: sizes has shape {tuple(sizes.shape)}; it must be [images, 2]: height and width in pixels")
-    if patch_size < 1:
-        raise ValueError(f"{NAME}: patch_size is {patch_size}; it must be at least 1")
+    if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
+        raise ValueError(f"{NAME}: patch_size is {patch_size}; it must be an int of at least 1")
     if keep is not None and keep.ndim != 1:
         raise ValueError(f"{NAME}: keep has shape {tuple(keep.shape)}; it must be [T]: which patches are embedded")
     values = 3 * patch_size**2

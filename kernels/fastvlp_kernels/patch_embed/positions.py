@@ -1,4 +1,4 @@
-"""A learned grid of positions at other sizes: bilinear interpolation with antialiasing as two small matrices per size."""
+"""A learned grid of positions at other sizes, by bilinear interpolation with antialiasing as two small matrices per size; rotations."""
 
 import functools
 import itertools
@@ -41,3 +41,18 @@ def resize_backward(gradient: Tensor, grid: Tensor, sizes: Sequence[tuple[int, i
             start += m * n
         out.addmm_(taps(G, m).T.to(gradient), high.flatten(1))
     return out.view(G, width, C)
+
+
+@functools.lru_cache(maxsize=256)
+def turns(base: float, places: int, channels: int, back: bool = False) -> Tensor:
+    """float64 [places, C / 2] on the CPU: cosine and sine, in turn, of place * base^(-4 i / C) for the pairs i of half the channels."""
+    speed = base ** (torch.arange(channels // 4, dtype=torch.float64) * (-4 / channels))
+    angle = torch.arange(places, dtype=torch.float64)[:, None] * speed
+    return torch.stack((angle.cos(), -angle.sin() if back else angle.sin()), 2).flatten(1)
+
+
+def turn_(x: Tensor, pos: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs of neighbouring channels of x [T, C] in place: those of the first half by the row, of the second by the column."""
+    factors = torch.view_as_complex(table.unflatten(1, (-1, 2)))[pos[:, 1:]].flatten(1)
+    torch.view_as_complex(x.unflatten(1, (-1, 2))).mul_(factors)
+    return x

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import WIDTH_MULTIPLE, grouped_tile, operand, precision, upcast
-from .cpu import Tables, per_value
+from .cpu import Tables, Turn, per_value
 
 PROGRAMS = 256  # that a reduction over tokens is split into, at least
 BLOCK_T = 128  # tokens of one step of `locate` and of the sums of tables
@@ -74,14 +74,38 @@ def _values(
     return values
 
 
+@triton.jit
+def _turned(x, pos_ptr, turns_ptr, tokens, cols, T, C):
+    """x [tokens, cols], its pairs of columns turned: those of the first half of C by the row of pos, of the second by the column."""
+    row = tl.load(pos_ptr + tokens * 3 + 1, mask=tokens < T, other=0)
+    col = tl.load(pos_ptr + tokens * 3 + 2, mask=tokens < T, other=0)
+    first = cols < C // 2
+    at = tl.where(first[None, :], row[:, None], col[:, None]) * (C // 2) + tl.where(first, cols, cols - C // 2)[None, :]
+    turn = tl.load(turns_ptr + at, mask=(cols < C)[None, :], other=0.0)
+    pairs: tl.constexpr = (x.shape[0], x.shape[1] // 2, 2)
+    cos, sin = tl.split(tl.reshape(turn, pairs))
+    real, imaginary = tl.split(tl.reshape(x, pairs))
+    return tl.reshape(tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos), x.shape)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _turn_kernel(x_ptr, pos_ptr, turns_ptr, out_ptr, T, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out [T, C] = x, turned."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at, inside = tokens[:, None] * C + cols[None, :], (tokens < T)[:, None] & (cols < C)[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, _turned(x, pos_ptr, turns_ptr, tokens, cols, T, C).to(out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
-    pixels_ptr, mean_ptr, where_ptr, weight_ptr, bias_ptr, index_ptr, table_ptr, index2_ptr, table2_ptr, out_ptr,
+    pixels_ptr, mean_ptr, where_ptr, weight_ptr, bias_ptr, index_ptr, table_ptr, index2_ptr, table2_ptr, pos_ptr, turns_ptr, out_ptr,
     T, C, stride_weight, stride_index, factor,
     LINE: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [T, C] = factor * patches @ weight' + bias + table[index] + table2[index2]. weight [C, WIDTH padded with zeros]."""
+    """out [T, C] = factor * patches @ weight' + bias + table[index] + table2[index2], turned. weight [C, WIDTH padded with zeros]."""
     i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
     tokens = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -101,8 +125,14 @@ def _forward_kernel(
         row = tl.load(index_ptr + tokens * stride_index, mask=tokens < T, other=0).to(tl.int64)
         acc += tl.load(table_ptr + row[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     if table2_ptr is not None:
+        if turns_ptr is not None:
+            tl.debug_barrier()
         row = tl.load(index2_ptr + tokens * stride_index, mask=tokens < T, other=0).to(tl.int64)
         acc += tl.load(table2_ptr + row[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if turns_ptr is not None:
+        # Without barriers rows of both tables and angles would be loaded at once, into more registers than there are.
+        tl.debug_barrier()
+        acc = _turned(acc, pos_ptr, turns_ptr, tokens, cols, T, C)
     tl.store(out_ptr + tokens[:, None] * C + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -167,8 +197,8 @@ def _launch(pixels: Tensor, patch_size: int, mean: Sequence[float], dtype: torch
 
 
 def forward(
-    pixels: Tensor, where: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, patch_size: int, mean: Sequence[float],
-    std: Sequence[float], dtype: torch.dtype,
+    pixels: Tensor, where: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, turn: Turn, patch_size: int,
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """out [T, C] in ``dtype``. mean, std: of the pixels as they are stored."""
     (T, _), (C, width) = where.shape, weight.shape
@@ -187,8 +217,8 @@ def forward(
     grid = (triton.cdiv(T, options["BLOCK_M"]) * triton.cdiv(C, options["BLOCK_N"]),)
     with torch.cuda.device_of(pixels):
         _forward_kernel[grid](
-            pixels, centre if inside else None, where, folded, constant, *chosen[0], *chosen[1], out, T, C, folded.stride(0),
-            where.stride(0), factor,
+            pixels, centre if inside else None, where, folded, constant, *chosen[0], *chosen[1], *(turn or (None, None)), out,
+            T, C, folded.stride(0), where.stride(0), factor,
             **options,
         )  # fmt: skip
     return out
@@ -226,3 +256,13 @@ def table_backward(grad: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -
         with torch.cuda.device_of(grad):
             _table_kernel[(rows, blocks, parts)](grad, order, starts, out, C, BLOCK_T=32, BLOCK_C=block)
     return out.sum(0).to(dtype)
+
+
+def rotate(x: Tensor, pos: Tensor, table: Tensor) -> Tensor:
+    """``cpu.rotate`` in one launch. x: contiguous."""
+    (T, C), out = x.shape, torch.empty_like(x)
+    block = min(128, triton.next_power_of_2(C))
+    if T:
+        with torch.cuda.device_of(x):
+            _turn_kernel[(triton.cdiv(T, 32), triton.cdiv(C, block))](x, pos, table, out, T, C, BLOCK_T=32, BLOCK_C=block)
+    return out

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from fastvlp_kernels._inputs import sum_dtype
 from fastvlp_kernels._ragged import batches
@@ -11,21 +12,26 @@ from fastvlp_kernels._ragged import batches
 ELEMENTS = 1 << 20  # gathered at once
 
 
-def forward(x: Tensor, lengths: Tensor, mode: str, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, cu_seqlens: Tensor, lengths: Tensor, mode: str, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """out [S, C]; total [S], the sums of the weights; first [S, C], the token of the maximum, -1 for none ([0] for means)."""
     if mode == "max":
         return _maximum(x, lengths)
-    dtype, S = sum_dtype(x.dtype), len(lengths)
-    segment = segments(lengths.to(x.device), x.shape[0])
-    tokens = x.to(dtype)
+    dtype = sum_dtype(x.dtype)
     if weight is None:
         total = lengths.to(x.device, dtype)
     else:
         weight = weight.to(dtype)
-        total, tokens = weight.new_zeros(S).index_add_(0, segment, weight), tokens * weight[:, None]
-    # segment_reduce takes 3.9 ms where this takes 0.5 (8,700 x 384 on two cores).
-    means = tokens.new_zeros(S, x.shape[1]).index_add_(0, segment, tokens).div_(torch.where(total == 0, 1, total)[:, None])
-    return means.to(x.dtype), total, segment.new_empty(0)
+        total = _sums(weight[:, None], cu_seqlens, None).squeeze(1)
+    means = _sums(x.to(dtype), cu_seqlens, weight).div_(torch.where(total == 0, 1, total)[:, None])
+    return means.to(x.dtype), total, torch.empty(0, dtype=torch.int64, device=x.device)
+
+
+def _sums(x: Tensor, cu_seqlens: Tensor, weight: Tensor | None) -> Tensor:
+    """[S, C], one pass over x; segment_reduce takes ten times as long."""
+    tokens = torch.arange(x.shape[0], dtype=cu_seqlens.dtype, device=x.device)
+    return embedding_bag(tokens, x, cu_seqlens, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
 
 def segments(counts: Tensor, tokens: int) -> Tensor:
@@ -37,10 +43,7 @@ def _maximum(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     S, C, dtype = len(lengths), x.shape[1], sum_dtype(x.dtype)
     out, first = x.new_zeros(S, C), torch.full((S, C), -1, dtype=torch.int64, device=x.device)
     for batch in batches(lengths, x.device, max(1, ELEMENTS // max(C, 1))):
-        if batch.full and len(batch.segments) == S:
-            tokens = x.unflatten(0, batch.tokens.shape).to(dtype)
-        else:
-            tokens = x.index_select(0, batch.tokens.flatten()).unflatten(0, batch.tokens.shape).to(dtype)
+        tokens = batch.read(x).to(dtype)
         values, place = (tokens if batch.full else tokens.masked_fill(~batch.inside[..., None], -torch.inf)).max(1)
         first[batch.segments] = batch.tokens[:, :1] + place
         out[batch.segments] = values.to(x.dtype)

@@ -21,7 +21,7 @@ def _pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "triton":
         return _triton().forward(x, cu_seqlens, mode, weight)
-    return cpu.forward(x, host_lengths("segment_pool", cu_seqlens, lengths, x.shape[0]), mode, weight)
+    return cpu.forward(x, cu_seqlens, host_lengths("segment_pool", cu_seqlens, lengths, x.shape[0]), mode, weight)
 
 
 @_pool.register_fake

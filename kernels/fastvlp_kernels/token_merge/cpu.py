@@ -37,21 +37,25 @@ def match(
             here[:, ::2] = torch.where(away, here[:, 1::2].gather(1, partner), here[:, ::2])
         lost = torch.zeros_like(batch.inside)
         lost[:, ::2] = away
-        tokens = batch.tokens[batch.inside]
-        row[tokens], gone[tokens] = here[batch.inside], lost[batch.inside]
+        batch.write(here, row)
+        batch.write(lost, gone)
         merged[batch.segments] = number.squeeze(1)
     return row, gone, merged
 
 
 def _away(metric: Tensor, batch: Batch, most: Tensor, threshold: float | None, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of the tokens of even place [B, ceil(width / 2)]: which go, to which token of odd place, and their rank by similarity."""
-    unit = metric.index_select(0, batch.tokens.flatten()).unflatten(0, batch.tokens.shape).to(sum_dtype(metric.dtype))
-    norm = unit.norm(dim=2, keepdim=True)
-    unit.div_(torch.where(norm.isfinite() & (norm > 0), norm, torch.inf)).nan_to_num_(0, 0, 0)
-    place = torch.arange(unit.shape[1], device=metric.device)
-    free = batch.inside & (place >= protected)
+    vectors = batch.read(metric).to(sum_dtype(metric.dtype))
+    norm = vectors.norm(dim=2, keepdim=True)
+    directed = (norm > 0) & (norm < torch.inf)
+    unit = vectors / norm
+    if not directed.all():
+        unit.masked_fill_(~directed, 0)
     a, b = unit[:, ::2], unit[:, 1::2].transpose(1, 2)
-    hidden = None if batch.full and protected <= 1 else ~free[:, None, 1::2]
+    hidden = None
+    if not batch.full or protected > 1:
+        hidden = ~batch.inside[:, None, 1::2]
+        hidden[:, :, : protected // 2] = True
     best = torch.full_like(a[:, :, 0], -torch.inf)
     partner = torch.zeros_like(best, dtype=torch.int64)
     count = min(int(most.max()), a.shape[1])
@@ -65,7 +69,8 @@ def _away(metric: Tensor, batch: Batch, most: Tensor, threshold: float | None, p
                 best[:, rows] = similarity.amax(2)
             else:
                 best[:, rows], partner[:, rows] = similarity.max(2)
-    best.masked_fill_(~free[:, ::2], -torch.inf)
+    best.masked_fill_(~batch.inside[:, ::2], -torch.inf)
+    best[:, : (protected + 1) // 2] = -torch.inf
     order = best.argsort(dim=1, descending=True, stable=True)
     if few and b.shape[2]:
         top = order[:, :count]
@@ -87,7 +92,7 @@ def listing(source: Tensor, gone: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     torch.cumsum(torch.bincount(source, minlength=rows), 0, out=starts[1:])
     order = torch.empty_like(source)
     stayed, went = (~gone).nonzero().squeeze(1), gone.nonzero().squeeze(1)
-    order[starts[source[stayed]]] = stayed
+    order.index_copy_(0, starts.index_select(0, source.index_select(0, stayed)), stayed)
     went = went[source[went].argsort(stable=True)]
     # Every row before holds one token that stayed, so the k-th that went is behind row + 1 of those and k that went.
     order[source[went] + 1 + torch.arange(len(went), device=went.device)] = went
@@ -102,26 +107,29 @@ def merge(x: Tensor, size: Tensor | None, order: Tensor, starts: Tensor, mode: s
         sizes = size.to(sum_dtype(size.dtype))
     if x.shape[0] == 0:
         return x.new_zeros(starts.shape[0] - 1, x.shape[1]), sizes.new_zeros(starts.shape[0] - 1)
-    first = order[starts[:-1].clamp_max(x.shape[0] - 1)]
+    # Not by x[index], which is several times slower than index_select on CPUs.
+    first = order.index_select(0, starts[:-1].clamp_max(x.shape[0] - 1))
     out, size_out = x.index_select(0, first), sizes.index_select(0, first)
     empty = (starts.diff() == 0).nonzero().squeeze(1)
-    out[empty], size_out[empty] = 0, 0
+    if len(empty):
+        out[empty], size_out[empty] = 0, 0
     rows, numbers = _several(starts)
-    total, acc = size_out[rows], out[rows].to(sum_dtype(x.dtype))
+    total, acc = size_out[rows], out.index_select(0, rows).to(sum_dtype(x.dtype))
     if mode == "mean":
         acc *= total[:, None]
     for k, number in enumerate(numbers, start=1):
         tokens = order[starts[rows[:number]] + k]
-        extra, weight = x[tokens].to(acc.dtype), sizes[tokens]
+        extra, weight = x.index_select(0, tokens).to(acc.dtype), sizes[tokens]
         total[:number] += weight
         if mode == "amax":
             acc[:number] = torch.maximum(acc[:number], extra)
+        elif mode == "mean":
+            acc[:number].addcmul_(extra, weight[:, None])
         else:
-            acc[:number] += extra * weight[:, None] if mode == "mean" else extra
+            acc[:number] += extra
     if mode == "mean":
         acc /= torch.where(total > 0, total, 1)[:, None]
-    out[rows], size_out[rows] = acc.to(x.dtype), total
-    return out, size_out
+    return out.index_copy_(0, rows, acc.to(x.dtype)), size_out.index_copy_(0, rows, total)
 
 
 def _several(starts: Tensor) -> tuple[Tensor, list[int]]:
@@ -143,15 +151,15 @@ def merge_backward(
     if mode == "amax" and needs[0]:
         _first_maxima(dx, grad, x, out, order, starts)
     if mode == "mean":
-        tokens = (starts.diff() > 1)[source].nonzero().squeeze(1)
+        tokens = (starts.diff() > 1).index_select(0, source).nonzero().squeeze(1)
         rows = source[tokens]
-        g, total = grad[rows].to(sum_dtype(x.dtype)), size_out[rows].to(sum_dtype(x.dtype))
+        g, total = grad.index_select(0, rows).to(sum_dtype(x.dtype)), size_out[rows].to(sum_dtype(x.dtype))
         share = torch.where(total > 0, 1 / total, 0)
         if needs[1]:
             dsize[tokens] += ((g * (x[tokens] - out[rows].to(g.dtype))).sum(1) * share).to(dsize.dtype)
         if needs[0]:
             weight = share if size is None else share * size[tokens].to(share.dtype)
-            dx[tokens] = (g * weight[:, None]).to(dx.dtype)
+            dx.index_copy_(0, tokens, (g * weight[:, None]).to(dx.dtype))
     return dx, dsize if size is None else dsize.to(size.dtype)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvlp_kernels import _backend, _check
 from fastvlp_kernels._inputs import sum_dtype
-from fastvlp_kernels._ragged import check_number, check_segments, counted, host_lengths
+from fastvlp_kernels._ragged import check_number, check_protected, check_segments, counted, host_lengths
 
 from . import cpu, reference
 from .plan import MergePlan
@@ -23,15 +23,14 @@ def _match(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, device = metric.shape[0], metric.device
     lengths = host_lengths("merge_plan", cu_seqlens, lengths, tokens)
-    if ghost == NO_GHOST:
-        needed = tokens - int(_most(lengths, r, share, each, threshold, protected, ghost).sum())
-        if rows != needed:
+    if impl != "triton" or ghost == NO_GHOST:
+        most = _most(lengths if each is None else lengths.to(each.device), r, share, each, threshold, protected, ghost)
+        if ghost == NO_GHOST and rows != tokens - int(most.sum()):
+            needed = tokens - int(most.sum())
             raise ValueError(f"merge_plan: total is {rows}; the result has {needed} rows, pass that or leave total out")
     if impl == "triton":
         longest = int(lengths.max()) if len(lengths) else 0
         return _triton().match(metric, cu_seqlens, longest, r, share, each, threshold, protected, keep_order, ghost, rows)
-    counts = lengths if each is None else lengths.to(each.device)
-    most = _most(counts, r, share, each, threshold, protected, ghost)
     if impl == "reference":
         found = reference.match(metric, lengths.tolist(), most.tolist(), threshold, protected, keep_order, rows)
         source, order, starts, merged = (torch.tensor(part, dtype=torch.int64, device=device) for part in found)
@@ -202,8 +201,9 @@ def merge_plan(
         ValueError, TypeError: shapes, dtypes or devices do not fit; r and threshold at once; total is not what the result has.
         RuntimeError: ``impl`` cannot run here.
     """
-    op, segments = "merge_plan", cu_seqlens.shape[0] - 1 if cu_seqlens.ndim == 1 else 0
+    op = "merge_plan"
     check_segments(op, "metric", metric, cu_seqlens, lengths)
+    segments = cu_seqlens.shape[0] - 1
     check_number(op, "r", r, segments)
     _check_options(op, metric, r, threshold, protected, ghost, segments)
     each = r if isinstance(r, Tensor) else None
@@ -215,11 +215,12 @@ def merge_plan(
         if impl == "triton":
             raise RuntimeError(f"{op}: impl='triton' compares float32, bfloat16 or float16, not float64; use impl='cpu'")
         chosen = "cpu"
-    after = None
-    if known:
-        if lengths is None:
-            lengths = cu_seqlens.cpu().diff()
+    after = before = None
+    if lengths is None and (known or cu_seqlens.device.type == "cpu"):
+        lengths = cu_seqlens.cpu().diff()
+    if lengths is not None:
         before = lengths.long()
+    if known and before is not None:
         most = _most(before, number, number < 1, each, threshold, protected, kind)
         after = _with_ghost(before - most, kind, metric.shape[0])
     rows = metric.shape[0]
@@ -232,7 +233,7 @@ def merge_plan(
     )
     if after is None and cu_new.device.type == "cpu":
         after = cu_new.diff().long()
-    return MergePlan(source, order, starts, cu_new, after, rows, chosen)
+    return MergePlan(source, order, starts, cu_new, after, rows, chosen, before)
 
 
 def _check_options(
@@ -243,7 +244,6 @@ def _check_options(
         raise ValueError(f"{op}: metric is {metric.dtype} {tuple(metric.shape)}; it must be [tokens, width] in {allowed}")
     if threshold is not None and (isinstance(r, Tensor) or r != 0):
         raise ValueError(f"{op}: got r and threshold; pass one of them")
-    if protected < 0:
-        raise ValueError(f"{op}: protected is {protected}; it must be 0 or more, the leading tokens of a segment that stay")
+    check_protected(op, protected)
     if ghost and segments == 0:
         raise ValueError(f"{op}: ghost=True says that the last segment is a ghost, but there are no segments")

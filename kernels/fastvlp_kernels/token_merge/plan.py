@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvlp_kernels import _check
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_segments_of
 
 from . import reference
 
@@ -26,6 +26,7 @@ class MergePlan:
         cu_seqlens: int32 on the device, where the segments of the result start; with the ghost segment, where there is one.
         lengths: int64 on the CPU, the lengths of the result's segments; None where only the device knows them.
         total: rows of the result. impl: who computes.
+        before: int64 [S] on the CPU, the lengths of the segments that were matched; None where only the device knows them.
     """
 
     source: Tensor
@@ -35,6 +36,7 @@ class MergePlan:
     lengths: Tensor | None
     total: int
     impl: str
+    before: Tensor | None = None
 
     def merge(self, x: Tensor, size: Tensor | None = None, mode: str = "mean") -> tuple[Tensor, Tensor]:
         """Rows of merged tokens, and their sizes.
@@ -82,7 +84,11 @@ class MergePlan:
 
         Where only the device knows the lengths (``lengths`` is None), it is asked for them, which synchronises: ``Packed`` holds them on
         the CPU. Rows that hold no token have size 0 and position -1.
+
+        Raises:
+            ValueError, TypeError: its segments are not those that were matched.
         """
+        check_segments_of("MergePlan.apply", packed, self.before)
         x, size = self.merge(packed.x, packed.size)
         lengths = self.cu_seqlens.diff().to("cpu", torch.int64) if self.lengths is None else self.lengths
         if torch.compiler.is_compiling():
