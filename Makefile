@@ -43,10 +43,9 @@ $(VENV)/.train: pyproject.toml constraints-cpu.txt
 	$(PIP) --editable '.[train]' $(TORCH)
 	touch $@
 
-# The rivals are installed without what they depend on: a torchvision or timm must not replace the PyTorch that was chosen.
-$(VENV)/.dev: $(VENV)/.train requirements-rivals.txt
-	$(PIP) --editable '.[train,bench,dev,docs]' $(TORCH)
-	$(PIP) --no-deps --requirement requirements-rivals.txt
+# The benchmarks' rivals must not replace the PyTorch that was chosen.
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) --editable '.[train,bench,dev,docs]' $(TORCH) torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')
 	touch $@
 
 clean:
