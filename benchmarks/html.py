@@ -36,6 +36,8 @@ text{font:11px system-ui,sans-serif;fill:var(--ink)}text.strong{font-weight:600}
 .grid{stroke:var(--rule)}.mark{stroke:var(--paper)}
 .limit{stroke:var(--ink);stroke-dasharray:2 2}text.inside{fill:var(--paper);font-weight:700;font-size:10px}
 """
+_ALONE = """text{font:11px system-ui,sans-serif;fill:#808890}text.strong{font-weight:600}.limit{stroke:#808890;stroke-dasharray:2 2}
+.ours{fill:#ea580c}.eager{fill:#8b929c}.compiled{fill:#3b82f6}.rival{fill:#16a34a}"""  # an image follows no page: hues for light and dark
 
 
 def _anchor(*words: str) -> str:
@@ -81,6 +83,20 @@ def _share_bars(rows: Sequence[Row], mode: str) -> str:
     groups = [(shape, [Bar(row["provider"], row["kind"], row["share_of_limit"], f"{row['share_of_limit']:.0%} {number(row['p50_ms'])} ms")
                        for row in sorted(some, key=lambda row: row["p50_ms"])]) for shape, some in _by_size(rows).items()]  # fmt: skip
     return _figure(f"{mode}: share of the device's limit (dashed) and median time", bars(groups, f"share of the limit, {mode}"))
+
+
+def picture(op: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """One operator as an SVG file: forward + backward, everybody's time at each size; the dashed line is eager PyTorch's."""
+    groups = []
+    for device, files in results.items():
+        rows = (row for row in files.get(op, {}).get("rows", []) if row["mode"] == _MODES[0])
+        for shape, some in _by_size(rows).items():
+            whole = min((row["p50_ms"] for row in some if row["kind"] == "eager"), default=max(row["p50_ms"] for row in some))
+            groups.append((f"{shape}, {device}", [Bar(row["provider"], row["kind"], row["p50_ms"] / whole, f"{number(row['p50_ms'])} ms")
+                                                  for row in sorted(some, key=lambda row: row["p50_ms"])]))  # fmt: skip
+    drawn = bars(groups or [("unmeasured", [])], f"{op}: time at each size, eager's dashed")
+    head, rest = drawn.removeprefix("<svg").split(">", 1)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="540"{head}><style>{_ALONE}</style>{rest}\n'
 
 
 def varying(shapes: Sequence[str]) -> tuple[str, dict[str, float]] | None:

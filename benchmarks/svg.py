@@ -77,7 +77,7 @@ def _svg(height: float, title: str, parts: Sequence[str]) -> str:
 
 def bars(groups: Sequence[tuple[str, Sequence[Bar]]], title: str) -> str:
     """Horizontal bars under a heading per group; the line marks the limit."""
-    longest = max(1.0, *(bar.share for _, some in groups for bar in some))
+    longest = max([1.0, *(bar.share for _, some in groups for bar in some)])
     left, full = 122, 142
     parts, y = [], 4.0
     for heading, some in groups:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import pytest
 
@@ -50,24 +51,57 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
             assert (DOCS / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
-def test_every_operator_has_a_page_with_its_table():
+def test_every_operator_has_a_page_with_its_table_and_its_picture():
     from benchmarks.registry import OPS
 
     for op in (op for op in OPS if (ROOT / "kernels/fastvlp_kernels" / op).is_dir()):
         text = PAGES[f"operators/{op}.md"]
         assert f"<!-- begin: {op.replace('_', '-')} -->" in text and "::: fastvlp_kernels." in text and "```text" in text, op
+        assert f"](../assets/{op}.svg)" in text, op
+
+
+def described(name: str):
+    """The object, or the module, of one ``:::`` line."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute, None)
+    return found if found is not None and not isinstance(found, ModuleType) else importlib.import_module(name)
+
+
+def public(module: ModuleType) -> list[object]:
+    """Functions and classes that a module defines, or re-exports as ``import name as name``."""
+    tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [alias.asname for node in imports for alias in node.names if alias.asname == alias.name]
+    found = [getattr(module, name) for name in names if not name.startswith("_")]
+    return [value for value in found if isinstance(value, type | FunctionType)]
+
+
+REFERENCE = [name for text in PAGES.values() for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)]
 
 
 def test_what_the_api_pages_describe_exists():
-    names = [name for text in PAGES.values() for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)]
-    assert len(names) > 25
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        found = importlib.import_module(module)
-        if not hasattr(found, attribute):
-            found = importlib.import_module(name)
-        described = found if isinstance(found, type(os)) else getattr(found, attribute)
-        assert described.__doc__, name
+    for name in REFERENCE:
+        assert described(name).__doc__, name
+
+
+@pytest.mark.parametrize("name", [
+    "fastvlp", "fastvlp.ops", "fastvlp.losses", "fastvlp.layers", "fastvlp.models", "fastvlp.integrations", "fastvlp.tome",
+    "fastvlp.attention", "fastvlp.packing", "fastvlp.data", "fastvlp.train", "fastvlp.evaluate", "fastvlp.config", "fastvlp.plan",
+    "fastvlp.show",
+])  # fmt: skip
+def test_every_public_name_is_in_the_reference(name):
+    found = [described(line) for line in REFERENCE]
+    known = [value for one in found for value in (public(one) if isinstance(one, ModuleType) else [one])]
+    wanted = public(importlib.import_module(name))
+    assert wanted and [value.__qualname__ for value in wanted if not any(value is other for other in known)] == []
+
+
+def test_the_objectives_page_names_every_loss():
+    import fastvlp.losses
+
+    names = [value.__name__ for value in public(fastvlp.losses)]
+    assert len(names) > 20 and [name for name in names if f"`{name}" not in PAGES["guides/objectives.md"]] == []
 
 
 def commands() -> list[str]:
