@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, e2e, ladder, plot, quality, report, scaling
-from benchmarks.measure import ParityError
+from benchmarks import compare, e2e, graphs, ladder, plot, quality, report, scaling
+from benchmarks.measure import ParityError, budget
 from benchmarks.registry import ENDS, OPS, find, suggest
 from benchmarks.run import RESULTS, run_case, split_providers, write
 from benchmarks.soak import run as soak
@@ -92,21 +92,28 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(unknown), file=sys.stderr)
         return 2
     out = arguments.out or RESULTS
-    failed = False
+    device, written = torch.device(arguments.device), not arguments.quick or arguments.out
+    failed, measured = False, {}
     for op in ops:
         try:
-            result = run_case(find(op), torch.device(arguments.device), arguments.quick, _say, arguments.seconds)
+            measured[op] = run_case(find(op), device, arguments.quick, _say, arguments.seconds)
         except ParityError as error:
             print(f"parity: {error}", file=sys.stderr)
             failed = True
             continue
-        if not arguments.quick or arguments.out:
-            print(f"wrote {write(result, out)}")
+        if written:
+            print(f"wrote {write(measured[op], out)}")
     if arguments.e2e == "mini":
         e2e.run(arguments, out)
     elif arguments.e2e:
         benchmark = {"ladder": ladder, "scaling": scaling, "quality": quality}[arguments.e2e]
-        benchmark.run(arguments, out if not arguments.quick or arguments.out else None)
+        benchmark.run(arguments, out if written else None)
+    for op, result in measured.items() if device.type == "cuda" else ():
+        captured = graphs.add(find(op), result, device, budget(arguments.quick, arguments.seconds), _say)
+        if written:
+            print(f"wrote {write(result, out)}")
+        if not captured:
+            break
     return int(failed)
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fills the empty cells on a machine with a GPU in under ten minutes: the tests that need CUDA, then the operators in order of importance.
+# Fills the empty cells on a machine with a GPU in under ten minutes: the tests that need CUDA, then the operators in order of importance,
+# then whole training steps and how cost grows.
 #
 #   benchmarks/gpu.sh [WHEELS [ARCHIVE.tar.gz]]
 #
@@ -8,7 +9,7 @@
 # ARCHIVE  kept up to date after every part, with the results, the log and a junit.xml: for machines that hand back few files.
 #
 # Environment: PYTHON (python3), SECONDS_IN_ALL (560), RESULTS (benchmarks/results),
-#              PARTS ("tests" and every operator of benchmarks/registry.py; for a second run: PARTS="maxsim towers").
+#              PARTS ("tests", every operator of benchmarks/registry.py, "ladder", "scaling"; for a second run: PARTS="maxsim ladder").
 # Every part has its own time limit and its results are written when it is done, so one that hangs takes nothing from the others.
 # Exit code: 0 all parts done, 1 some failed or were skipped, 2 nothing could run.
 set -uo pipefail
@@ -91,7 +92,7 @@ if [ "$wheels" != - ]; then
     done
 fi
 
-if ! parts=${PARTS:-tests $("$python" -c 'from benchmarks.registry import OPS; print(*OPS)')}; then
+if ! parts=${PARTS:-tests $("$python" -c 'from benchmarks.registry import OPS; print(*OPS, "ladder", "scaling")')}; then
     log "nothing was run: benchmarks.registry cannot be imported"
     exit 2
 fi
@@ -106,11 +107,12 @@ for index in "${!parts[@]}"; do
     fi
     # Twice an even share of what is left, so that what comes first may take longer; the last may take all.
     limit=$((2 * left / (${#parts[@]} - index + 1)))
+    case $name in ladder | scaling) kind=--e2e ;; *) kind=--op ;; esac
     if [ "$name" = tests ]; then
         part tests $limit "$python" -m pytest -p benchmarks.gpu_tests -p no:cacheprovider -q --tb=short -o faulthandler_timeout=100 \
             --junitxml "$work/kept/junit.xml" tests/kernels
     else
-        part "$name" $limit "$python" -m benchmarks run --op "$name" --device cuda --seconds 2 --out "$results"
+        part "$name" $limit "$python" -m benchmarks run $kind "$name" --device cuda --seconds 2 --out "$results"
     fi
 done
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.machine import synchronise
 from benchmarks.peak import elsewhere, growth
-from benchmarks.registry import Case, Exact, Mode, Problem, Provider, Task
+from benchmarks.registry import Case, Exact, InapplicableError, Mode, Problem, Provider, Task
 
 # How much larger than eager's our error against float64 may be, relative to the norm of the result; below each dtype's own rounding.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float64: 1e-12}
@@ -35,6 +35,12 @@ class Budget:
 
 FULL = Budget(seconds=10, min_rounds=5, max_rounds=100)
 QUICK = Budget(seconds=1, min_rounds=3, max_rounds=20)
+
+
+def budget(quick: bool, seconds: float | None) -> Budget:
+    """QUICK or FULL, with ``seconds`` where they are given."""
+    chosen = QUICK if quick else FULL
+    return chosen if seconds is None else replace(chosen, seconds=seconds)
 
 
 def percentile(samples: Sequence[float], q: float) -> float:
@@ -67,22 +73,25 @@ def errors(task: Task, exact: Exact) -> dict[str, float]:
     return relative
 
 
-def _failure(error: Exception) -> str:
+def failure(error: Exception) -> str:
+    """What went wrong, on one line."""
     lines = str(error).strip().splitlines() or [""]
     return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"fails: {type(error).__name__}: {lines[0][:200]}"
 
 
 def build(providers: Sequence[Provider], problem: Problem) -> tuple[dict[str, Task], dict[str, str]]:
-    """The tasks by name, and the rivals and compilers that cannot even begin, with the reason."""
+    """The tasks by name, and with the reason those that this size is not for, and rivals and compilers that cannot even begin."""
     tasks: dict[str, Task] = {}
     left_out: dict[str, str] = {}
     for provider in providers:
         try:
             tasks[provider.name] = provider.build(problem)
+        except InapplicableError as reason:
+            left_out[provider.name] = str(reason)
         except Exception as error:
             if provider.kind in ("ours", "eager"):
                 raise
-            left_out[provider.name] = _failure(error)
+            left_out[provider.name] = failure(error)
     return tasks, left_out
 
 
@@ -103,10 +112,10 @@ def check_parity(case: Case, problem: Problem, tasks: Mapping[str, Task]) -> tup
     for provider in comparable:
         try:
             found[provider.name] = errors(tasks[provider.name], exact)
-        except Exception as failure:
-            if provider.kind == "ours" or (provider.kind == "eager" and not isinstance(failure, torch.OutOfMemoryError)):
+        except Exception as raised:
+            if provider.kind == "ours" or (provider.kind == "eager" and not isinstance(raised, torch.OutOfMemoryError)):
                 raise
-            left_out[provider.name] = _failure(failure)
+            left_out[provider.name] = failure(raised)
     eager = found.get(next(p.name for p in comparable if p.kind == "eager"), {})
     for provider in [p for p in comparable if p.name in found]:
         worst[provider.name] = max(found[provider.name].values())

@@ -8,6 +8,7 @@ itself, whose compiler would count otherwise), and the growth of memory during o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
@@ -24,9 +25,16 @@ def peak_growth(op: str, shape: str, provider_name: str, mode: registry.Mode) ->
     case = registry.find(op)
     provider = case.find_provider(provider_name)
     task = provider.build(case.problem(case.find_shape(shape, "cpu"), device))
-    warm = task if provider.kind == "compiled" else provider.build(case.problem(case.shapes("cpu", True)[0], device))
-    results(warm, mode)
+    results(task if provider.kind == "compiled" else _small(case, provider, device) or task, mode)
     return growth(lambda: results(task, mode), device)
+
+
+def _small(case: registry.Case, provider: registry.Provider, device: torch.device) -> registry.Task | None:
+    """The first small size that the provider is for."""
+    for shape in case.shapes(device.type, True):
+        with contextlib.suppress(registry.InapplicableError):
+            return provider.build(case.problem(shape, device))
+    return None
 
 
 if __name__ == "__main__":

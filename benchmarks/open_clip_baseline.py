@@ -17,6 +17,7 @@ import random
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ from benchmarks.rivals import import_open_clip
 SIDE, PAD, CONTEXT = 64, 8, 24
 WIDTH, IMAGE_LAYERS, TEXT_LAYERS, HEAD = 192, 6, 4, 64
 Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A CLIP model: pixels of a picture's side, tokens of a caption, width and layers of both towers, and their features."""
+
+    side: int = SIDE
+    context: int = CONTEXT
+    width: int = WIDTH
+    layers: int = IMAGE_LAYERS
+    text_width: int = WIDTH
+    text_layers: int = TEXT_LAYERS
+    features: int = 256
+
+
+MINI, VIT_B_16 = Size(), Size(224, 77, 768, 12, 512, 12, 512)
 
 
 def load(folder: Path, pattern: str) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -79,14 +96,15 @@ def make_tokenizer(name: str) -> tuple[Tokenize, int]:
     return tokenize, size + 1
 
 
-def make_model(vocabulary: int) -> torch.nn.Module:
-    """open_clip's CLIP with towers of width 192."""
+def make_model(vocabulary: int, size: Size = MINI) -> torch.nn.Module:
+    """open_clip's CLIP with patches of 16 pixels."""
     import_open_clip()
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-    vision = CLIPVisionCfg(layers=IMAGE_LAYERS, width=WIDTH, head_width=HEAD, patch_size=16, image_size=SIDE, pool_type="avg")
-    text = CLIPTextCfg(context_length=CONTEXT, vocab_size=vocabulary, width=WIDTH, heads=WIDTH // HEAD, layers=TEXT_LAYERS)
-    model: torch.nn.Module = CLIP(embed_dim=256, vision_cfg=vision, text_cfg=text)
+    vision = CLIPVisionCfg(layers=size.layers, width=size.width, head_width=HEAD, patch_size=16, image_size=size.side, pool_type="avg")
+    text = CLIPTextCfg(context_length=size.context, vocab_size=vocabulary, width=size.text_width, heads=size.text_width // HEAD,
+                       layers=size.text_layers)  # fmt: skip
+    model: torch.nn.Module = CLIP(embed_dim=size.features, vision_cfg=vision, text_cfg=text)
     return model
 
 

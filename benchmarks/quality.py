@@ -31,8 +31,8 @@ VARIANTS = {
     "all patches": Variant(STAGES),
     "half dropped": Variant(),
     "merged": Variant((*STAGES, MERGE)),
-    "half dropped, merged": Variant((MERGE,)),
-    "all patches, padded": Variant(STAGES, padded=True),
+    "half dropped and merged": Variant((MERGE,)),
+    "all patches padded": Variant(STAGES, padded=True),
 }
 
 

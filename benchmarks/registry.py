@@ -30,12 +30,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Problem:
-    """The random inputs of one case at one shape. ``facts`` are counts that go into the result file, such as a token ratio."""
+    """The random inputs of one case at one shape. ``facts`` go into the result file, such as a token ratio."""
 
     shape: Shape
     device: torch.device
     inputs: Mapping[str, Any]
-    facts: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class Exact:
     results: dict[str, Tensor]
     terms: dict[str, Tensor] = field(default_factory=dict)
     undecided: dict[str, float] = field(default_factory=dict)
+
+
+class InapplicableError(Exception):
+    """A provider or this machine has nothing to measure at one size; the message says why in a few words."""
 
 
 def always(device: torch.device) -> str:
@@ -119,9 +123,10 @@ class Case:
 
 OPS = (
     "similarity_logsumexp", "pairwise_sigmoid", "similarity_attend", "maxsim", "packed_attention", "token_merge", "token_select",
-    "segment_pool", "patch_embed", "bi_wkv", "towers", "merging",
+    "segment_pool", "patch_embed", "bi_wkv", "matryoshka", "objectives", "towers", "merging", "accelerate",
 )  # fmt: skip
 ENDS = ("mini", "ladder", "scaling", "quality")
+EXTRAS = {"flash_attn": "attention", "xformers": "attention", "triton": "cuda", "cupy": "cuda", "transformers": "dev"}  # others: bench
 
 
 def suggest(got: str, allowed: Sequence[str], what: str) -> str:
@@ -147,9 +152,13 @@ def needs(package: str, cuda: bool = False) -> Callable[[torch.device], str]:
     """A ``why_not`` for a provider that lives in an import package."""
 
     def why_not(device: torch.device) -> str:
-        if importlib.util.find_spec(package) is None:
-            return "not installed"
-        return "needs a CUDA device" if cuda and device.type != "cuda" else ""
+        if cuda and device.type != "cuda":
+            return "needs a CUDA device"
+        if importlib.util.find_spec(package) is not None:
+            return ""
+        if package.startswith("torch."):
+            return f"needs a newer torch, with {package}"
+        return f"not installed; pip install 'fastvlp[{EXTRAS.get(package, 'bench')}]'"
 
     return why_not
 

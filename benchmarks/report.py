@@ -1,4 +1,5 @@
-"""The tables in the READMEs and in docs/, made from the result files and never typed, and a page of all results.
+"""The tables in the READMEs and in docs/ and a picture for each operator's page, made from the result files and never typed, and a page of
+all results.
 
 A table stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; NAME is one of TABLES. What was not measured stays
 empty and says so.
@@ -15,12 +16,13 @@ from typing import Any
 
 from benchmarks import html
 from benchmarks.machine import ROOT
-from benchmarks.registry import OPS, find, suggest
+from benchmarks.registry import MODES, OPS, find, suggest
 from benchmarks.run import Row, write_text
 
 FILES = (ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 UNMEASURED = "unmeasured"
-MODELS = ("towers", "merging")  # cases of whole models, with tables of their own
+MODELS = ("towers", "merging", "accelerate")  # cases of whole models, with tables of their own
+LOSSES = ("matryoshka", "objectives")  # cases of losses, which are no operators
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end: (?P=name) -->)", re.DOTALL)
 
 Results = dict[str, dict[str, dict[str, Any]]]  # device -> op -> content of the file
@@ -50,6 +52,10 @@ def _best(rows: Sequence[Row], kind: str) -> Row | None:
     return min((row for row in rows if row["kind"] == kind), key=lambda row: row["p50_ms"], default=None)
 
 
+def _named(rows: Sequence[Row], provider: str) -> Row | None:
+    return next((row for row in rows if row["provider"] == provider), None)
+
+
 def _ours(rows: Sequence[Row]) -> list[Row]:
     """Our rows, fastest first, without those that another beats in time and in memory."""
     chosen: list[Row] = []
@@ -62,7 +68,8 @@ def _ours(rows: Sequence[Row]) -> list[Row]:
 def _ms(row: Row | None, name: bool = False) -> str:
     if row is None:
         return ""
-    return f"{_number(row['p50_ms'])}{' (' + row['provider'].removeprefix('fastvlp ') + ')' if name else ''}"
+    graph = f", {_number(row['graph_ms'])} as a CUDA graph" if row.get("graph_ms") else ""
+    return f"{_number(row['p50_ms'])}{' (' + row['provider'].removeprefix('fastvlp ') + ')' if name else ''}{graph}"
 
 
 def _kind(device: str) -> str:
@@ -104,8 +111,9 @@ def operator(op: str) -> Callable[[Results], str]:
 
 
 def towers(results: Results) -> str:
-    """Packed towers against the padded twin with the same weights."""
-    header = ("device", "size", "packed ms", "padded ms", "open_clip ms", "tokens padded / packed", "faster", "share of the token ratio")
+    """Packed towers against the padded twin with the same weights, and against other packages'."""
+    header = ("device", "size", "packed ms", "padded ms", "open_clip ms", "NaViT ms", "tokens padded / packed", "faster",
+              "share of the token ratio")  # fmt: skip
     lines = []
     for device, shape, rows in _measurements(results, "towers", "forward+backward"):
         ours = _best(rows, "ours")
@@ -114,7 +122,7 @@ def towers(results: Results) -> str:
             continue
         ratio = results[device]["towers"]["facts"][shape]["token_ratio"]
         faster = ours["ratio_eager"]
-        times = [_ms(ours), _ms(_best(rows, "eager")), _ms(_best(rows, "rival"))]
+        times = [_ms(ours), _ms(_best(rows, "eager")), *(_ms(_named(rows, name)) for name in ("open_clip", "NaViT"))]
         lines.append([device, shape, *times, f"{ratio:.2f}", f"{faster:.2f}x", f"{faster / ratio:.0%}"])
     return _table(header, lines)
 
@@ -135,11 +143,41 @@ def merging(results: Results) -> str:
     return _table(header, lines)
 
 
+def accelerate(results: Results) -> str:
+    """``fastvlp.accelerate``: a training step of each image tower, and how many times faster it is with each switch."""
+    switches = ("merge", "drop", "pack")
+    header = ("device", "model", "untouched ms", *(f"{switch}{more}" for switch in switches for more in (" ms", ", faster")))
+    lines = []
+    for device, shape, rows in _measurements(results, "accelerate", "forward+backward"):
+        untouched = _named(rows, "untouched")
+        if untouched is None:
+            lines.append([device, shape, UNMEASURED, *[""] * (len(header) - 3)])
+            continue
+        found = [_named(rows, f"fastvlp {switch}") for switch in switches]
+        cells = [cell for row in found for cell in (_ms(row), f"{row['ratio_eager']:.2f}x" if row else "")]
+        lines.append([device, shape, _ms(untouched), *cells])
+    return _table(header, lines)
+
+
+def dropping(results: Results) -> str:
+    """``patch_embed`` with patches dropped before it, and after it."""
+    header = ("device", "size", "pass", "dropped before, ms", "dropped after, ms", "cheaper")
+    lines = []
+    for mode in MODES:
+        for device, shape, rows in _measurements(results, "patch_embed", mode):
+            after = _best([row for row in rows if row["provider"].endswith(", dropped after")], "ours")
+            before = _best([row for row in rows if not row["provider"].endswith(", dropped after")], "ours")
+            if before and after:
+                ratio = after["p50_ms"] / before["p50_ms"]
+                lines.append([device, shape, mode, _ms(before), _ms(after), f"{ratio:.2f}x"])
+    return _table(header, lines or [["CPU", "half of the patches", UNMEASURED, *[""] * (len(header) - 3)]])
+
+
 def operators(results: Results) -> str:
     """One line per operator for kernels/README.md: what it computes and the fastest measured, with its share of the limit."""
     lines = []
     for op in OPS:
-        if op in MODELS:
+        if op in (*MODELS, *LOSSES):
             continue
         fastest = []
         for device, shape, rows in _measurements(results, op, "forward+backward"):
@@ -220,6 +258,7 @@ def _reached(system: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     **{op.replace("_", "-"): operator(op) for op in OPS if op not in MODELS}, "towers": towers, "merging": merging, "operators": operators,
+    "accelerate": accelerate, "patch-dropping": dropping,
     "mini": mini, "quality": quality, "ladder": ladder, "scaling": scaling,
 }  # fmt: skip
 
@@ -245,12 +284,14 @@ def render(text: str, results: Results, source: str) -> str:
 
 
 def main(folder: Path, check: bool, files: Sequence[Path] = FILES, page: Path | None = None) -> int:
-    """Write the tables into the files that exist, and the page (index.html in the folder, or ``page``).
+    """Write the tables into the files that exist, operators/OP.md's picture to assets/OP.svg, and the page (index.html, or ``page``).
 
     With ``check`` only compare what exists, and return 1 where something is out of date.
     """
     results, stale = load(folder), []
     wanted = {path: render(path.read_text(encoding="utf-8"), results, str(path)) for path in files if path.exists()}
+    wanted |= {path.parents[1] / "assets" / f"{path.stem}.svg": html.picture(path.stem, results) for path in wanted
+               if path.parent.name == "operators" and path.stem in OPS}  # fmt: skip
     page = page or folder / "index.html"
     if page.exists() or not check:
         wanted[page] = html.page(results)

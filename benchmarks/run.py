@@ -7,21 +7,20 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.machine import Limits, cores, describe, load, measure_limits
-from benchmarks.measure import FULL, QUICK, Budget, Clock, build, check_parity, extra_bytes, paired_ratio, percentile, results, sample
-from benchmarks.registry import Case, Mode, Problem, Provider, Task
+from benchmarks.measure import Budget, Clock, budget, build, check_parity, extra_bytes, paired_ratio, percentile, results, sample
+from benchmarks.registry import Case, InapplicableError, Mode, Problem, Provider, Task
 from benchmarks.rivals import version
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = (
     "op", "provider", "kind", "mode", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "samples", "rival", "ratio_rival", "ratio_eager",
-    "flops", "bytes", "tflops", "share_of_limit", "extra_mb", "error",
+    "flops", "bytes", "tflops", "share_of_limit", "graph_ms", "graph_note", "extra_mb", "error",
     "version", "device", "threads", "torch", "triton", "python", "commit", "timestamp",
 )  # fmt: skip
 
@@ -42,11 +41,11 @@ def _best_rival(providers: Iterable[Provider], medians: dict[str, float]) -> str
 
 
 def measure_mode(
-    case: Case, problem: Problem, tasks: dict[str, Task], mode: Mode, limits: Limits, clock: Clock, budget: Budget, memory: bool
+    case: Case, problem: Problem, tasks: dict[str, Task], mode: Mode, limits: Limits, clock: Clock, spend: Budget, memory: bool
 ) -> list[Row]:
     """One row per provider of one problem in one mode; times and ratios come from interleaved calls."""
     providers = [p for p in case.providers if p.name in tasks]
-    taken = sample({name: lambda task=task: results(task, mode) for name, task in tasks.items()}, clock, budget)  # type: ignore[misc]
+    taken = sample({name: lambda task=task: results(task, mode) for name, task in tasks.items()}, clock, spend)  # type: ignore[misc]
     medians = {name: percentile(seconds, 50) for name, seconds in taken.items()}
     rival, eager = _best_rival(providers, medians), next((p.name for p in providers if p.kind == "eager"), None)
     rows = []
@@ -85,13 +84,15 @@ def run_case(case: Case, device: torch.device, quick: bool, say: Callable[[str],
     say(f"{case.op}: limits {', '.join(f'{rate:.3g} TFLOP/s {name}' for name, rate in rates.items())}, copy {limits.copy / 1e9:.3g} GB/s")
     for name, reason in absent.items():
         say(f"  {name}: {reason}")
-    budget = QUICK if quick else FULL
-    if seconds is not None:
-        budget = replace(budget, seconds=seconds)
     about, clock, rows, facts = describe(device), Clock(device), [], {}
     for shape in shapes:
         torch._dynamo.reset()
-        problem = case.problem(shape, device)
+        try:
+            problem = case.problem(shape, device)
+        except InapplicableError as why:
+            say(f"  {shape.name} is left out, {why}")
+            absent[shape.name] = str(why)
+            continue
         facts[shape.name] = dict(problem.facts)
         tasks, left_out = build(providers, problem)
         worst, not_timed = check_parity(case, problem, tasks)
@@ -101,22 +102,22 @@ def run_case(case: Case, device: torch.device, quick: bool, say: Callable[[str],
             say(f"  {shape.name}: {name} is left out, {reason}")
             absent[f"{name} at {shape.name}"] = reason
         for mode in case.modes:
-            measured = measure_mode(case, problem, tasks, mode, limits, clock, budget, memory=not quick)
+            measured = measure_mode(case, problem, tasks, mode, limits, clock, budget(quick, seconds), memory=not quick)
             for row in measured:
                 rows.append(row | {"error": worst.get(row["provider"])} | about)
-                say("  " + line(rows[-1]))
+                say("  " + line(rows[-1], share=not quick))
     described = {"limits": {"tflops": rates, "copy_gb_s": limits.copy / 1e9}, "absent": absent, "facts": facts, "load_before": busy}
     return {"op": case.op, "about": case.about, "machine": about, **described, "rows": rows}
 
 
-def line(row: Row) -> str:
-    """A row for people."""
+def line(row: Row, share: bool = True) -> str:
+    """A row for people; a small size says nothing about its ``share`` of the limit."""
     extra = "" if row["extra_mb"] is None else f"{row['extra_mb']:9.1f} MB"
     error = "" if row["error"] is None else f"  error {row['error']:.1e}"
     times = f"{row['p50_ms']:10.3f} ms ({row['p20_ms']:.3f}-{row['p80_ms']:.3f})"
     ratio = f"{row['ratio_rival']:5.2f}x of {row['rival']}" if row["rival"] else ""
-    share = f"{row['share_of_limit']:4.0%} of limit  {ratio}"
-    return f"{row['shape']:<22} {row['mode']:<17} {row['provider']:<14} {times:<34} {share} {extra}{error}"
+    limit = f"{row['share_of_limit']:4.0%} of limit  " if share else ""
+    return f"{row['shape']:<22} {row['mode']:<17} {row['provider']:<14} {times:<34} {limit}{ratio} {extra}{error}"
 
 
 def write_text(path: Path, text: str) -> None:

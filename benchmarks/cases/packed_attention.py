@@ -178,6 +178,10 @@ def _flex(problem: Problem) -> Task:
     return Task(forward, own, problem.inputs["upstream"])
 
 
+def _needs_flex(device: torch.device) -> str:
+    return "its backward needs a CUDA device" if device.type != "cuda" else needs("torch.nn.attention.flex_attention")(device)
+
+
 def _xformers(problem: Problem) -> Task:
     attend = importlib.import_module("xformers.ops").memory_efficient_attention
     mask = importlib.import_module("xformers.ops.fmha.attn_bias").BlockDiagonalMask
@@ -213,6 +217,6 @@ CASE = Case(
         Provider("flash-attn", "rival", _flash, "flash-attn", needs("flash_attn", cuda=True)),
         Provider("xformers", "rival", _xformers, "xformers", needs("xformers", cuda=True)),
         Provider("torch varlen", "rival", _varlen, why_not=needs("torch.nn.attention.varlen", cuda=True)),
-        Provider("FlexAttention", "rival", _flex, why_not=needs("torch.nn.attention.flex_attention", cuda=True)),
+        Provider("FlexAttention", "rival", _flex, why_not=_needs_flex),
     ),
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.registry import Case, Exact, Mode, Problem, Provider, Shape, Task, needs, needs_compiler
+from benchmarks.registry import Case, Exact, InapplicableError, Mode, Problem, Provider, Shape, Task, needs, needs_compiler
 
 PATCH, SIDE = 16, 16  # pixels of a patch; patches in the longest row or column
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -83,15 +83,24 @@ def _task(embed: Callable[[Problem, dict[str, Tensor]], Callable[[], Tensor]]) -
     return build
 
 
-def _ours(impl: str) -> Callable[[Problem], Task]:
+def _ours(impl: str, drop_after: bool = False) -> Callable[[Problem], Task]:
     def embed(problem: Problem, leaves: dict[str, Tensor]) -> Callable[[], Tensor]:
         from fastvlp_kernels import patch_embed
 
         pixels, sizes, keep = (problem.inputs[name] for name in ("pixels", "sizes", "keep"))
         weight, bias, rows, cols = leaves.values()
-        return lambda: patch_embed(
-            pixels, sizes, weight, bias, patch_size=PATCH, mean=MEAN, std=STD, positions=(rows, cols), keep=keep, impl=impl
-        ).x
+
+        def tokens(keep: Tensor | None) -> Tensor:
+            return patch_embed(
+                pixels, sizes, weight, bias, patch_size=PATCH, mean=MEAN, std=STD, positions=(rows, cols), keep=keep, impl=impl
+            ).x
+
+        if not drop_after:
+            return lambda: tokens(keep)
+        if keep is None:
+            raise InapplicableError("nothing is dropped")
+        index = keep.to(problem.device)
+        return lambda: tokens(None).index_select(0, index)
 
     return _task(embed)
 
@@ -158,6 +167,8 @@ CASE = Case(
     providers=(
         Provider("fastvlp cpu", "ours", _ours("cpu"), "fastvlp"),
         Provider("fastvlp triton", "ours", _ours("triton"), "fastvlp", needs("triton", cuda=True)),
+        Provider("fastvlp cpu, dropped after", "ours", _ours("cpu", drop_after=True), "fastvlp"),
+        Provider("fastvlp triton, dropped after", "ours", _ours("triton", drop_after=True), "fastvlp", needs("triton", cuda=True)),
         Provider("eager", "eager", _eager(False)),
         Provider("torch.compile", "compiled", _eager(True), why_not=needs_compiler),
         Provider("padded convolution", "eager", _task(_convolution)),

@@ -65,6 +65,12 @@ def _ours(impl: str) -> Callable[[Problem], Task]:
     return build
 
 
+def _needs_cupy(device: torch.device) -> str:
+    from fastvlp_kernels.token_select import cuda
+
+    return needs("cupy", cuda=True)(device) or cuda.why_not()
+
+
 def _eager(compiled: bool) -> Callable[[Problem], Task]:
     def build(problem: Problem) -> Task:
         x = problem.inputs["x"].detach().requires_grad_()
@@ -93,6 +99,7 @@ CASE = Case(
     providers=(
         Provider("fastvlp cpu", "ours", _ours("cpu"), "fastvlp"),
         Provider("fastvlp triton", "ours", _ours("triton"), "fastvlp", needs("triton", cuda=True)),
+        Provider("fastvlp cuda", "ours", _ours("cuda"), "fastvlp", _needs_cupy),
         Provider("eager", "eager", _eager(False)),
         Provider("torch.compile", "compiled", _eager(True), why_not=needs_compiler),
     ),

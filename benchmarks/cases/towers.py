@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import open_clip_baseline as rival
-from benchmarks.registry import Case, Exact, Mode, Problem, Provider, Shape, Task, needs
+from benchmarks.registry import Case, Exact, InapplicableError, Mode, Problem, Provider, Shape, Task, needs
+from benchmarks.rivals import import_torchvision
 
 SIDE, CONTEXT, PATCH = rival.SIDE, rival.CONTEXT, 16
+GROUP = 64  # tokens in one row of NaViT, as in its README
 
 
 def shapes(device: str, quick: bool) -> list[Shape]:
@@ -45,7 +48,7 @@ def problem(shape: Shape, device: torch.device) -> Problem:
     padded["text"] = (F.pad(ids, (0, room)), F.pad(mask, (0, room)))
     depth = {"image": model.config.image.depth, "text": model.config.text.depth}
     ratio = sum(depth[t] * padded[t][1].numel() for t in towers) / sum(depth[t] * packed[t].total for t in towers)
-    inputs = {"model": model, "packed": packed, "padded": padded, "places": places}
+    inputs = {"model": model, "packed": packed, "padded": padded, "places": places, "pictures": [x.to(device) for x in batch.images]}
     inputs["upstream"] = torch.randn(count, len(towers) * model.config.embed_dim, device=device)
     return Problem(shape, device, inputs, {"token_ratio": ratio})
 
@@ -108,6 +111,25 @@ def _open_clip(problem: Problem) -> Task:
     return Task(lambda: torch.cat([encode[t]() for t in towers], 1), leaves, problem.inputs["upstream"], _per_tower)
 
 
+def _navit(problem: Problem) -> Task:
+    """vit-pytorch's NaViT of that width and depth, which packs too: several pictures in a padded row of tokens, and a mask between them."""
+    if problem.shape.values["towers"] != ("image",):
+        raise InapplicableError("it has no text tower")
+    import_torchvision()  # which the package imports
+    config = problem.inputs["model"].config
+    model = importlib.import_module("vit_pytorch.na_vit").NaViT(
+        image_size=SIDE, patch_size=PATCH, num_classes=config.embed_dim, dim=config.image.width, depth=config.image.depth,
+        heads=config.image.heads, dim_head=rival.HEAD, mlp_dim=config.image.hidden).to(problem.device)  # fmt: skip
+    pictures = [picture.permute(2, 0, 1) for picture in problem.inputs["pictures"]]
+
+    def forward() -> Tensor:
+        features: Tensor = model([rival.normalise(picture) for picture in pictures], group_images=True, group_max_seq_len=GROUP)
+        return features
+
+    leaves = {f"image.{name}": parameter for name, parameter in model.named_parameters()}
+    return Task(forward, leaves, problem.inputs["upstream"], _per_tower)
+
+
 def work(problem: Problem, mode: Mode) -> tuple[float, float]:
     """24 C C n + 4 C n n operations per layer and segment forward, twice that again backward; weights and pixels are read once."""
     config, passes = problem.inputs["model"].config, 3 if mode == "forward+backward" else 1
@@ -133,5 +155,6 @@ CASE = Case(
         Provider("packed", "ours", _task(_encode_packed), "fastvlp"),
         Provider("padded", "eager", _task(_encode_padded), "fastvlp"),
         Provider("open_clip", "rival", _open_clip, "open_clip_torch", needs("open_clip"), same_function=False),
+        Provider("NaViT", "rival", _navit, "vit-pytorch", needs("vit_pytorch"), same_function=False),
     ),
 )

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.cases import contrastive
+from benchmarks.measure import build, check_parity, results
 from benchmarks.registry import OPS, Shape, find
 
 CPU = torch.device("cpu")
@@ -38,6 +39,45 @@ def test_the_exact_losses_equal_autograd_on_the_dense_matrix(op, chunk, monkeypa
     assert set(found) == set(expected)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_exact_loss_of_prefixes_equals_autograd_on_their_dense_matrices():
+    case = find("matryoshka")
+    problem = case.problem(Shape("", torch.float32, {"b": 21, "d": 12, "widths": (3, 6, 12)}), CPU)
+    x, y, scale = leaves = [tensor.double().requires_grad_() for tensor in problem.inputs.values()]
+    value = 0
+    for width in (3, 6, 12):
+        a, b = (side[:, :width] / side[:, :width].square().sum(1, keepdim=True).sqrt() for side in (x, y))
+        value = value + dense("similarity_logsumexp", a, b, scale)
+    expected = (value, *torch.autograd.grad(value, leaves))
+    found = case.exact(problem).results
+    for name, tensor in zip(("value", "x", "y", "scale"), expected, strict=True):
+        torch.testing.assert_close(found.pop(name), tensor, rtol=1e-9, atol=1e-12)
+    assert not found
+
+
+@pytest.mark.parametrize("op", ["matryoshka", "patch_embed"])
+def test_ours_and_eager_agree_with_the_exact_results(op):
+    case = find(op)
+    problem = case.problem(case.shapes("cpu", True)[-1], CPU)
+    tasks, left_out = build([p for p in case.providers if p.kind != "compiled" and not p.why_not(CPU)], problem)
+    errors, wrong = check_parity(case, problem, tasks)
+    assert set(errors) == set(tasks) and {"fastvlp cpu", "eager"} <= set(tasks) and not left_out and not wrong
+    assert op != "patch_embed" or "fastvlp cpu, dropped after" in tasks
+
+
+def test_navit_is_measured_on_pictures_alone():
+    pytest.importorskip("vit_pytorch", reason="NaViT is vit-pytorch's, which is not installed")
+    case = find("towers")
+    navit = case.find_provider("NaViT")
+    pictures, captions, _ = case.shapes("cpu", True)
+    problem = case.problem(pictures, CPU)
+    (task,), upstream = build([navit], problem)[0].values(), problem.inputs["upstream"]
+    found = task.canonical(results(task, "forward+backward"))
+    assert found["value"].shape == upstream.shape and found["image"].any()
+    layers = {name for name in task.leaves if name.endswith("to_q.weight") and ".transformer." in name}
+    assert len(layers) == problem.inputs["model"].config.image.depth
+    assert build([navit], case.problem(captions, CPU)) == ({}, {"NaViT": "it has no text tower"})
 
 
 def test_exact_softmax_of_similarities_equals_autograd_on_the_dense_matrix(monkeypatch):
@@ -86,6 +126,9 @@ def test_shapes_have_names_of_their_own_and_one_eager_provider_comes_first(op, d
 
 def test_work_is_that_of_the_targets():
     # TARGETS: CLIP B=32,768 D=768 with recomputation is 4 units, 8.3 ms at 790 TFLOP/s; SigLIP B=65,536 D=768 3 units, 25 ms.
+    shape = find("matryoshka").shapes("cuda", False)[0]
+    flops, _ = find("matryoshka").work(type("P", (), {"shape": shape})(), "forward+backward")
+    assert math.isclose(1e3 * flops / 790e12, 5.6, rel_tol=0.02) and shape.values["b"] == 32768
     for op, b, milliseconds in (("similarity_logsumexp", 32768, 8.3), ("pairwise_sigmoid", 65536, 25.0)):
         shape = Shape("", torch.bfloat16, {"b": b, "d": 768})
         flops, moved = contrastive.work(type("P", (), {"shape": shape})(), "forward+backward",

@@ -10,18 +10,18 @@ import pytest
 
 from benchmarks import gpu_tests
 from benchmarks.machine import ROOT, environment
-from benchmarks.registry import OPS
+from benchmarks.registry import ENDS, OPS
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 STAND_IN = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case "$*" in
     -) cat >/dev/null; [ -z "${NO_GPU:-}" ] || { echo "PyTorch sees no CUDA device"; exit 1; }; echo "a card, torch 2.11" ;;
-    -c*) echo first hangs fails last ;;
+    -c*) echo first hangs fails last ladder ;;
     *pip*bad*) echo "ERROR: bad.whl is not a supported wheel on this platform." >&2; exit 1 ;;
     *--op\\ hangs*) sleep 60 ;;
     *--op\\ fails*) echo "wrong by 5 %"; exit 1 ;;
-    *--op*) mkdir -p "$RESULTS/card"; echo "$4" >"$RESULTS/card/$5.json" ;;
+    *--op* | *--e2e\\ ladder*) mkdir -p "$RESULTS/card"; echo "$4" >"$RESULTS/card/$5.json" ;;
 esac
 """
 
@@ -50,12 +50,14 @@ def test_one_part_that_hangs_and_one_that_fails_take_nothing_from_the_others(gpu
     done, calls = gpu("-", tmp_path / "all.tar.gz")
     assert done.returncode == 1, done.stderr
     assert "pytest -p benchmarks.gpu_tests" in calls[2]
-    assert [call.split("--op ")[1].split()[0] for call in calls if "--op" in call] == ["first", "hangs", "fails", "last"]
-    assert all("--device cuda" in call for call in calls if "--op" in call)
+    assert [call.split()[3:5] for call in calls if " run " in call] == [
+        *(["--op", name] for name in ("first", "hangs", "fails", "last")), ["--e2e", "ladder"]]  # fmt: skip
+    assert all("--device cuda" in call for call in calls if " run " in call)
     summary = done.stdout[done.stdout.index("summary, after"):]
-    for text in ("tests: done", "first: done", r"hangs: stopped after \d+ s, its limit", "fails: failed with exit code 1", "last: done"):
+    for text in ("tests: done", "first: done", r"hangs: stopped after \d+ s, its limit", "fails: failed with exit code 1", "last: done",
+                 "ladder: done"):  # fmt: skip
         assert re.search(text, summary), summary
-    assert sorted(path.name for path in (tmp_path / "results" / "card").iterdir()) == ["first.json", "last.json"]
+    assert sorted(path.name for path in (tmp_path / "results" / "card").iterdir()) == ["first.json", "ladder.json", "last.json"]
     with tarfile.open(tmp_path / "all.tar.gz") as archive:
         names = archive.getnames()
         log = archive.extractfile("./gpu.log").read().decode()
@@ -65,7 +67,7 @@ def test_one_part_that_hangs_and_one_that_fails_take_nothing_from_the_others(gpu
 def test_what_no_time_is_left_for_is_named(gpu):
     done, calls = gpu(SECONDS_IN_ALL="5")
     assert done.returncode == 1 and not [call for call in calls if "--op" in call or "pytest" in call]
-    assert "last: skipped, " in done.stdout and '(PARTS="hangs fails last" runs what is missing)' in done.stdout
+    assert "last: skipped, " in done.stdout and '(PARTS="hangs fails last ladder" runs what is missing)' in done.stdout
 
 
 def test_parts_can_be_chosen(gpu):
@@ -99,7 +101,7 @@ def test_without_a_gpu_nothing_runs_and_the_reason_is_said(gpu):
 def test_the_default_parts_are_those_of_the_registry():
     code = SCRIPT.read_text().split("-c '")[1].split("'")[0]
     found = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == list(OPS)
+    assert found.stdout.split() == [*OPS, "ladder", "scaling"] and {"ladder", "scaling"} <= set(ENDS)
 
 
 def test_the_plugin_keeps_the_tests_that_need_a_device(pytester):

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import html, ladder, measure, report, rivals, scaling
+from benchmarks import html, ladder, measure, open_clip_baseline, report, rivals, scaling
 
 pytestmark = pytest.mark.skipif(rivals.version("open_clip_torch") is None, reason="both begin with open_clip, which is not installed")
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ def small(monkeypatch):
     """Few pairs, few rounds, and nothing flushed."""
     monkeypatch.setattr(ladder, "QUICK_PAIRS", 6)
     monkeypatch.setattr(measure.Clock, "__init__", lambda self, device: vars(self).update(device=device, _flush=torch.empty(1)))
-    for module in (ladder, scaling):
+    for module in (measure, scaling):
         monkeypatch.setattr(module, "QUICK", measure.Budget(0, 1, 1))
 
 
@@ -52,7 +52,8 @@ def test_every_rung_is_a_step_that_changes_the_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", remember)
     found = ladder.run(options(), tmp_path)
-    assert [row["rung"] for row in found["rows"]] == list(ladder.RUNGS) and len(optimizers) == len(ladder.RUNGS)
+    names = [name for name in ladder.RUNGS if name not in ladder.BESIDE]
+    assert [row["rung"] for row in found["rows"]] == names and len(optimizers) == len(names)
     for optimizer, before in optimizers:
         after = [p for group in optimizer.param_groups for p in group["params"]]
         changed = [not torch.equal(old, new) for old, new in zip(before, after, strict=True)]
@@ -62,9 +63,35 @@ def test_every_rung_is_a_step_that_changes_the_weights(tmp_path, monkeypatch):
     (path,) = tmp_path.glob("*/ladder.json")
     assert json.loads(path.read_text())["rows"] == found["rows"]
     assert path.with_suffix(".csv").read_text().startswith("rung,about,images_per_second")
-    assert report.ladder({"cpu-x": {"ladder": found}}).count("\n") == 2 + len(ladder.RUNGS)
+    assert report.ladder({"cpu-x": {"ladder": found}}).count("\n") == 2 + len(names)
     page = html.page({"cpu-x": {"ladder": found}})
-    assert page.count("<rect ") == len(ladder.RUNGS) and "GradCache" in page and "None" not in page
+    assert page.count("<rect ") == len(names) and "GradCache" in page and "None" not in page
+
+
+def test_a_gpu_s_ladder_has_steps_beside_it_and_runs_in_bfloat16(monkeypatch):
+    """On a CPU, small, and not really compiled."""
+    size, compiled, dtypes = open_clip_baseline.Size(32, 30, 64, 12, 64, 1, 32), [], set()
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(ladder, "_training", lambda model, backward: backward)
+    monkeypatch.setattr(ladder, "MICRO_BATCHES", 2)
+    pairs = ladder.invent(5, CPU, size)
+    lengths = [len(ids) for ids in pairs.clip.texts]
+    assert pairs.padded().shape == (5, 30) and pairs.padded().argmax(1).tolist() == [length - 1 for length in lengths]
+    assert [len(ids) for ids in pairs.own.texts] == lengths and pairs.square().shape == (5, 3, 32, 32)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *tensors, real=torch.nn.functional.linear: seen(dtypes, real(*tensors)))
+    steps = ladder.rungs(pairs)
+    assert list(steps) == list(ladder.RUNGS) and len(compiled) == 1
+    for name, step in steps.items():
+        dtypes.clear()
+        step()
+        assert torch.bfloat16 in dtypes, name
+    before = {name: getattr(open_clip_baseline.VIT_B_16, name) for name in ("side", "context", "width", "layers")}
+    assert before == {"side": 224, "context": 77, "width": 768, "layers": 12}
+
+
+def seen(dtypes, result):
+    dtypes.add(result.dtype)
+    return result
 
 
 @pytest.mark.parametrize("drop", [False, True])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import CPU, EAGER, SHAPE, square, toy
 
-from benchmarks import measure, registry
+from benchmarks import measure, memory, registry
 from benchmarks.machine import ROOT, Limits, commit, device_name, environment, measure_limits
 from benchmarks.registry import Exact, Problem, Provider, Task
 
@@ -141,6 +141,31 @@ def test_peak_memory_of_a_process_of_its_own():
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     matrix = 2048**2 * 4
     assert 1.9 * matrix < json.loads(done.stdout)["extra_bytes"] < 6 * matrix
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory on the CPU is read from Linux's /proc")
+def test_memory_of_a_provider_that_the_first_small_size_is_not_for():
+    # A whole tower of tokens of 7 x 7 to 16 x 16 patches is made, then half of it again.
+    peak = memory.peak_growth("patch_embed", "3 images C=32 keep=0.5", "fastvlp cpu, dropped after", "forward")
+    assert peak is not None and peak >= 0
+
+
+def test_why_a_package_is_absent_says_what_to_do():
+    cuda = torch.device("cuda")
+    assert registry.needs("nowhere")(CPU) == "not installed; pip install 'fastvlp[bench]'"
+    assert registry.needs("torch.nn.nowhere")(CPU) == "needs a newer torch, with torch.nn.nowhere"
+    assert registry.needs("torch")(CPU) == "" and registry.needs("torch", cuda=True)(CPU) == "needs a CUDA device"
+    found = {name: registry.needs(name)(cuda) for name in registry.EXTRAS}
+    assert all(reason in ("", f"not installed; pip install 'fastvlp[{registry.EXTRAS[name]}]'") for name, reason in found.items())
+    flex = registry.find("packed_attention").find_provider("FlexAttention")
+    assert flex.why_not(CPU) == "its backward needs a CUDA device" and flex.why_not(cuda) == ""
+
+
+def test_a_size_that_a_provider_is_not_for_is_left_out_also_for_ours():
+    def build(problem: Problem) -> Task:
+        raise registry.InapplicableError("it is not for squares")
+
+    assert measure.build([Provider("ours", "ours", build)], toy(EAGER).problem(SHAPE, CPU)) == ({}, {"ours": "it is not for squares"})
 
 
 def test_an_unknown_operator_is_refused_with_the_nearest_name():

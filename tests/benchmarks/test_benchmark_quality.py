@@ -28,10 +28,10 @@ def test_the_variants_differ_in_their_tokens_alone():
         assert all(line.startswith(("schedule.stages", "model.image.merge", "data.batch_size"))
                    for line in config.differences(config.load("mini"), made))  # fmt: skip
     whole = tokens["all patches"][0]
-    assert tokens["all patches"] == [whole, whole] == tokens["all patches, padded"]
+    assert tokens["all patches"] == [whole, whole] == tokens["all patches padded"]
     assert tokens["half dropped"] == pytest.approx([whole / 2] * 2, rel=0.1)
     assert tokens["merged"][0] == whole and tokens["merged"][1] < 0.6 * whole
-    assert tokens["half dropped, merged"][0] == tokens["half dropped"][0] and tokens["half dropped, merged"][1] < 0.4 * whole
+    assert tokens["half dropped and merged"][0] == tokens["half dropped"][0] and tokens["half dropped and merged"][1] < 0.4 * whole
 
 
 def test_the_padded_towers_are_the_packed_ones():
@@ -72,7 +72,7 @@ def test_one_variant_at_a_time_and_the_table_of_those_that_are_there(tmp_path, m
 
 def test_a_variant_trains_and_leaves_its_scores(tmp_path):
     """The padded one, whose process is no other test's."""
-    quality.run(options("--quick", "--variant", "all patches, padded", "--set", "schedule.steps=2"), tmp_path)
+    quality.run(options("--quick", "--variant", "all patches padded", "--set", "schedule.steps=2"), tmp_path)
     (path,) = tmp_path.glob("*/quality.json")
     (system,) = json.loads(path.read_text())["systems"]
-    assert system["system"] == "all patches, padded" and system["images_per_second"] > 0 and 0 <= system["top1"] <= system["top5"] <= 1
+    assert system["system"] == "all patches padded" and system["images_per_second"] > 0 and 0 <= system["top1"] <= system["top5"] <= 1

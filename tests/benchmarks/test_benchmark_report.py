@@ -2,6 +2,7 @@
 
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 
@@ -59,6 +60,14 @@ def test_the_share_of_the_token_ratio_is_the_speed_up_over_the_ratio(results):
     assert [cell.strip() for cell in line.split("|")[-4:-1]] == ["2.00", "3.12x", "156%"]
 
 
+def test_dropping_before_the_embedding_is_compared_with_dropping_after_it():
+    shape = find("patch_embed").shapes("cpu", False)[-1].name
+    found = [{"provider": name, "kind": "ours", "shape": shape, "mode": "forward", "p50_ms": ms}
+             for name, ms in (("fastvlp cpu", 10.0), ("fastvlp cpu, dropped after", 18.0))]  # fmt: skip
+    table = report.dropping({"cpu-x": {"patch_embed": {"rows": found}}})
+    assert table.splitlines()[2:] == [f"| cpu-x | {shape} | forward | 10 | 18 | 1.80x |"]
+
+
 def test_time_to_accuracy_shows_every_seed_and_one_sentence(results):
     table = report.mini(report.load(results))
     assert "| cpu-test-2core | fastvlp | 2 | 5.0 | 6.0 | 5.0, 7.0 |" in table
@@ -92,6 +101,42 @@ def test_report_is_idempotent_and_check_tells_whether_it_is_needed(results, tmp_
     assert report.main(results, check=False, files=files) == 0 and readme.read_text() == first
     readme.write_text(first.replace("| 300 (open_clip) |", "| 301 (open_clip) |"))
     assert report.main(results, check=True, files=files) == 1
+
+
+def test_an_operator_page_has_a_picture_whose_bars_are_times_over_eager(results, tmp_path):
+    pages = [tmp_path / "docs" / "operators" / name for name in ("similarity_logsumexp.md", "maxsim.md", "packed.md")]
+    pages[0].parent.mkdir(parents=True)
+    for page in pages:
+        page.write_text("words\n")
+    assert report.main(results, check=True, files=pages) == 1
+    assert report.main(results, check=False, files=pages) == 0 and report.main(results, check=True, files=pages) == 0
+    folder = tmp_path / "docs" / "assets"
+    assert sorted(path.name for path in folder.iterdir()) == ["maxsim.svg", "similarity_logsumexp.svg"]
+    drawn = {path.stem: ElementTree.fromstring(path.read_text()) for path in folder.iterdir()}
+    svg = "{http://www.w3.org/2000/svg}"
+    assert [text.text for text in drawn["maxsim"].iter(f"{svg}text")] == ["unmeasured"]
+    bars = [(bar.get("class"), float(bar.get("width"))) for bar in drawn["similarity_logsumexp"].iter(f"{svg}rect")]
+    assert [kind for kind, _ in bars] == ["ours", "ours", "ours", "eager", "rival"]
+    eager = dict(bars)["eager"]
+    assert [width / eager for _, width in bars] == pytest.approx([80 / 250, 90 / 250, 100 / 250, 1, 300 / 250], rel=0.01)
+    limit = next(drawn["similarity_logsumexp"].iter(f"{svg}line"))
+    assert float(limit.get("x1")) == pytest.approx(122 + eager, abs=0.2)
+    (folder / "maxsim.svg").write_text("<svg/>")
+    assert report.main(results, check=True, files=pages) == 1
+
+
+def test_the_readme_shows_the_picture_of_quality_where_it_was_measured(results, tmp_path):
+    """The link from the repository's README leads to what ``plot`` draws from the same file."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    folder = tmp_path / "benchmarks" / "results"
+    (folder / "cpu-test-2core").mkdir(parents=True)
+    systems = [system | {"system": name} for system, name in zip(mini()["systems"], ("all patches", "half dropped"), strict=True)]
+    (folder / "cpu-test-2core" / "quality.json").write_text(json.dumps(mini() | {"op": "quality", "systems": systems}))
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKED.format("quality"))
+    assert report.main(folder, check=False, files=(readme,)) == 0 and plot.plot(folder, only="quality")
+    (link,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", readme.read_text())
+    assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("text", "message"), [

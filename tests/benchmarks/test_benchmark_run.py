@@ -1,15 +1,16 @@
 """What a run writes: rows, columns, files, and what the command line refuses."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
 import torch
-from toys import EAGER, square, toy
+from toys import EAGER, SHAPE, square, toy
 
 from benchmarks import __main__ as command_line
 from benchmarks import measure, run
-from benchmarks.registry import Provider, Task
+from benchmarks.registry import InapplicableError, Provider, Task
 
 ABSENT = Provider("elsewhere", "rival", square(), why_not=lambda device: "not installed")
 RIVAL = Provider("rival", "rival", square())
@@ -37,6 +38,25 @@ def test_a_row_carries_everything_and_absent_providers_are_named_not_invented(tm
         assert row["torch"] == torch.__version__ and row["device"] == path.parent.name and row["timestamp"]
         assert row["extra_mb"] == ""  # quick runs measure no memory, and say nothing about it
     assert [float(row["ratio_rival"]) for row in rows if row["provider"] == "rival"] == [1.0, 1.0]
+
+
+def test_a_small_size_says_nothing_about_its_share_of_the_limit():
+    result, said = measured(OURS, EAGER)
+    assert any(" ms (" in text for text in said) and not any("of limit" in text for text in said)
+    assert "% of limit" in run.line(result["rows"][0])
+
+
+def test_a_size_that_cannot_be_made_is_named_and_the_others_are_measured():
+    case = toy(OURS, EAGER)
+
+    def problem(shape, device):
+        if shape.name == "other":
+            raise InapplicableError("no library")
+        return case.problem(shape, device)
+
+    both = [dataclasses.replace(SHAPE, name="other"), SHAPE]
+    result = run.run_case(dataclasses.replace(case, shapes=lambda *_: both, problem=problem), torch.device("cpu"), True, lambda text: None)
+    assert result["absent"] == {"other": "no library"} and {row["shape"] for row in result["rows"]} == {SHAPE.name}
 
 
 def test_without_a_rival_package_the_ratio_is_against_the_fastest_of_the_others():
