@@ -37,6 +37,7 @@ WIDTH, PATCH, PICTURES = 512, 16, 8
 BATCHES, SIZES, WORLDS, SHARED = (256, 1024, 4096, 16384, 65536), (64, 128, 256, 512), (1, 2, 3, 4), 2048
 QUICK_BATCHES, QUICK_SIZES, QUICK_WORLDS, QUICK_SHARED = (64, 128), (64, 128), (1, 2), 96
 HEADROOM = 0.8  # of the free memory
+SLOW = 30.0  # seconds of a call from which on it is made once, for time and memory together
 PREDICTED = "devices (predicted)"
 DEVICES, EACH = (8, 64, 256, 1024), 1024  # pairs of every device
 SWEEPS = ("batch", "image size", "processes", PREDICTED)
@@ -106,6 +107,7 @@ def sweep(name: str, points: tuple[int, ...], device: torch.device, budget: Budg
     """The rows of one sweep over sizes, in one process."""
     make, providers = MAKERS[name]
     known: dict[str, tuple[int, int]] = {}  # provider -> (x, bytes) of its last point
+    last, longest = 0, 0.0  # the last point and its longest call
     for x in points:
         refused = {}
         for provider, (before, extra) in known.items():
@@ -114,19 +116,35 @@ def sweep(name: str, points: tuple[int, ...], device: torch.device, budget: Budg
                 refused[provider] = f"would need up to {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free"
         runs = [provider for provider in providers if provider not in refused]
         calls = {provider: make(provider, x, device) for provider in runs}
-        taken = sample(calls, Clock(device), budget) if calls else {}
+        peaks: dict[str, int | None] = {}
+        taken: dict[str, list[float]] = {}
+        if last and longest * (x / last) ** 2 > SLOW:
+            for provider, call in calls.items():
+                seconds, peaks[provider] = _once(call, device)
+                taken[provider] = [seconds]
+        elif calls:
+            taken = sample(calls, Clock(device), budget)
+        if taken:
+            last, longest = x, max(map(max, taken.values()))
         for provider in providers:
             row: dict[str, Any] = {"sweep": name, "provider": provider, "kind": "ours" if provider == providers[0] else "rival", "x": x}
             if provider in refused:
                 yield row | {"note": refused[provider]}
                 continue
-            extra_bytes = None
-            if memory:
+            extra_bytes = peaks.get(provider)
+            if memory and provider not in peaks:
                 command = ("benchmarks.peak", "benchmarks.scaling", name, provider, str(x))
                 extra_bytes = growth(calls[provider], device) if device.type == "cuda" else elsewhere(*command)
             if extra_bytes is not None:
                 known[provider] = (x, extra_bytes)
             yield row | _times(taken, provider, providers[1]) | {"extra_mb": None if extra_bytes is None else extra_bytes / 1e6}
+
+
+def _once(call: Call, device: torch.device) -> tuple[float, int | None]:
+    """Seconds of one call, and the bytes by which memory grew."""
+    clock, seconds = Clock(device), []
+    extra = growth(lambda: seconds.append(clock.seconds(call)), device)
+    return seconds[0], extra
 
 
 def _times(taken: dict[str, list[float]], provider: str, other: str) -> dict[str, Any]:

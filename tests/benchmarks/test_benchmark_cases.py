@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from benchmarks.cases import contrastive
 from benchmarks.measure import build, check_parity, results
 from benchmarks.registry import OPS, Shape, find
+from benchmarks.rivals import version
 
 CPU = torch.device("cpu")
 
@@ -66,8 +67,8 @@ def test_ours_and_eager_agree_with_the_exact_results(op):
     assert op != "patch_embed" or "fastvlp cpu, dropped after" in tasks
 
 
+@pytest.mark.skipif(version("vit-pytorch") is None, reason="NaViT is vit-pytorch's, which is not installed")
 def test_navit_is_measured_on_pictures_alone():
-    pytest.importorskip("vit_pytorch", reason="NaViT is vit-pytorch's, which is not installed")
     case = find("towers")
     navit = case.find_provider("NaViT")
     pictures, captions, _ = case.shapes("cpu", True)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_what_does_not_fit_is_named_and_the_other_goes_on(monkeypatch):
     assert [row["ratio_rival"] is None for row in ours] == [False, False, True, True]
     table = report.scaling({"cpu-x": {"scaling": {"rows": rows}}})
     assert "| cpu-x | batch | 512 | fastvlp |" in table and f"| {notes[1]} |" in table
+
+
+def test_a_slow_point_is_called_once(monkeypatch):
+    """Each doubling takes four times as long; from SLOW on time and memory come from one call."""
+    made = []
+    monkeypatch.setitem(scaling.MAKERS, "batch", (lambda provider, x, device: lambda: made.append(x), ("ours", "theirs")))
+    monkeypatch.setattr(scaling, "Clock", lambda device: SimpleNamespace(seconds=lambda call: call() or made[-1] ** 2 / 1000))
+    monkeypatch.setattr(scaling, "elsewhere", lambda *command: 10**6)
+    monkeypatch.setattr(scaling, "growth", lambda call, device: call() or 2 * 10**6)
+    rows = list(scaling.sweep("batch", (64, 128, 256), CPU, measure.Budget(0, 2, 2), memory=True))
+    assert [(row["x"], row["samples"], row["extra_mb"], row["p50_ms"]) for row in rows if row["provider"] == "ours"] == [
+        (64, 2, 1.0, 4096.0), (128, 2, 1.0, 16384.0), (256, 1, 2.0, 65536.0)
+    ]  # fmt: skip
+    assert made.count(128) == 6 and made.count(256) == 2
 
 
 def test_all_sweeps_are_measured_written_and_drawn(tmp_path):
