@@ -126,7 +126,7 @@ OPS = (
     "segment_pool", "patch_embed", "bi_wkv", "matryoshka", "objectives", "towers", "merging", "accelerate",
 )  # fmt: skip
 ENDS = ("mini", "ladder", "scaling", "quality")
-EXTRAS = {"flash_attn": "attention", "xformers": "attention", "triton": "cuda", "cupy": "cuda", "transformers": "dev"}  # others: bench
+EXTRAS = {"flash_attn": "attention", "xformers": "attention", "triton": "cuda", "cupy": "cuda"}  # others: bench
 
 
 def suggest(got: str, allowed: Sequence[str], what: str) -> str:
