@@ -89,8 +89,8 @@ class CosineAttention(nn.Module):
         pretrained_window_size: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"CosineAttention: dim {dim} with {num_heads} heads; the heads must divide the width")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"CosineAttention: dim {dim} with {num_heads} heads; there must be at least 1, and they must divide the width")
         if min(window_size) < 1:
             raise ValueError(f"CosineAttention: window_size={window_size}; it must be (rows, columns), at least 1 each")
         self.num_heads, self.window_size = num_heads, window_size

@@ -264,7 +264,8 @@ def test_empty_and_wrong_inputs(layer):
     nothing = Packed.of(torch.zeros(0, DIM, dtype=torch.float64), [0, 0], pos=torch.zeros(0, 3, dtype=torch.int32))
     assert layer(nothing).x.shape == (0, DIM)
     for make, message in (
-        (lambda: CosineAttention(10, WINDOW, 3), "the heads must divide"),
+        (lambda: CosineAttention(10, WINDOW, 3), "they must divide the width"),
+        (lambda: CosineAttention(10, WINDOW, 0), "0 heads; there must be at least 1"),
         (lambda: CosineAttention(24, (0, 3), 3), r"window_size=\(0, 3\)"),
         (lambda: layer(torch.zeros(2, 11, DIM)), r"x is \(2, 11, 24\); windows must be \[B, 12, C\]"),
         (lambda: layer(Packed.of(torch.zeros(4, DIM), [4])), "the batch has no pos"),
