@@ -126,6 +126,7 @@ def test_what_does_not_fit_is_named_and_the_other_goes_on(monkeypatch):
 def test_a_slow_point_is_called_once(monkeypatch):
     """Each doubling takes four times as long; from SLOW on time and memory come from one call."""
     made = []
+    monkeypatch.setattr(scaling, "SLOW", 30.0)
     monkeypatch.setitem(scaling.MAKERS, "batch", (lambda provider, x, device: lambda: made.append(x), ("ours", "theirs")))
     monkeypatch.setattr(scaling, "Clock", lambda device: SimpleNamespace(seconds=lambda call: call() or made[-1] ** 2 / 1000))
     monkeypatch.setattr(scaling, "elsewhere", lambda *command: 10**6)
