@@ -5,6 +5,7 @@ They come after everything else has been measured and written, because a capture
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ def add(case: Case, result: dict[str, Any], device: torch.device, budget: Budget
         replays = {}
         for name, task in tasks.items():
             try:
-                replays[name] = capture(lambda task=task, mode=mode: results(task, mode))  # type: ignore[misc]
+                replays[name] = capture(functools.partial(results, task, mode))
             except WaitsError as error:
                 short[name]["graph_note"] = f"waits for the device: {error}"
             except Exception as error:

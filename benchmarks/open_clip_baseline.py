@@ -167,7 +167,7 @@ def train(folder: Path, minutes: float, seed: int, tokenizer: str, batch_size: i
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            model.logit_scale.data.clamp_(0, math.log(100))  # type: ignore[operator]
+            model.get_parameter("logit_scale").data.clamp_(0, math.log(100))
             step, seen = step + 1, seen + len(index)
             if time.perf_counter() - start - paused >= budget:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import tempfile
@@ -45,7 +46,7 @@ def measure_mode(
 ) -> list[Row]:
     """One row per provider of one problem in one mode; times and ratios come from interleaved calls."""
     providers = [p for p in case.providers if p.name in tasks]
-    taken = sample({name: lambda task=task: results(task, mode) for name, task in tasks.items()}, clock, spend)  # type: ignore[misc]
+    taken = sample({name: functools.partial(results, task, mode) for name, task in tasks.items()}, clock, spend)
     medians = {name: percentile(seconds, 50) for name, seconds in taken.items()}
     rival, eager = _best_rival(providers, medians), next((p.name for p in providers if p.kind == "eager"), None)
     rows = []

@@ -257,8 +257,8 @@ def _run(
         weights += [dice.normal(*out.shape) for out in differentiable]
     gradients: Results = []
     if differentiable and all(out.isfinite().all() for out in differentiable):
-        total = sum((out.double() * weight.double()).sum() for out, weight in zip(differentiable, weights, strict=True))
-        gradients = torch.autograd.grad(total, list(given.values()), allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+        total = torch.stack([(out.double() * weight.double()).sum() for out, weight in zip(differentiable, weights, strict=True)]).sum()
+        gradients = list(torch.autograd.grad(total, list(given.values()), allow_unused=True, materialize_grads=True))
     return [out.detach() for out in outputs], gradients
 
 

@@ -40,7 +40,22 @@ def patch_dropout(x: Tensor, prob: float, num_prefix_tokens: int, ordered: bool 
     return taken.unflatten(0, index.shape), keep
 
 
-class PatchDropoutWithIndices(nn.Module):
+class _Dropout(nn.Module):
+    """What timm's two dropouts share: their arguments, and which tokens stay."""
+
+    def __init__(self, prob: float = 0.5, num_prefix_tokens: int = 1, ordered: bool = False) -> None:
+        super().__init__()
+        if not 0 <= prob < 1:
+            raise ValueError(f"PatchDropout: prob is {prob}; it must be the share that is dropped, from 0 to below 1")
+        self.prob, self.num_prefix_tokens, self.ordered = prob, num_prefix_tokens, ordered
+
+    def _drop(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.training or self.prob == 0:
+            return x, None
+        return patch_dropout(x, self.prob, self.num_prefix_tokens, self.ordered)
+
+
+class PatchDropoutWithIndices(_Dropout):
     """timm's PatchDropoutWithIndices: in training, random tokens of each row stay (https://arxiv.org/abs/2212.00794).
 
     Args:
@@ -51,21 +66,14 @@ class PatchDropoutWithIndices(nn.Module):
         ValueError: ``prob`` is no such share.
     """
 
-    def __init__(self, prob: float = 0.5, num_prefix_tokens: int = 1, ordered: bool = False) -> None:
-        super().__init__()
-        if not 0 <= prob < 1:
-            raise ValueError(f"PatchDropout: prob is {prob}; it must be the share that is dropped, from 0 to below 1")
-        self.prob, self.num_prefix_tokens, self.ordered = prob, num_prefix_tokens, ordered
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, N, C] -> [B, N', C], and the kept places int64 [B, L'] after the prefix; ``x`` and None in eval mode."""
-        if not self.training or self.prob == 0:
-            return x, None
-        return patch_dropout(x, self.prob, self.num_prefix_tokens, self.ordered)
+        return self._drop(x)
 
 
-class PatchDropout(PatchDropoutWithIndices):
-    """timm's PatchDropout: the tokens of :class:`PatchDropoutWithIndices` alone, [B, N, C] -> [B, N', C]."""
+class PatchDropout(_Dropout):
+    """timm's PatchDropout: the tokens of :class:`PatchDropoutWithIndices`, whose arguments it has, alone."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N', C]; ``x`` in eval mode."""
+        return self._drop(x)[0]

@@ -97,8 +97,10 @@ def told_sizes(loss: str, local_sizes: Sequence[int], members: Members, pairs: i
     """``local_sizes`` as the number of pairs of each member.
 
     Raises:
-        ValueError: not one positive number per member, or not this member's own at its place.
+        TypeError: no sequence. ValueError: not one positive number per member, or not this member's own at its place.
     """
+    if not isinstance(local_sizes, Sequence):
+        raise TypeError(f"{loss}: local_sizes is {type(local_sizes).__name__}; it must be a list, the number of pairs of each process")
     sizes = tuple(int(size) for size in local_sizes)
     if len(sizes) != members.size:
         raise ValueError(f"{loss}: local_sizes has {len(sizes)} numbers; give one for each process of the group, {members.size}")

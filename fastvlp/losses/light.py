@@ -19,8 +19,10 @@ def softness(step: int, total: int, final: float) -> float:
     """How soft the targets of :func:`light_clip_loss` are at ``step``: from 0 at the first step along a line to ``final`` at ``total``.
 
     Raises:
-        ValueError: ``total`` is below 1, or ``step`` is negative.
+        ValueError: ``total`` is below 1, or ``step`` is negative; or ``final`` is not from 0 to 1.
     """
+    if not 0 <= final <= 1:
+        raise ValueError(f"softness: final={final}; it is a share of each target, from 0 to 1")
     if total < 1 or step < 0:
         raise ValueError(f"softness: step={step} of total={total}; step counts from 0, and total is at least 1")
     return final * min(1.0, step / total)

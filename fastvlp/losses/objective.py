@@ -197,7 +197,9 @@ def _check_negatives(name: str, extra: Tensor | NegativeQueue | None, anchors: T
 
 
 def _check_prefixes(prefixes: Sequence[int] | None, weights: Sequence[float] | None) -> Sequence[float]:
-    """The weight of each prefix's loss. The operator checks the widths."""
+    """The weight of each prefix's loss. The operator checks the range of the widths."""
+    if prefixes is not None and not all(isinstance(width, int) for width in prefixes):
+        raise TypeError(f"{NAME}: prefixes={list(prefixes)}; they must be ints, numbers of features")
     if weights is None:
         return [1.0] * (1 if prefixes is None else len(prefixes))
     if prefixes is None or len(weights) != len(prefixes):

@@ -33,8 +33,8 @@ class NegativeQueue(nn.Module):
 
     def __init__(self, size: int, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> None:
         super().__init__()
-        if size < 1 or width < 1:
-            raise ValueError(f"NegativeQueue: size={size}, width={width}; both must be at least 1")
+        if not (isinstance(size, int) and isinstance(width, int)) or size < 1 or width < 1:
+            raise ValueError(f"NegativeQueue: size={size}, width={width}; both must be ints of at least 1")
         if not dtype.is_floating_point:
             raise TypeError(f"NegativeQueue: dtype={dtype}; it must be floating point: float32, bfloat16, float16 or float64")
         self.register_buffer("features", torch.zeros(size, width, dtype=dtype, device=device))

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class Interrupted(Exception):
@@ -25,7 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum = 0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
 
     def __enter__(self) -> StopRequest:
@@ -36,7 +37,7 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)  # type: ignore[arg-type]
+            signal.signal(signum, handler)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a loading process that inherited this handler: its parent decides on Ctrl-C

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import descriptors, grouped_tile, source, upcast
+from ._triton import descriptors, grouped_tile, multiply_add, source, upcast
 
 CONFIG = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
@@ -41,18 +41,7 @@ def _product_kernel(
                 b_b = b_b.to(tl.float32)
             acc = tl.dot(b_a, b_b, acc)
     else:
-        offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-        p_a = a_ptr + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
-        p_b = b_ptr + offs_k[:, None] * stride_b + offs_n[None, :]
-        for k in range(0, K, BLOCK_K):
-            b_a = tl.load(p_a)
-            b_b = tl.load(p_b, mask=(offs_k < K - k)[:, None] & (offs_n < width_b)[None, :], other=0.0)
-            if UPCAST:
-                b_a = b_a.to(tl.float32)
-                b_b = b_b.to(tl.float32)
-            acc = tl.dot(b_a, b_b, acc)
-            p_a += BLOCK_K * stride_ak
-            p_b += BLOCK_K * stride_b
+        acc = multiply_add(acc, a_ptr, stride_am, stride_ak, b_ptr, stride_b, offs_m, offs_n, K, width_b, BLOCK_K, UPCAST)
     if LAST:
         p_out = out_ptr + offs_m[:, None] * stride_out + offs_n[None, :]
         tl.store(p_out, (acc * tl.load(alpha_ptr)).to(out_ptr.dtype.element_ty), mask=inside)

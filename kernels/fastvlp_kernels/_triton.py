@@ -72,6 +72,26 @@ def same_ids(b_row_ids, b_col_ids):
     return (b_row_ids[:, None] == b_col_ids[None, :]) & (b_row_ids[:, None] >= 0)
 
 
+@triton.jit
+def multiply_add(
+    acc, a_ptr, stride_am, stride_ak, b_ptr, stride_b, offs_m, offs_n, K, width, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr
+):
+    """acc + a[offs_m] @ b[:, offs_n] for b [K, width]; a is read up to a whole block, and holds zeros beyond K."""
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    p_a = a_ptr + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
+    p_b = b_ptr + offs_k[:, None] * stride_b + offs_n[None, :]
+    for k in range(0, K, BLOCK_K):
+        b_a = tl.load(p_a)
+        b_b = tl.load(p_b, mask=(offs_k < K - k)[:, None] & (offs_n < width)[None, :], other=0.0)
+        if UPCAST:
+            b_a = b_a.to(tl.float32)
+            b_b = b_b.to(tl.float32)
+        acc = tl.dot(b_a, b_b, acc)
+        p_a += BLOCK_K * stride_ak
+        p_b += BLOCK_K * stride_b
+    return acc
+
+
 def precision() -> str:
     """How ``tl.dot`` multiplies float32 operands, by torch.get_float32_matmul_precision()."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -37,6 +37,11 @@ def test_refused_on_one_process(module, case):
     assert words in str(caught.value) and str(caught.value).startswith(module.__name__)
 
 
+def test_one_size_is_no_list_of_them():
+    with pytest.raises(TypeError, match="local_sizes is int; it must be a list"):
+        ClipLoss()(GOOD, GOOD, 10.0, local_sizes=4)
+
+
 def test_refused_constructors():
     with pytest.raises(ValueError, match="strategy='tree' is not one of this loss; allowed: gather, ring, grouped"):
         ClipLoss(strategy="tree")

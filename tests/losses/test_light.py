@@ -95,6 +95,8 @@ def test_softness_grows_along_a_line():
     for step, total in ((-1, 10), (0, 0)):
         with pytest.raises(ValueError, match=f"step={step} of total={total}"):
             softness(step, total, 0.4)
+    with pytest.raises(ValueError, match="final=nan; it is a share"):
+        softness(1, 2, float("nan"))
 
 
 def test_refusals():

@@ -262,6 +262,7 @@ REFUSED = [
     ({"text_negatives": torch.zeros(4, WIDTH + 1)}, r"text_negatives have shape \(4, 41\); allowed: \[J, 40\]"),
     ({"image_negatives": torch.zeros(4, 2, WIDTH)}, r"image_negatives have shape \(4, 2, 40\); allowed: .*\[29, J, 40\]"),
     ({"text_negatives": torch.zeros(4, WIDTH, dtype=torch.int64)}, "text_negatives are torch.int64"),
+    ({"prefixes": [3.0, WIDTH]}, "they must be ints, numbers of features"),
     ({"prefix_weights": [1.0]}, "1 prefix_weights for no prefixes"),
     ({"prefixes": [3, WIDTH], "prefix_weights": [1.0]}, "1 prefix_weights for 2 prefixes"),
     ({"prefixes": [3, 5]}, "must increase strictly"),

@@ -202,8 +202,10 @@ def test_refusals():
             call(torch.zeros(2, 4))
         with pytest.raises(TypeError, match="features are torch.int64"):
             call(torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="size=0, width=3; both must be at least 1"):
+    with pytest.raises(ValueError, match="size=0, width=3; both must be ints of at least 1"):
         NegativeQueue(0, 3)
+    with pytest.raises(ValueError, match="size=4.5, width=8; both must be ints"):
+        NegativeQueue(4.5, 8)
     with pytest.raises(ValueError, match="momentum=1.5"):
         MomentumEncoder(nn.Linear(2, 2), 1.5)
     for encoder in (nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2).bfloat16()):

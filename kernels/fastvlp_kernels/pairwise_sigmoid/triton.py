@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import descriptors, dot_tile, grouped_tile, operand, precision, processors, same_ids, source, upcast
+from .._triton import descriptors, dot_tile, grouped_tile, multiply_add, operand, precision, processors, same_ids, source, upcast
 
 # Tiles along a side of a wave: at most 4608 rows and columns of 16-bit coefficients, 41 MB.
 WAVE_TILES = range(16, 37)
@@ -136,21 +136,9 @@ def _add_product(
     i_m, i_d = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP)
     offs_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    in_d = offs_d < D
-    p_a = a_ptr + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
-    p_b = b_ptr + offs_k[:, None] * stride_b + offs_d[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        b_a = tl.load(p_a)
-        b_b = tl.load(p_b, mask=(offs_k < K - k)[:, None] & in_d[None, :], other=0.0)
-        if UPCAST:
-            b_a = b_a.to(tl.float32)
-            b_b = b_b.to(tl.float32)
-        acc = tl.dot(b_a, b_b, acc)
-        p_a += BLOCK_K * stride_ak
-        p_b += BLOCK_K * stride_b
-    inside = (offs_m < M)[:, None] & in_d[None, :]
+    acc = multiply_add(acc, a_ptr, stride_am, stride_ak, b_ptr, stride_b, offs_m, offs_d, K, D, BLOCK_K, UPCAST)
+    inside = (offs_m < M)[:, None] & (offs_d < D)[None, :]
     p_out = out_ptr + offs_m[:, None] * D + offs_d[None, :]
     acc += tl.load(p_out, mask=inside, other=0.0)
     tl.store(p_out, acc, mask=inside)

@@ -29,7 +29,7 @@ def forward(
 
 
 def _sums(x: Tensor, cu_seqlens: Tensor, weight: Tensor | None) -> Tensor:
-    """[S, C], one pass over x; segment_reduce takes ten times as long."""
+    """[S, C], one pass over x; segment_reduce takes several times as long."""
     tokens = torch.arange(x.shape[0], dtype=cu_seqlens.dtype, device=x.device)
     return embedding_bag(tokens, x, cu_seqlens, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
