@@ -177,8 +177,11 @@ class Transfer:
             RuntimeError: another member died, or did not answer within the process group's timeout.
         """
         works, self._works = self._works, []
-        for work in works:
-            work.wait()
+        try:
+            while works:
+                works.pop(0).wait()
+        finally:
+            works.clear()  # after an error others may still arrive: not in tensors that go before what fills them
         self._sent = []
         return self._received
 

@@ -89,7 +89,7 @@ class _Worker:
 
 
 class Processes:
-    """Up to ``count`` processes on one machine that speak gloo. One that dies or hangs is replaced for the next test."""
+    """Up to ``count`` processes on one machine that speak gloo. If one dies or hangs, its group is replaced for the next test."""
 
     def __init__(self, count: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -110,7 +110,7 @@ class Processes:
         for rank, worker in enumerate(self._workers[:size]):
             worker.pipe.send((function, rank, size, os.fspath(store), timeout, arguments))
         deadline = time.monotonic() + timeout + GRACE
-        answers, hung = [], ""
+        answers, hung, broken = [], "", False
         for rank, worker in enumerate(self._workers[:size]):
             try:
                 if worker.pipe.poll(max(0.0, deadline - time.monotonic())):
@@ -119,8 +119,11 @@ class Processes:
                 hung += f"rank {rank} of {size} gave no answer within {timeout + GRACE} s:\n{worker.ask_for_stacks()}\n"
             except (EOFError, ConnectionError):
                 answers.append(None)
-            worker.kill()
-            self._workers[rank] = _Worker(self._folder.name)
+            broken = True
+        if broken:
+            for rank, worker in enumerate(self._workers[:size]):
+                worker.kill()
+                self._workers[rank] = _Worker(self._folder.name)
         if hung:
             raise AssertionError(hung)
         return answers

@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from processes import Failed
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
 from fastvlp.losses import ClipLoss, SigLipLoss, gather, ring
-from fastvlp.losses.members import Members
+from fastvlp.losses.members import Members, Transfer
 
 GOOD = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
 REFUSED = {
@@ -215,3 +216,22 @@ def test_a_process_that_stalls_stops_the_others_after_the_timeout(processes, los
     *others, _ = processes.run(3, interrupted, batch, "stalls", 3, timeout=3)
     assert not any(isinstance(other, Failed) for other in others), others
     assert 0 < max(others) < 3 + 3
+
+
+class Lost:
+    """A transfer's work, whose peer died."""
+
+    def wait(self):
+        raise RuntimeError("connection closed by peer")
+
+
+def test_what_may_still_write_to_tensors_goes_before_them():
+    """The error's traceback holds the frames, and they the tensors, in an order that nobody chooses."""
+    works = [Lost(), Lost()]
+    pending = weakref.ref(works[1])
+    transfer = Transfer(works, [], [torch.zeros(3)])
+    del works
+    with pytest.raises(RuntimeError, match="closed by peer") as caught:
+        transfer.wait()
+    assert caught.tb is not None and pending() is None
+    assert transfer.wait()[0].shape == (3,)
