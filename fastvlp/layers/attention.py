@@ -28,7 +28,7 @@ class PackedAttention(nn.Module):
 
     def forward(self, packed: Packed) -> Packed:
         """Packed [T, C] -> the same segments, [T, C]; ``packed.size`` weighs the keys."""
-        check_packed("PackedAttention", packed=packed)
+        check_packed("PackedAttention", self.qkv.in_features, packed=packed)
         q, k, v = self.qkv(packed.x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         out = packed_attention(
             q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, key_size=packed.size, causal=self.causal, lengths=packed.lengths
@@ -53,7 +53,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         """Packed [T, C] -> [S, C], or [S, Q, C] of several queries; ``packed.size`` weighs the tokens."""
-        check_packed("AttentionPool", packed=packed)
+        check_packed("AttentionPool", self.kv.in_features, packed=packed)
         segments, queries = len(packed), self.query.shape[0]
         q = self.q(self.query).unflatten(-1, (self.num_heads, -1)).expand(segments, -1, -1, -1).flatten(0, 1)
         k, v = self.kv(packed.x).unflatten(-1, (2, self.num_heads, -1)).unbind(1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastvlp.layers.pairs import Pairs
 from fastvlp_kernels._inputs import sum_dtype
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_packed
 from fastvlp_kernels.packed_attention.runs import Run
 
 
@@ -118,6 +118,7 @@ class CosineAttention(nn.Module):
             ValueError: packed tokens without ``pos``, or windows of another size.
         """
         if isinstance(x, Packed):
+            check_packed("CosineAttention", self.qkv.in_features, x=x)
             log_size = None if x.size is None else x.size.to(sum_dtype(x.x.dtype)).log()
             return x.replace(x=self._attend(x.x, RelativePositions.of(x) if relative is None else relative, log_size))
         if x.ndim != 3 or x.shape[1] != self.window_size[0] * self.window_size[1]:

@@ -62,7 +62,7 @@ class LearnedCentres(nn.Module):
 
         ``packed.size`` weighs the means. A centre without tokens, and every centre of an empty segment, has a mean of 0.
         """
-        check_packed("LearnedCentres", packed=packed)
+        check_packed("LearnedCentres", self.v.in_features, packed=packed)
         number = self.centres.shape[0]
         centres = Packed.of(self.centres.repeat(len(packed), 1), [number] * len(packed))
         for look in self.looks:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastvlp.layers.token_merger import even_segments
 from fastvlp_kernels import packed_attention
-from fastvlp_kernels.packed import Packed
+from fastvlp_kernels.packed import Packed, check_packed
 
 
 class _Output(nn.Module):
@@ -58,7 +58,7 @@ class QFormer(nn.Module):
             raise ValueError(f"QFormer: hidden_size {hidden_size} with {num_heads} heads; the heads must divide the width")
         if cross_attention_freq < 1:
             raise ValueError(f"QFormer: cross_attention_freq={cross_attention_freq}; it must be 1 (every layer has one) or more")
-        self.num_heads = num_heads
+        self.num_heads, self.encoder_width, self.hidden_size = num_heads, encoder_width, hidden_size
         layers = nn.ModuleList()
         for place in range(num_layers):
             layer = nn.ModuleDict({"attention": _attention(hidden_size, hidden_size, layer_norm_eps, dropout)})
@@ -78,12 +78,16 @@ class QFormer(nn.Module):
         """Queries [Q, C], [1, Q, C] or [B, Q, C], and image tokens packed [T, encoder_width] or [B, N, encoder_width]: [B, Q, C].
 
         Raises:
-            ValueError: there are other numbers of images than of queries' rows.
+            ValueError: there are other numbers of images than of queries' rows, or of another width.
         """
         images = images if isinstance(images, Packed) else Packed.from_padded(images)
+        check_packed("QFormer", self.encoder_width, images=images)
         rows = query_embeds if query_embeds.ndim == 3 else query_embeds[None]
-        if rows.shape[0] not in (1, len(images)):
-            raise ValueError(f"QFormer: queries {tuple(query_embeds.shape)} for {len(images)} images; they must be [Q, C] or one row each")
+        if rows.shape[0] not in (1, len(images)) or rows.shape[2:] != (self.hidden_size,):
+            raise ValueError(
+                f"QFormer: queries {tuple(query_embeds.shape)} for {len(images)} images; they must be [Q, {self.hidden_size}], the same for"
+                " all, or one such row for each"
+            )
         embeddings = cast(nn.ModuleDict, self.bert["embeddings"])
         x = embeddings["dropout"](embeddings["LayerNorm"](rows)).expand(len(images), -1, -1)
         starts, lengths = even_segments(len(images), x.shape[1], x.device)

@@ -25,7 +25,7 @@ class TokenLearner(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         """Packed [T, C] -> [S, M, C]; ``packed.size`` weighs the tokens, and an empty segment gives zeros."""
-        check_packed("TokenLearner", packed=packed)
+        check_packed("TokenLearner", self.norm.normalized_shape[0], packed=packed)
         x, segments = packed.x, len(packed)
         scores = self.mlp(self.norm(x))
         tokens = scores.shape[1]

@@ -87,6 +87,7 @@ class TemporalContext(nn.Module):
 
     def forward(self, packed: Packed) -> Packed:
         """Packed [T, C] with positions -> the same tokens in their order, [T, C]."""
+        check_packed("TemporalContext", self.qk.in_features, packed=packed)
         groups, _, order = along(packed, "time")
         q, k = self.qk(groups.x).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         out = packed_attention(

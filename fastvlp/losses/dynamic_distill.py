@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastvlp_kernels import _check, _inputs
@@ -118,7 +119,7 @@ def dcd_loss(
 
 
 def _similarity(x: Tensor, y: Tensor, places: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x, y[places])
+    return torch.linalg.vecdot(x, F.embedding(places, y))
 
 
 def _two_sides(name: str, anchors: Tensor, others: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, torch.dtype]:

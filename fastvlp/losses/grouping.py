@@ -13,6 +13,7 @@ from fastvlp_kernels.packed import Packed, check_packed
 from .objective import contrastive_loss
 
 NAME = "grouping_loss"
+EPS = 1e-12  # least norm, as in F.normalize
 TOKENS = 1 << 16  # of patches in a padded batch of images of similar sizes
 
 
@@ -38,19 +39,21 @@ def group_patches(patches: Packed, captions: Packed, threshold: float | None = 0
     _check_segments(patches, captions, threshold)
     sums = _inputs.sum_dtype(patches.x.dtype)
     with torch.autocast(patches.x.device.type, enabled=False):
-        p, c = F.normalize(patches.x.to(sums), dim=1), F.normalize(captions.x.to(sums), dim=1)
+        p, c = patches.x.to(sums), F.normalize(captions.x.to(sums), dim=1)
         words, _ = captions.replace(x=c).to_padded()
         grouped, order = [words[:0]], [torch.empty(0, dtype=torch.int64, device=p.device)]
         for batch in batches(patches.lengths, p.device, TOKENS):
-            own = p[batch.tokens]
-            s = words[batch.segments] @ own.mT
+            own = batch.read(p)
+            # Patches are normalised in the K x P numbers, not in their own P x D.
+            inverse = torch.linalg.vector_norm(own, dim=2).clamp_min(EPS).reciprocal()[:, None]
+            s = words.index_select(0, batch.segments) @ own.mT * inverse
             inside = batch.inside[:, None]
             low = s.masked_fill(~inside, torch.inf).amin(2, keepdim=True)
             span = s.masked_fill(~inside, -torch.inf).amax(2, keepdim=True) - low
             weight = torch.where(span > 0, (s - low) / torch.where(span > 0, span, 1.0), 1.0)
             least = 1 / batch.inside.sum(1)[:, None, None] if threshold is None else threshold
             weight = weight.masked_fill(~inside | (weight < least), 0.0)
-            grouped.append(F.normalize((weight / weight.sum(2, keepdim=True)) @ own, dim=2))
+            grouped.append(F.normalize(weight * inverse @ own, dim=2))  # which also divides by the sum of the weights
             order.append(batch.segments)
         everywhere = words.new_zeros(words.shape).index_copy(0, torch.cat(order), torch.cat(grouped))
         return captions.replace(x=Packed.from_padded(everywhere, captions.lengths).x)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
@@ -30,6 +31,8 @@ def back_translate(features: Tensor, assignments: Tensor, clusters: int) -> Tens
         TypeError, ValueError: the inputs do not fit.
     """
     _check_assigned("back_translate", features, assignments)
+    if not isinstance(clusters, int) or clusters < 1:
+        raise ValueError(f"back_translate: clusters={clusters!r}; it must be how many there are, an integer of at least 1")
     _check_range("back_translate", assignments, clusters)
     wide = features.to(_inputs.sum_dtype(features.dtype))
     places = torch.where(assignments < 0, clusters, assignments.long())
@@ -97,11 +100,11 @@ def proto_clip_loss(
         if teacher is None:
             # The positive is left out of the sum, so that no term of a confident feature cancels against another.
             others = similarity_logsumexp(x, p, factor, row_ids=cluster, col_ids=torch.arange(K, device=x.device), **how)[0]
-            loss = softplus(others - factor * torch.linalg.vecdot(x, p[at]))
+            loss = softplus(others - factor * torch.linalg.vecdot(x, F.embedding(at, p)))
         else:
             t = teacher.detach().to(sums)
             mean, _ = similarity_attend(t, t, p, _inputs.scalar(NAME, "teacher_scale", teacher_scale, x, sums).detach(), **how)
-            loss = similarity_logsumexp(x, p, factor, **how)[0] - factor * torch.linalg.vecdot(x, mean[at])
+            loss = similarity_logsumexp(x, p, factor, **how)[0] - factor * torch.linalg.vecdot(x, F.embedding(at, mean))
         return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
 
 

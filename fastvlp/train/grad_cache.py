@@ -62,8 +62,8 @@ class GradCache:
             The loss, 0-d, detached and not multiplied.
 
         Raises:
-            ValueError: not as many lists as towers, or one is empty. TypeError: a whole batch where its micro-batches are needed.
-            RuntimeError: gradients are off.
+            ValueError: not as many lists as towers, or one is empty, or the loss is no single number.
+            TypeError: a whole batch where its micro-batches are needed. RuntimeError: gradients are off.
         """
         for batch in batches:
             if isinstance(batch, Tensor | Packed):
@@ -76,7 +76,7 @@ class GradCache:
         last = [batch[-1] for batch in batches]
         if all(len(batch) == 1 for batch in batches):
             with self._autocast():
-                loss = self._loss(*self._together(*last))
+                loss = _single(self._loss(*self._together(*last)))
             scale_loss(loss).backward()
             return loss.detach()
 
@@ -93,7 +93,7 @@ class GradCache:
         for tensor in (tensor for tensors in whole for tensor in tensors if tensor.is_floating_point()):
             tensor.requires_grad_()
         with self._autocast():
-            loss = self._loss(*(tensors[0] if len(tensors) == 1 else tensors for tensors in whole), *shared)
+            loss = _single(self._loss(*(tensors[0] if len(tensors) == 1 else tensors for tensors in whole), *shared))
         scale_loss(loss).backward()
 
         gradients = [_share_out(tensors, found) for tensors, found in zip(whole, parts, strict=True)]
@@ -146,6 +146,14 @@ def backward(towers: nn.Module, model: TwoTower, batch: MicroBatches, criterion:
     cache = GradCache([model.encode_image, model.encode_text], loss, shared=lambda: (model.scale(), model.logit_bias), together=towers,
                       autocast=amp)
     return cache.backward(batch.images, batch.texts, scale_loss=scale_loss)
+
+
+def _single(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"GradCache: the loss gave a {type(loss).__name__}; it must give one number, a 0-d tensor")
+    if loss.numel() != 1:
+        raise ValueError(f"GradCache: the loss gave a tensor of shape {tuple(loss.shape)}; it must give one number (its mean, or sum)")
+    return loss
 
 
 def _several(features: Features) -> tuple[Tensor, ...]:

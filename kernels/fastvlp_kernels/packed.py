@@ -63,6 +63,14 @@ class Packed:
         """Lay tensors [n_i, ...] (and their ``pos`` [n_i, 3]) end to end. At least one is needed; it may be empty."""
         if not segments:
             raise ValueError("Packed.from_list: got no tensors; pass at least one [n, ...]: it says width, dtype and device (n may be 0)")
+        _check.plain_tensors("Packed.from_list", len(segments), **{f"segments[{place}]": tensor for place, tensor in enumerate(segments)})
+        like = segments[0]
+        for place, tensor in enumerate(segments):
+            if tensor.ndim == 0 or tensor.shape[1:] != like.shape[1:] or tensor.dtype != like.dtype:
+                raise ValueError(
+                    f"Packed.from_list: segments[{place}] is {tensor.dtype} of shape {tuple(tensor.shape)} and segments[0] {like.dtype} of"
+                    f" shape {tuple(like.shape)}; all must be [n, ...] alike but for n"
+                )
         return cls.of(torch.cat(list(segments)), [len(s) for s in segments], pos=None if pos is None else torch.cat(list(pos)))
 
     @classmethod
@@ -138,11 +146,13 @@ class Packed:
         return dataclasses.replace(self, x=x, cu_seqlens=cu_seqlens, size=move(self.size), pos=move(self.pos))
 
 
-def check_packed(op: str, **given: Any) -> None:
-    """Refuse by name what is no ``Packed``."""
+def check_packed(op: str, width: int | None = None, /, **given: Any) -> None:
+    """Refuse by name what is no ``Packed``, and tokens that are not [T, ``width``]."""
     for name, packed in given.items():
         if not isinstance(packed, Packed):
             raise TypeError(f"{op}: {name} is {type(packed).__name__}; it must be Packed: make one with Packed.of(tokens, lengths)")
+        if width is not None and packed.x.shape[1:] != (width,):
+            raise ValueError(f"{op}: the tokens of {name} have shape {tuple(packed.x.shape)}; this layer was made for [T, {width}]")
 
 
 def check_segments_of(op: str, packed: Packed, lengths: Tensor | None) -> None:

@@ -269,6 +269,7 @@ def test_empty_and_wrong_inputs(layer):
         (lambda: CosineAttention(24, (0, 3), 3), r"window_size=\(0, 3\)"),
         (lambda: layer(torch.zeros(2, 11, DIM)), r"x is \(2, 11, 24\); windows must be \[B, 12, C\]"),
         (lambda: layer(Packed.of(torch.zeros(4, DIM), [4])), "the batch has no pos"),
+        (lambda: layer(Packed.of(torch.zeros(4, 5), [4])), r"the tokens of x have shape \(4, 5\); this layer was made for \[T, 24\]"),
         (lambda: RelativePositions.of(batch([(2, 2)]), (0, 4)), r"grid=\(0, 4\)"),
         (lambda: layer(batch([(2, 2)]), RelativePositions.of(batch([(2, 3)]))), "q has 4 tokens, the batch that the pairs were made for 6"),
     ):

@@ -70,6 +70,10 @@ def test_shared_queries_dense_images_and_merged_tokens(both):
     torch.testing.assert_close(ours(queries, Packed.from_padded(images).replace(size=size)), ours(queries, twice))
     with pytest.raises(ValueError, match="for 2 images"):
         ours(queries.expand(3, -1, -1), images)
+    with pytest.raises(ValueError, match=rf"they must be \[Q, {WIDTH}\]"):
+        ours(queries[:, 1:], images)
+    with pytest.raises(ValueError, match=rf"the tokens of images have shape .* made for \[T, {ENCODER}\]"):
+        ours(queries, images[..., 1:])
     with pytest.raises(ValueError, match="the heads must divide"):
         QFormer(hidden_size=10, num_heads=3)
 

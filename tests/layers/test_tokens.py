@@ -130,3 +130,13 @@ def test_attention_pool(queries):
 def test_a_tensor_where_packed_is_needed_is_refused(call):
     with pytest.raises(TypeError, match=r"packed is Tensor; it must be Packed: make one with Packed.of\(tokens, lengths\)"):
         call(torch.zeros(6, 4))
+
+
+@pytest.mark.parametrize(
+    "layer", [PackedAttention(4, 2), AttentionPool(4, 2), TokenLearner(4, 2), LearnedCentres(4, 2, 2), TemporalContext(4)]
+)
+def test_tokens_of_another_width_are_refused(layer):
+    for shape in ((6, 8), (6, 1, 4), (6,)):
+        with pytest.raises(ValueError) as caught:
+            layer(Packed.of(torch.zeros(shape), [6], pos=torch.zeros(6, 3, dtype=torch.int32)))
+        assert str(caught.value) == f"{type(layer).__name__}: the tokens of packed have shape {shape}; this layer was made for [T, 4]"

@@ -129,3 +129,6 @@ def test_refusals():
     for assignments, message in ((ASSIGNED[:3], "assignments has shape"), (ASSIGNED + 4, "assignments go up to 13, but there are 11")):
         with pytest.raises(ValueError, match=f"back_translate: {message}"):
             back_translate(tensors["features"], assignments, K)
+    for clusters in (2.0, 0):
+        with pytest.raises(ValueError, match=f"back_translate: clusters={clusters}; it must be how many there are"):
+            back_translate(tensors["features"], ASSIGNED, clusters)

@@ -214,6 +214,10 @@ def test_wrong_lists_are_refused():
             GradCache([unit(tower) for tower in towers(2)], clip).backward(*lists)
     with pytest.raises(TypeError, match=r"got a Tensor; give each tower a list of micro-batches"):
         GradCache([unit(tower) for tower in towers(2)], clip).backward(rows(2, 0), rows(2, 1))
+    for wrong, message in ((lambda a, b: a @ b.T, r"of shape \(\d, \d\); it must give one"), (lambda a, b: 1.0, "gave a float")):
+        for number in (1, 2):
+            with pytest.raises(ValueError, match=message):
+                GradCache([unit(tower) for tower in towers(2)], wrong).backward([rows(2, 0)] * number, [rows(2, 1)] * number)
     with torch.no_grad(), pytest.raises(RuntimeError, match="gradients are off"):
         GradCache([unit(tower) for tower in towers(2)], clip).backward([rows(2, 0)], [rows(2, 1)])
 
