@@ -86,6 +86,50 @@ class _Tiles(Tiles):
         return diagonal, slice(first, first + len(diagonal))
 
 
+class _Alike:
+    """Sums over the pairs of equal id without their matrix, in O((M + N) D): a row meets the sum of its columns, and the other way."""
+
+    def __init__(self, tiles: _Tiles) -> None:
+        assert tiles.row_ids is not None and tiles.col_ids is not None
+        self.a, self.x, self.y = tiles.a, tiles.row_operand(slice(0, tiles.M)), tiles.y
+        ids, numbers = torch.cat((tiles.row_ids, tiles.col_ids)).unique(return_inverse=True)
+        self._ids, (self._rows, self._cols) = len(ids), numbers.split((tiles.M, tiles.N))
+
+    def of_columns(self, values: Tensor) -> Tensor:
+        """Of each row the sum of ``values`` [N, ...] over the columns of its id, [M, ...]."""
+        return self._sum(values, self._cols).index_select(0, self._rows)
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """Of each column the sum of ``values`` [M, ...] over the rows of its id, [N, ...]."""
+        return self._sum(values, self._rows).index_select(0, self._cols)
+
+    def _sum(self, values: Tensor, where: Tensor) -> Tensor:
+        return values.new_zeros(self._ids, *values.shape[1:]).index_add_(0, where, values)
+
+    def similarities(self) -> tuple[Tensor, Tensor]:
+        """Sums of S over the pairs of equal id, of rows [M] and of columns [N]."""
+        a, sides = self.a, []
+        for own, others, sums, bias, bias_of_others in (
+            (self.x, self.y, self.of_columns, a.row_bias, a.col_bias),
+            (self.y, self.x, self.of_rows, a.col_bias, a.row_bias),
+        ):
+            total = a.scale * torch.linalg.vecdot(own, sums(others))
+            if bias is not None:
+                count = sums(others.new_ones(len(others)))
+                total += torch.where(count > 0, count * bias, 0.0)
+            sides.append((total if bias_of_others is None else total + sums(bias_of_others)).double())
+        return sides[0], sides[1]
+
+    def gradients(self, of_rows: Tensor | None, of_cols: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """sum_j dS_ij y_j [M, D], sum_i dS_ij x_i [N, D], sum_j dS_ij, sum_i dS_ij of dS_ij = of_rows_i + of_cols_j for equal ids, or 0."""
+        r, c = (side.new_zeros(len(side)) if grad is None else grad.to(side.dtype) for side, grad in ((self.x, of_rows), (self.y, of_cols)))
+        by_rows, by_cols = self.of_columns(c[:, None] * self.y), self.of_rows(r[:, None] * self.x)
+        rows, cols = self.of_columns(torch.ones_like(c)), self.of_rows(torch.ones_like(r))
+        by_rows += r[:, None] * self.of_columns(self.y)
+        by_cols += c[:, None] * self.of_rows(self.x)
+        return by_rows, by_cols, r * rows + self.of_columns(c), c * cols + self.of_rows(r)
+
+
 class _Running:
     """log2(sum(2^L)) per row or column, accumulated as a sum relative to a maximum; ``common`` is that of all, while there is one."""
 
@@ -150,7 +194,6 @@ def forward(a: Inputs, stash: Tensor) -> Results:
     like = tiles.y
     counted = _Running(tiles.M, like), _Running(tiles.N, like)
     alike = (_Running(tiles.M, like), _Running(tiles.N, like)) if a.both else None
-    row_sums, col_sums = (like.new_zeros(length if a.sums else 0, dtype=torch.float64) for length in (tiles.M, tiles.N))
     positive = like.new_zeros(0 if a.offset is None else tiles.M)
     bounded = tiles.bounded(RANGE[1])
     for i in tiles.rows():
@@ -160,17 +203,17 @@ def forward(a: Inputs, stash: Tensor) -> Results:
             tiles.keep(stash, L, i, j)
             diagonal, where = tiles.positives(L, i, j)
             positive[where] = (diagonal.double() * LN2).to(tiles.acc)
-            same = tiles.same(i, j)
+            same = None if a.sums else tiles.same(i, j)
             if alike is not None and same is not None:
                 _accumulate(L.masked_fill(~same, -torch.inf), buffer, *alike, i, j, bounded)
-            elif same is not None and a.sums:
-                torch.where(same, L, L.new_zeros(()), out=buffer)
-                row_sums[i] += buffer.sum(1)
-                col_sums[j] += buffer.sum(0)
             elif same is not None:
                 L.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
             _accumulate(L, buffer, *counted, i, j, bounded)
-    of_positives = (row_sums.mul_(LN2), col_sums.mul_(LN2)) if alike is None else (alike[0].lse(), alike[1].lse())
+    if a.sums:
+        of_positives = _Alike(tiles).similarities()
+    else:
+        row_none, col_none = (like.new_empty(0, dtype=torch.float64) for _ in range(2))
+        of_positives = (row_none, col_none) if alike is None else (alike[0].lse(), alike[1].lse())
     return Results(counted[0].lse(), counted[1].lse(), *of_positives, positive)
 
 
@@ -232,8 +275,6 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
     counted = _Flow(_Side(results.row, g.row, tiles.acc), _Side(results.col, g.col, tiles.acc))
     if a.both:
         alike = _Flow(_Side(results.row_positives, g.row_positives, tiles.acc), _Side(results.col_positives, g.col_positives, tiles.acc))
-    if a.sums:
-        of_sums = [new(length) if grad is None else grad.to(tiles.acc) for length, grad in ((M, g.row_positives), (N, g.col_positives))]
     by_y = needs.y or needs.col_scale
     by_x = needs.x or needs.row_scale or (needs.scale and not by_y)
     d_x = empty(a.x, (M, D) if needs.x else (0,), a.x.dtype)
@@ -242,22 +283,26 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
     d_row_bias, d_col_bias = new(M if needs.row_bias else 0), new(N if needs.col_bias else 0)
     d_row_scale, d_col_scale = new(M if needs.row_scale else 0), new(N if needs.col_scale else 0)
     products = new(tiles.tile_m if by_x else 0, D)
+    of_sums = None
+    if a.sums and not (g.row_positives is None and g.col_positives is None):
+        of_sums, *more = _Alike(tiles).gradients(g.row_positives, g.col_positives)
+        for total, part in zip((d_y, d_row_bias, d_col_bias), more, strict=True):
+            if len(total):
+                total.copy_(part)
     for i in tiles.rows():
         row_operand = tiles.row_operand(i)
         scaled = tiles.scaled(row_operand)
         A = products[: i.stop - i.start]  # sum over j of dS_ij * col_scale_j * y_j
         for j in tiles.cols():
             L, buffer = tiles.stashed(stash, i, j) or tiles.similarities(scaled, i, j)
-            same, positives = tiles.same(i, j), None
+            same, positives = None if a.sums else tiles.same(i, j), None
             if same is not None and a.both:
                 positives = L.masked_fill(~same, -torch.inf)
-            elif same is not None and not a.sums:
+            elif same is not None:
                 L.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
             dS = counted.tile(L, buffer, i, j)
             if positives is not None:
                 dS.add_(alike.tile(positives, buffer, i, j))
-            elif same is not None and a.sums:
-                dS.add_(torch.add(of_sums[0][i, None], of_sums[1][j], out=buffer).masked_fill_(~same, 0.0))
             if g.positive is not None:
                 diagonal, where = tiles.positives(dS, i, j)
                 diagonal.add_(g.positive[where])
@@ -271,6 +316,8 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
                 d_col_bias[j] += dS.sum(0)
         if not by_x:
             continue
+        if of_sums is not None:
+            A += of_sums[i]
         if needs.row_scale:
             d_row_scale[i] = torch.linalg.vecdot(tiles.exact(a.x[i]), A) * a.scale
         if needs.scale:
