@@ -48,7 +48,7 @@ def run(values: dict[str, Any], output: str) -> None:
     with open(output, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), no_pictures:
         try:
             train(from_dict(values))
-        except BaseException:
+        except BaseException:  # also an exit: the parent reads the traceback and the code
             traceback.print_exc()
             file.flush()
             os._exit(1)

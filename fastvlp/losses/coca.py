@@ -69,7 +69,7 @@ class CoCaLoss(ClipLoss):
         self.clip_loss_weight = clip_loss_weight
         self.pad_id = pad_id
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # as in open_clip, a ClipLoss that is called with captions too
         self,
         image_features: Tensor,
         text_features: Tensor,

@@ -40,7 +40,7 @@ class DistillClipLoss(ClipLoss):
 
     name = "DistillClipLoss"
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # as in open_clip, a ClipLoss that is called with a teacher too
         self,
         image_features: Tensor,
         text_features: Tensor,

@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+if dist.is_available():
+    # Default arguments in it are the group that exists when it is imported, and keep that one connected beyond its destruction, so that
+    # others wait for a process that has given up. The first custom operator imports it: here that is before there is a group.
+    import torch.distributed.nn  # noqa: F401
+
 
 @dataclass(frozen=True)
 class Members:

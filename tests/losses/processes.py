@@ -33,7 +33,6 @@ class Failed:
 
 def _serve(pipe: Connection, stacks: str) -> None:
     import torch
-    import torch.distributed.nn  # its default arguments keep the group of its import, which PyTorch delays, alive and connected for ever
 
     torch.set_num_threads(1)
     with open(stacks, "w") as file:

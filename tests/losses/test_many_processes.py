@@ -89,7 +89,7 @@ def in_threads(batch, monkeypatch):
             loss, tensors = batch.call(rank)
             loss.backward()
             shares[rank] = collect(loss, tensors)
-        except BaseException:
+        except BaseException:  # whatever it is, the others must not wait for it
             desk.barrier.abort()
             raise
 

@@ -4,6 +4,7 @@ import gc
 import math
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from torch import distributed as dist
@@ -44,3 +45,5 @@ if __name__ == "__main__":
     decide_together()
     gc.collect()  # DDP's cycles hold the group
     dist.destroy_process_group()
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), f"something keeps the destroyed group alive: {threads}"
