@@ -48,20 +48,30 @@ class Batch:
         streams: by name, an entry a sample: a tensor [n, ...], or ``Packed`` with the same number of segments for every sample (one, or as
             many as there are views, frames or captions).
         ids: int64 [n], a stable hash of the class (or, without a class, of the first caption): pairs of equal id show the same thing.
-        total: samples of the whole batch, of all processes. counts: what ``System.counts`` gave, summed over all processes.
-        world: processes. index: number of the batch, from 0. keys: the samples' names.
+        sizes: samples of each process; empty: this is all. counts: what ``System.counts`` gave, summed over all processes.
+        index: number of the batch, from 0. keys: the samples' names. positions: samples consumed of each source, with this batch.
     """
 
     streams: Mapping[str, Tensor | Packed]
     ids: Tensor
-    total: int
+    sizes: Sequence[int] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
-    world: int = 1
     index: int = 0
     keys: Sequence[str] = ()
+    positions: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def total(self) -> int:
+        """Samples of the whole batch, of all processes."""
+        return sum(self.sizes) if self.sizes else len(self)
+
+    @property
+    def world(self) -> int:
+        """Processes that share the batch."""
+        return max(1, len(self.sizes))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copy and pickle ask for these before there are streams
@@ -73,10 +83,10 @@ class Batch:
             raise AttributeError(f"the batch has no stream {name!r}; this recipe's fields are {known}") from None
 
     def take(self, rows: Sequence[int] | Tensor) -> Batch:
-        """Some of the samples, in this order; ``total`` and ``counts`` stay those of all."""
+        """Some of the samples, in this order; ``sizes`` and ``counts`` stay those of the whole batch."""
         index = torch.as_tensor(rows, dtype=torch.int64)
         streams = {name: take_samples(stream, index, len(self)) for name, stream in self.streams.items()}
-        return replace(self, streams=streams, ids=self.ids[index.to(self.ids.device)],
+        return replace(self, streams=streams, ids=self.ids[index.to(self.ids.device)], sizes=self.sizes or (len(self),),
                        keys=[self.keys[i] for i in index.tolist()] if self.keys else ())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

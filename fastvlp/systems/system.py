@@ -73,7 +73,29 @@ class System(nn.Module):
                     part.training = False
         return self
 
-    # What evaluators ask for: a system has what it can.
+    # What evaluators and users ask for: a system has what it can. ``fields`` and ``tokenizer`` are set where a recipe is built or loaded.
+
+    fields: Mapping[str, Any] = {}
+    tokenizer: Any = None
+
+    def encode_image(self, images: Any) -> Tensor:
+        """Unit features [n, D] of pictures: a list of PIL images, uint8 [h, w, 3], float [3, h, w] in 0..1 or paths; or packed patches."""
+        return self.embed_image(self.prepared("image", images))
+
+    def encode_text(self, texts: Any) -> Tensor:
+        """Unit features [n, D] of a list of strings, or of packed token ids."""
+        return self.embed_text(self.prepared("text", texts))
+
+    def prepared(self, stream: str, raw: Any) -> Any:
+        """Raw pictures or captions as the stream of that name, on the system's device."""
+        if not isinstance(raw, Tensor | Packed):
+            if isinstance(raw, str):
+                raise TypeError("encode_text: got one string; pass a list of strings")
+            if stream not in self.fields:
+                raise ValueError(f"{type(self).__name__} has no field {stream!r} to prepare raw input with; load it from a run (fastvlp.load), "
+                                 f"set system.fields = {{{stream!r}: ...}}, or pass packed tokens")
+            raw = self.fields[stream].prepare(raw)
+        return raw.to(next(self.parameters()).device)
 
     def embed_image(self, images: Any) -> Tensor:
         """Unit features [n, D] of the stream ``image``."""
