@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastvlp import packing
 from fastvlp_kernels.packed import Packed
 
 
@@ -49,7 +51,8 @@ class Batch:
             many as there are views, frames or captions).
         ids: int64 [n], a stable hash of the class (or, without a class, of the first caption): pairs of equal id show the same thing.
         sizes: samples of each process; empty: this is all. counts: what ``System.counts`` gave, summed over all processes.
-        index: number of the batch, from 0. keys: the samples' names. positions: samples consumed of each source, with this batch.
+        index: number of the batch, from 0. keys: the samples' names. source: number of the source that all samples come from.
+        positions: samples that each source has given after this batch, to all processes together; a stream that is started there continues.
     """
 
     streams: Mapping[str, Tensor | Packed]
@@ -58,6 +61,7 @@ class Batch:
     counts: Mapping[str, int] = field(default_factory=dict)
     index: int = 0
     keys: Sequence[str] = ()
+    source: int = 0
     positions: Sequence[int] = ()
 
     def __len__(self) -> int:
@@ -94,15 +98,20 @@ class Batch:
         streams = {name: stream.to(device, non_blocking=non_blocking) for name, stream in self.streams.items()}
         return replace(self, streams=streams, ids=self.ids.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
-        """In page-locked memory, from which copies to a GPU need not be waited for (DataLoader calls this)."""
-        def pin(stream: Tensor | Packed) -> Tensor | Packed:
-            if isinstance(stream, Tensor):
-                return stream.pin_memory()
-            pos, size = (None if extra is None else extra.pin_memory() for extra in (stream.pos, stream.size))
-            return replace(stream, x=stream.x.pin_memory(), cu_seqlens=stream.cu_seqlens.pin_memory(), pos=pos, size=size)
+    def microbatches(self, budgets: Mapping[str, int], widths: Mapping[str, int]) -> int:
+        """How many micro-batches these samples need, so that each stays within ``budgets`` (tokens by stream).
 
-        return replace(self, streams={name: pin(stream) for name, stream in self.streams.items()}, ids=self.ids.pin_memory())
+        Processes agree on the largest, since sharded parameters are gathered by all at once. ``widths``: of the towers, by stream.
+        """
+        lengths = self._lengths()
+        return packing.parts(packing.costs(len(self), lengths, widths), lengths, budgets)
+
+    def split(self, k: int, widths: Mapping[str, int]) -> list[Tensor]:
+        """The rows (int64) of k micro-batches of nearly equal work, none empty: what ``take`` takes."""
+        return [torch.from_numpy(rows) for rows in packing.split(packing.costs(len(self), self._lengths(), widths), k)]
+
+    def _lengths(self) -> dict[str, np.ndarray]:
+        return {name: stream.lengths.numpy().reshape(len(self), -1) for name, stream in self.streams.items() if isinstance(stream, Packed)}
 
     def per_token(self, sums: Tensor, name: str) -> Tensor:
         """A loss summed over the words of each sample [n] as the ``*_loss`` whose mean over samples is the mean over ``counts[name]``."""
