@@ -177,7 +177,7 @@ class Caption(Field):
     max_captions: int | None = None
     part: str = "text"
     mask_id: int | None = None
-    _tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
+    _tokenizer: Any = field(default=None, init=False, repr=False)  # a Tokenizer
 
     def __post_init__(self) -> None:
         if self.pick != "one" and not (isinstance(self.pick, int) and self.pick >= 1):
