@@ -90,7 +90,8 @@ class Flat:
 
     def batch(self, sizes: Sequence[int]) -> Batch:
         """The batch, whose tensors are views of ``data``."""
-        tensors = [self.data[first:first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape) for first, dtype, shape in self.layout]
+        tensors = [self.data[first:first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+                   for first, dtype, shape in self.layout]
         streams: dict[str, Tensor | Packed] = {}
         for name, places in self.streams.items():
             if isinstance(places, int):
@@ -187,16 +188,16 @@ class Loader(Dataset[Flat]):
         streams = {name: _checked(name, one(samples, picks.seeds, stage), len(samples)) for name, one in fields.items()}
         ids = torch.tensor([sample.labels.id for sample in samples], dtype=torch.int64)
         skips, self.skips[:] = list(self.skips), []
-        about = {"index": request.index, "keys": [sample.key for sample in samples], "source": request.source, "positions": request.positions}
+        about = {"index": request.index, "source": request.source, "positions": request.positions, "keys": [one.key for one in samples]}
         return Flat.of(streams, ids, about, skips)
 
     def _sample(self, source: int, stage: Stage, shard: int, member: int, seed: np.uint64, other: tuple[int, int]) -> Sample:
         fields = list(self.fields[source].values())
         asked = [one.field for one in fields if isinstance(one, Other)]
-        number = int(mix(seed[None], np.array([SUBSTITUTE]))[0])
+        word = mix(np.array([seed]), np.array([SUBSTITUTE]))[0]
 
         def prepare(sample: Sample) -> None:
-            sample._find_other = lambda: self._find(source, *other, np.uint64(number), asked, stage, lambda _: None, sample.labels.id)
+            sample._find_other = lambda: self._find(source, *other, word, asked, stage, lambda _: None, sample.labels.id)
 
         return self._find(source, shard, member, seed, fields, stage, prepare)
 

@@ -148,7 +148,8 @@ class Stream:
         """The source of a batch: a pure function of its number, the seed and the weights."""
         weights = [source.weight for source in self.sources] if stage.weights is None else stage.weights
         if len(weights) != len(self.sources) or min(weights) < 0 or not sum(weights) > 0:
-            raise ValueError(f"weights are {list(weights)} for {len(self.sources)} sources; each has one, none is negative, one is positive")
+            raise ValueError(f"weights are {list(weights)} for {len(self.sources)} sources; each has one, none is negative, one is "
+                             "positive")
         word = mix(np.array([self.seed], dtype=np.int64).astype(np.uint64) ^ np.uint64(MIXTURE), np.array([step]))[0]
         shares = np.cumsum(weights) / sum(weights)
         shares[np.flatnonzero(weights)[-1]:] = 1.0  # whatever the sum was rounded to
