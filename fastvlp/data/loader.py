@@ -88,7 +88,7 @@ class Flat:
         """In page-locked memory, from which copies to a GPU need not be waited for (DataLoader calls this)."""
         return replace(self, data=self.data.pin_memory())
 
-    def batch(self, sizes: Sequence[int]) -> Batch:
+    def batch(self, sizes: Sequence[int], first: int) -> Batch:
         """The batch, whose tensors are views of ``data``."""
         tensors = [self.data[first:first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
                    for first, dtype, shape in self.layout]
@@ -100,7 +100,7 @@ class Flat:
                 x, cu_seqlens, lengths, size, pos = (tensors[0] if number is None else tensors[number] for number in places)
                 streams[name] = Packed(x, cu_seqlens, lengths, x.shape[0], self.longest[name], None if places[3] is None else size,
                                        None if places[4] is None else pos)
-        return Batch(streams, tensors[0], sizes=sizes, **self.about)
+        return Batch(streams, tensors[0], sizes=sizes, first=first, **self.about)
 
 
 class Cache:

@@ -110,7 +110,7 @@ class Stream:
         for flat in loaded:
             for reason, name in flat.skips:
                 self._skip(reason, name)
-            yield flat.batch(self.sizes_of_ranks)
+            yield flat.batch(self.sizes_of_ranks, self.slice[0])
 
     def _load(self, request: Request) -> Flat:
         flat = self._loader[request]
