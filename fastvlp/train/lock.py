@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -46,5 +47,10 @@ class RunLock:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):  # a start that was refused leaves nothing: no folder with a lock alone
+            if [path.name for path in self.folder.iterdir()] == [NAME]:
+                (self.folder / NAME).unlink()
+                self.folder.rmdir()
+        self._file.close()
