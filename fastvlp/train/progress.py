@@ -40,24 +40,30 @@ class Progress:
                 f"{human(memory_in_use(), 'B')}  ETA {clock((self.total - step) * self.rates['step'])}{note}")
         if self.live:
             width = shutil.get_terminal_size().columns
-            self.stream.write("\r\x1b[K" + line[: width - 1])
+            self._write("\r\x1b[K" + line[: width - 1])
             self._open = True
         else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+            self._write(line + "\n")
 
     def say(self, text: str) -> None:
         """A line of its own, above the live line."""
         if self.enabled:
             self.close()
-            print(text, file=self.stream, flush=True)
+            self._write(text + "\n")
 
     def close(self) -> None:
         """End the live line, which stays on the screen."""
         if self._open:
-            self.stream.write("\n")
-            self.stream.flush()
+            self._write("\n")
             self._open = False
+
+    def _write(self, text: str) -> None:
+        """A terminal that was closed, a pipe that nobody reads or a full disk behind it never stops a training."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.enabled = False
 
 
 def memory_in_use() -> int:
