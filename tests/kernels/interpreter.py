@@ -1,9 +1,10 @@
-"""Runs functions of test files in processes of their own, in which Triton may interpret its kernels on the CPU.
+"""Runs functions of test files in processes of their own, in which Triton, if it is installed, may interpret its kernels on the CPU.
 
 A server that has imported torch and Triton forks for each call: imports, which take longer than most calls, are paid for once.
 """
 
 import atexit
+import importlib
 import importlib.util
 import inspect
 import json
@@ -64,8 +65,9 @@ def _serve() -> None:
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch  # noqa: F401
-    import triton.language  # noqa: F401
 
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton.language")
     for line in sys.stdin:
         child = os.fork()
         if not child:
