@@ -82,6 +82,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(map(str, arguments))}{hint}")
     if origin is tuple:
         return _tuple(arguments, value, path)
+    if origin in (list, Sequence):
+        return _tuple((arguments[0], ...), value, path)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} is {value!r}; a mapping is needed, written {{name: value}}")

@@ -75,6 +75,9 @@ def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
             raise ConfigError(f"{line!r} is no change; write key=value, for example optim.lr=1e-3")
         _check_section(key, values)
         values = _set(values, key.split("."), _value(text, line), key)
+        other = {"schedule.steps": "samples", "schedule.samples": "steps"}.get(key)
+        if other is not None and text != "null" and not any(line.startswith(f"schedule.{other}=") for line in changes):
+            values["schedule"] = {**values["schedule"], other: None}  # whichever of the two is given counts
     return from_dict(values)
 
 

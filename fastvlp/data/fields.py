@@ -177,7 +177,7 @@ class Caption(Field):
     max_captions: int | None = None
     part: str = "text"
     mask_id: int | None = None
-    _tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
+    _tokenizer: Any = field(default=None, init=False, repr=False)  # a Tokenizer
 
     def __post_init__(self) -> None:
         if self.pick != "one" and not (isinstance(self.pick, int) and self.pick >= 1):
@@ -192,8 +192,8 @@ class Caption(Field):
             raise ValueError("Caption: the recipe has no tokenizer; give it one, such as tokenizer='mini'")
         length = self.length or _of_part(self, model, "context_length", "length", tokenizer.context_length)
         if self.mask and self.mask_id is None:
-            raise ValueError(f"Caption: mask is {self.mask} without a mask_id; give an id that captions do not use (the tokenizer's are 0 to "
-                             f"{tokenizer.vocab_size - 1})")
+            raise ValueError(f"Caption: mask is {self.mask} without a mask_id; give an id that captions do not use (the tokenizer's are "
+                             f"0 to {tokenizer.vocab_size - 1})")
         part = _part(self.part, model)
         for name, value, most in (("length", length, getattr(part, "context_length", None)),
                                   ("the tokenizer's vocabulary", tokenizer.vocab_size, getattr(part, "vocab_size", None)),
@@ -303,7 +303,8 @@ def _of_part(one: Image | Caption, model: Any, attribute: str, argument: str, de
         kind = type(one).__name__
         if part is None:
             known = ", ".join(name for name, _ in model.named_children()) if hasattr(model, "named_children") else "none"
-            raise ValueError(f"{kind}: {argument} is open and the system has no part {one.part!r} (it has {known}); give {argument}= or part=")
+            raise ValueError(f"{kind}: {argument} is open and the system has no part {one.part!r} (it has {known}); "
+                             f"give {argument}= or part=")
         raise ValueError(f"{kind}: {argument} is open and the part {one.part!r} has no {attribute}; give {argument}=")
     return default if value is None else value
 
@@ -317,5 +318,5 @@ def _sheared(text: str, keep: int, word: int) -> str:
 def _word_of_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """The number of the word that each token of a caption belongs to, without start and end."""
     encoding = tokenizer.core.encode(text, add_special_tokens=False)
-    words = encoding.word_ids
-    return list(range(len(encoding.ids))) if None in words else words
+    words = [word for word in encoding.word_ids if word is not None]
+    return words if len(words) == len(encoding.ids) else list(range(len(encoding.ids)))

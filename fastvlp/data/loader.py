@@ -88,9 +88,10 @@ class Flat:
         """In page-locked memory, from which copies to a GPU need not be waited for (DataLoader calls this)."""
         return replace(self, data=self.data.pin_memory())
 
-    def batch(self, sizes: Sequence[int]) -> Batch:
+    def batch(self, sizes: Sequence[int], first: int) -> Batch:
         """The batch, whose tensors are views of ``data``."""
-        tensors = [self.data[first:first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape) for first, dtype, shape in self.layout]
+        tensors = [self.data[first:first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+                   for first, dtype, shape in self.layout]
         streams: dict[str, Tensor | Packed] = {}
         for name, places in self.streams.items():
             if isinstance(places, int):
@@ -99,7 +100,7 @@ class Flat:
                 x, cu_seqlens, lengths, size, pos = (tensors[0] if number is None else tensors[number] for number in places)
                 streams[name] = Packed(x, cu_seqlens, lengths, x.shape[0], self.longest[name], None if places[3] is None else size,
                                        None if places[4] is None else pos)
-        return Batch(streams, tensors[0], sizes=sizes, **self.about)
+        return Batch(streams, tensors[0], sizes=sizes, first=first, **self.about)
 
 
 class Cache:
@@ -187,16 +188,16 @@ class Loader(Dataset[Flat]):
         streams = {name: _checked(name, one(samples, picks.seeds, stage), len(samples)) for name, one in fields.items()}
         ids = torch.tensor([sample.labels.id for sample in samples], dtype=torch.int64)
         skips, self.skips[:] = list(self.skips), []
-        about = {"index": request.index, "keys": [sample.key for sample in samples], "source": request.source, "positions": request.positions}
+        about = {"index": request.index, "source": request.source, "positions": request.positions, "keys": [one.key for one in samples]}
         return Flat.of(streams, ids, about, skips)
 
     def _sample(self, source: int, stage: Stage, shard: int, member: int, seed: np.uint64, other: tuple[int, int]) -> Sample:
         fields = list(self.fields[source].values())
         asked = [one.field for one in fields if isinstance(one, Other)]
-        number = int(mix(seed[None], np.array([SUBSTITUTE]))[0])
+        word = mix(np.array([seed]), np.array([SUBSTITUTE]))[0]
 
         def prepare(sample: Sample) -> None:
-            sample._find_other = lambda: self._find(source, *other, np.uint64(number), asked, stage, lambda _: None, sample.labels.id)
+            sample._find_other = lambda: self._find(source, *other, word, asked, stage, lambda _: None, sample.labels.id)
 
         return self._find(source, shard, member, seed, fields, stage, prepare)
 

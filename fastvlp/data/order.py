@@ -76,8 +76,9 @@ class Order:
                 return
         if found == 0:
             raise RuntimeError(self._nothing())
-        raise ValueError(f"a batch of {n} is larger than its data: {self.index.paths[0]}{', ...' if len(self.index.paths) > 1 else ''} holds "
-                         f"{found} usable samples, and one that comes twice is its own negative; lower the batch size to at most {found}")
+        more = f" and {len(self.index.paths) - 1} others" if len(self.index.paths) > 1 else ""
+        raise ValueError(f"a batch of {n} is larger than its data: {self.index.paths[0]}{more} holds {found} usable samples, and one that "
+                         f"comes twice is its own negative; lower the batch size to at most {found}")
 
     def _rewind(self) -> None:
         self._epoch, self._epoch_begin = -1, 0

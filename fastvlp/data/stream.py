@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class Stream:
         if positions is not None and len(positions) != len(self.sources):
             raise ValueError(f"positions has {len(positions)} numbers for {len(self.sources)} sources; one for each is needed")
         self.skips: set[tuple[str, str]] = set()
-        self._on_skip = on_skip or _warn
+        self.on_skip = on_skip or _warn
         self.indices = [Index(expand(source.shards), self._skip) for source in self.sources]
         self.batch_size, self.seed, self.workers, self.start, self.shuffle = batch_size, seed, workers, start, shuffle
         slices = [_slice(batch_size, number, world_size) for number in range(world_size)]
@@ -101,7 +101,7 @@ class Stream:
         """Usable samples of each source by the headers of all shards, which are read for it (half a minute for a million samples)."""
         return [sum(index.count(number) for number in range(len(index.paths))) for index in self.indices]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         requests = self._requests()
         loaded: Iterable[Flat] = map(self._load, requests)
         if self.workers > 0:
@@ -110,7 +110,7 @@ class Stream:
         for flat in loaded:
             for reason, name in flat.skips:
                 self._skip(reason, name)
-            yield flat.batch(self.sizes_of_ranks)
+            yield flat.batch(self.sizes_of_ranks, self.slice[0])
 
     def _load(self, request: Request) -> Flat:
         flat = self._loader[request]
@@ -148,7 +148,8 @@ class Stream:
         """The source of a batch: a pure function of its number, the seed and the weights."""
         weights = [source.weight for source in self.sources] if stage.weights is None else stage.weights
         if len(weights) != len(self.sources) or min(weights) < 0 or not sum(weights) > 0:
-            raise ValueError(f"weights are {list(weights)} for {len(self.sources)} sources; each has one, none is negative, one is positive")
+            raise ValueError(f"weights are {list(weights)} for {len(self.sources)} sources; each has one, none is negative, one is "
+                             "positive")
         word = mix(np.array([self.seed], dtype=np.int64).astype(np.uint64) ^ np.uint64(MIXTURE), np.array([step]))[0]
         shares = np.cumsum(weights) / sum(weights)
         shares[np.flatnonzero(weights)[-1]:] = 1.0  # whatever the sum was rounded to
@@ -157,7 +158,7 @@ class Stream:
     def _skip(self, reason: str, name: str) -> None:
         if (reason, name) not in self.skips:
             self.skips.add((reason, name))
-            self._on_skip(reason, name)
+            self.on_skip(reason, name)
 
 
 def _sources(given: Source | Sequence[Source] | Shards) -> list[Source]:

@@ -1,5 +1,7 @@
 """Contrastive losses: drop-in for open_clip's, exact across processes, and without the batch x batch matrix."""
 
+from .captions import next_token_nll as next_token_nll
+from .captions import word_nll as word_nll
 from .clip import ClipLoss as ClipLoss
 from .cluster_distill import cluster_instance_loss as cluster_instance_loss
 from .coca import CoCaLoss as CoCaLoss

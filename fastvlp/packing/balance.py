@@ -32,7 +32,8 @@ def split(costs: np.ndarray, k: int) -> list[np.ndarray]:
         ValueError: k is not between 1 and the number of samples.
     """
     if not 1 <= k <= len(costs):
-        raise ValueError(f"{len(costs)} samples cannot be split into {k} micro-batches; allowed are 1 to {len(costs)}: raise the token budgets")
+        raise ValueError(f"{len(costs)} samples cannot be split into {k} micro-batches; allowed are 1 to {len(costs)}: raise the token "
+                         "budgets")
     part = _longest_first(costs, k)
     order = np.lexsort((costs, part))
     return np.split(order, np.bincount(part, minlength=k).cumsum()[:-1])
@@ -53,7 +54,8 @@ def parts(costs: np.ndarray, lengths: Mapping[str, np.ndarray], budgets: Mapping
             raise ValueError(f"there is a token budget for {name!r}, and no such packed stream; there are {', '.join(lengths)}")
         tokens = lengths[name].reshape(len(costs), -1).sum(1)
         if len(tokens) and tokens.max() > budget:
-            raise ValueError(f"a sample has {tokens.max()} tokens in the stream {name!r}, over the budget of {budget}; raise it to at least that")
+            raise ValueError(f"a sample has {tokens.max()} tokens in the stream {name!r}, over the budget of {budget}; raise it to at "
+                             f"least {tokens.max()}")
         limits.append((tokens, budget))
     k = max([1, *(-(-int(tokens.sum()) // budget) for tokens, budget in limits)])
     while k < len(costs):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fastvlp._schema import ConfigError
 from fastvlp.config import from_dict, to_dict
@@ -82,7 +86,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Sy
     """A system that ``save`` or a training run wrote, in evaluation mode.
 
     Args:
-        path: a run, one of its checkpoints, or a folder with model.safetensors and model.json.
+        path: a run, one of its checkpoints (then with the averaged weights where there are any), or a folder with model.safetensors and
+            model.json.
 
     Raises:
         FileNotFoundError: there is no model in the folder.
@@ -91,24 +96,54 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Sy
     folder = Path(path)
     if (folder / "model" / DESCRIPTION).is_file():
         folder = folder / "model"
+    if (folder / "trainer.json").is_file():
+        return _from_checkpoint(folder).to(device).eval()
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; pass the folder of a finished run, or one that fastvlp.save wrote")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        recipe = from_dict({"schedule": {"steps": 1}, **{key: described[key] for key in ("model", "data")}})
-        tokenizer = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
-        system = build_system(recipe, tokenizer)
-    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / DESCRIPTION} is no description of a model: {type(error).__name__} {error}") from error
+    system = _described(folder / DESCRIPTION, lambda found: found, folder / TOKENIZER if (folder / TOKENIZER).is_file() else None)
     try:
         system.load_state_dict(load_file(str(folder / WEIGHTS)))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {folder / DESCRIPTION}: {' '.join(str(error).split())[:500]}") from error
     return system.to(device).eval()
+
+
+def _described(file: Path, recipe_of: Callable[[Any], Any], tokenizer: Path | None) -> System:
+    """The system that a JSON file describes, with fresh weights."""
+    try:
+        described = recipe_of(json.loads(file.read_text(encoding="utf-8")))
+        recipe = from_dict({"schedule": {"steps": 1}, "model": described["model"],
+                            "data": {key: described["data"][key] for key in ("fields", "tokenizer") if key in described["data"]}})
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is no description of a model: {type(error).__name__} {error}") from error
+    return build_system(recipe, tokenizer)
+
+
+def _from_checkpoint(folder: Path) -> System:
+    """The weights of a training checkpoint, whole or written in shards."""
+    system = _described(folder / "trainer.json", lambda found: found["recipe"], None)
+    state: dict[str, Any] = {"model": system.state_dict()}
+    names = dcp.FileSystemReader(str(folder / "state")).read_metadata().state_dict_metadata
+    averaged = [key.removeprefix("ema.") for key in names if key.startswith("ema.")]
+    if averaged:
+        state["ema"] = {name: torch.empty_like(state["model"][name]) for name in averaged}
+    try:
+        read_state(state, folder / "state", alone=True)
+    except CheckpointException as error:
+        raise ValueError(f"{folder} does not fit its own description: {' '.join(str(error).split())[-300:]}") from error
+    system.load_state_dict({**state["model"], **state.get("ema", {})})
+    return system
+
+
+def read_state(state: dict[str, Any], folder: Path, alone: bool) -> None:
+    """Fill tensors from a folder of ``torch.distributed.checkpoint``, of any number of processes; ``alone``: by this process only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
+        dcp.load(state, checkpoint_id=str(folder), no_dist=alone)
 
 
 def take_weights(system: System, path: str | os.PathLike[str]) -> str:

@@ -153,8 +153,7 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
         raise ConfigError(f"train.shard is {shard} on {world.size} processes; it must divide their number, or be world")
     if offload and world.size == 1:
         raise ConfigError("train.offload is for several processes; a run of one has nothing to gather from the CPU")
-    blocks = [block for module in system.modules() if isinstance(module, nn.ModuleList) for block in module
-              if next(block.parameters(), None) is not None]
+    blocks = [block for module in system.modules() if isinstance(module, nn.ModuleList) for block in module if _is_block(block)]
     for block in blocks:
         if checkpointing is not None:
             _checkpoint(block, selective=checkpointing == "selective")
@@ -173,6 +172,12 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
     for name in FORWARDS:
         register_fsdp_forward_method(system, name)
     return system
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module is called as a whole: leaves and containers may be read weight by weight, which gathering would not notice."""
+    called = type(module).forward is not nn.Module.forward  # type: ignore[comparison-overlap]
+    return called and any(True for _ in module.children()) and next(module.parameters(), None) is not None
 
 
 _KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)

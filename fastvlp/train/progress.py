@@ -7,9 +7,21 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TextIO
 
 import torch
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a step, or some, took. seconds: in all. samples, tokens: over all processes. waited: seconds until the data was there."""
+
+    seconds: float
+    samples: int
+    tokens: int
+    waited: float = 0.0
 
 
 class Progress:
@@ -28,16 +40,25 @@ class Progress:
         self._next = 0.0
         self._open = False
 
-    def update(self, step: int, seconds: float, images: int, tokens: int, loss: float, note: str = "") -> None:
-        """Count one finished step that took ``seconds``; writes at most ten times a second, or every ``every`` seconds."""
+    def update(self, step: int, took: Rates, values: Mapping[str, float], note: str = "") -> None:
+        """Count one finished step; writes at most ten times a second, or every ``every`` seconds.
+
+        Args:
+            values: loss first, then its terms by name, then what is not shown here (grad_norm, lr).
+        """
         now = time.perf_counter()
-        for name, value in (("images", images / seconds), ("tokens", tokens / seconds), ("step", seconds)):
+        rates = {"samples": took.samples / took.seconds, "tokens": took.tokens / took.seconds, "step": took.seconds,
+                 "waiting": took.waited / took.seconds}
+        for name, value in rates.items():
             self.rates[name] = value if name not in self.rates else 0.9 * self.rates[name] + 0.1 * value
         if not self.enabled or (now < self._next and step < self.total):
             return
         self._next = now + (0.1 if self.live else self.every)
-        line = (f"step {step}/{self.total}  loss {loss:.3f}  {self.rates['images']:.0f} images/s  {human(self.rates['tokens'])} tokens/s  "
-                f"{human(memory_in_use(), 'B')}  ETA {clock((self.total - step) * self.rates['step'])}{note}")
+        terms = " + ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in ("loss", "grad_norm", "lr"))
+        waiting = f"  {self.rates['waiting']:.0%} waiting for data" if self.rates["waiting"] > 0.05 else ""
+        line = (f"step {step}/{self.total}  loss {values['loss']:.3f}{f' = {terms}' if terms else ''}  {self.rates['samples']:.0f} samples/s  "
+                f"{human(self.rates['tokens'])} tokens/s{waiting}  {human(memory_in_use(), 'B')}  "
+                f"ETA {clock((self.total - step) * self.rates['step'])}{note}")
         if self.live:
             width = shutil.get_terminal_size().columns
             self._write("\r\x1b[K" + line[: width - 1])

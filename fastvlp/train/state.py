@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from fastvlp import __version__
 from fastvlp.config import to_dict
+from fastvlp.systems.files import read_state
 from fastvlp.train import checkpoint
 from fastvlp.train.checkpoint import CheckpointError
 from fastvlp.train.step import Counters, Trainer
@@ -51,11 +54,13 @@ class Saver:
         self._finish = lambda: self._together(lambda: checkpoint.finish(temporary, trainer, generators, self.trainer.recipe.train.keep))
         try:
             if wait:
-                dcp.save(values, checkpoint_id=target, planner=planner, no_dist=world.size == 1)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
+                    dcp.save(values, checkpoint_id=target, planner=planner, no_dist=world.size == 1)
                 self.complete()
             else:
                 self._writing = dcp.async_save(values, checkpoint_id=target, planner=planner, no_dist=world.size == 1)  # type: ignore[assignment]
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             self._finish = None
             if world.rank == 0:
                 checkpoint.discard(temporary)
@@ -106,8 +111,8 @@ def restore(trainer: Trainer, path: Path, described: dict[str, Any]) -> None:
     """
     values = _values(trainer)
     try:
-        dcp.load(values, checkpoint_id=str(path / checkpoint.STATE), no_dist=trainer.world.size == 1)
-    except Exception as error:  # DCP raises its own bundle of what happened on every process
+        read_state(values, path / checkpoint.STATE, alone=trainer.world.size == 1)
+    except CheckpointException as error:  # what happened on every process, in one bundle that is no Exception
         raise CheckpointError(f"{path} does not fit this model: {_first_line(error)}; run.start takes weights as far as they fit") from error
     set_state_dict(trainer.system, trainer.optimizer, model_state_dict=values["model"], optim_state_dict=values["optim"])
     if trainer.ema is not None:
@@ -125,13 +130,13 @@ def _values(trainer: Trainer) -> dict[str, Any]:
     return values if trainer.ema is None else {**values, "ema": trainer.ema.averages}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     causes = [cause for cause in getattr(error, "failures", {}).values()]
     said = str(causes[0][0] if causes and isinstance(causes[0], tuple) else error)
     return next((line for line in reversed(said.splitlines()) if line.strip()), type(error).__name__).strip()
 
 
-def _as_os_error(error: Exception) -> Exception:
+def _as_os_error(error: BaseException) -> BaseException:
     """A full disk, whatever torch wrapped it in."""
     cause: BaseException | None = error
     for failure in getattr(error, "failures", {}).values():

@@ -23,8 +23,8 @@ def test_exactly_k_parts_none_empty_and_within_four_thirds_of_the_best(values, d
     groups = [rows.tolist() for rows in split(np.array(values, dtype=np.float64), k)]
     assert len(groups) == k and all(groups) and sorted(sum(groups, [])) == list(range(len(values)))
     assert all(group == sorted(group, key=lambda row: (values[row], row)) for group in groups)
-    best = min(max(np.bincount(ways, values, k)) for ways in itertools.product(range(k), repeat=len(values))) if k**len(values) < 3000 else None
-    if best is not None:
+    if k**len(values) < 3000:
+        best = min(max(np.bincount(ways, values, k)) for ways in itertools.product(range(k), repeat=len(values)))
         assert max(_loads(values, groups)) <= (4 / 3 - 1 / (3 * k)) * best + 1e-9  # Graham's bound
 
 
@@ -36,7 +36,7 @@ def test_the_fewest_parts_that_fit_every_budget(tokens, images, texts):
     budgets = {"image": images + 5, "text": texts}
 
     def fits(k):
-        return all(sum(int(lengths[name][row].sum()) for row in rows) <= budget for rows in split(work, k) for name, budget in budgets.items())
+        return all(lengths[name][rows].sum() <= budget for rows in split(work, k) for name, budget in budgets.items())
 
     assert parts(work, lengths, budgets) == next(k for k in range(1, len(tokens) + 1) if fits(k))
 
