@@ -138,6 +138,7 @@ def test_a_slow_point_is_called_once(monkeypatch):
     assert made.count(128) == 6 and made.count(256) == 2
 
 
+@pytest.mark.slow
 def test_all_sweeps_are_measured_written_and_drawn(tmp_path):
     found = scaling.run(options(), tmp_path)
     sweeps = {(row["sweep"], row["x"]): set() for row in found["rows"]}

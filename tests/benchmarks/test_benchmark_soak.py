@@ -19,6 +19,7 @@ def soak(tmp_path, *arguments: str) -> tuple[int, list[dict]]:
     return code, json.loads(path.read_text())["parts"]
 
 
+@pytest.mark.slow
 def test_a_short_soak_runs_every_part_and_loses_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "STEPS", 4)
     monkeypatch.setattr(training, "MOST_KILLS", 3)
