@@ -90,7 +90,12 @@ def attention_of_transformers(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, dropout: float = 0.0,
     is_causal: bool | None = None, fastvlp_segments: Segments | None = None, **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers registers them: [1, H, T, d] -> [1, T, H, d]."""
+    """An attention function as transformers registers them: [1, H, T, d] -> [1, T, H, d].
+
+    Segments come as the mask, or where models make a mask of their own, as a keyword that they pass on.
+    """
+    if isinstance(attention_mask, Segments):
+        fastvlp_segments = attention_mask
     if fastvlp_segments is None:
         raise RuntimeError(f"this {type(module).__name__} belongs to a fastvlp tower, which gives it packed tokens; call the tower, or use "
                            "model.set_attn_implementation('sdpa') to call the model itself")

@@ -61,8 +61,12 @@ class TimmVit(PackedImages):
         if patch != other or height != width:
             raise ValueError(f"timm_tower: patches of {patch} x {other} and pictures of {height} x {width}; square ones are supported")
         super().__init__(model, model.embed_dim, patch, height, mean, std)
-        model.attn_pool = None
-        for block in model.blocks:
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Leave out what comes after the tokens, and let blocks attend inside segments."""
+        self.model.attn_pool, self.model.fc_norm, self.model.head = None, nn.Identity(), nn.Identity()
+        for block in self.model.blocks:
             block.attn = TimmAttention(block.attn)
 
     def embed(self, images: Packed) -> Tensor:
@@ -97,9 +101,7 @@ class NaFlexVit(TimmVit):
     def __init__(self, model: Any, image_size: int, mean: Numbers, std: Numbers) -> None:
         patch = model.embeds.patch_size
         PackedImages.__init__(self, model, model.embed_dim, patch if isinstance(patch, int) else patch[0], image_size, mean, std)
-        model.attn_pool = None
-        for block in model.blocks:
-            block.attn = TimmAttention(block.attn)
+        self.prepare()
 
     def forward(self, images: Packed) -> Packed:
         """As ``PackedImages.forward``."""

@@ -53,7 +53,8 @@ def transformers_tower(model: Any, side: str | None = None, packed: bool = True,
     else:
         config = copy.deepcopy(_config_of(model, side))
         _change(config, changes)
-        model = library.AutoModel.from_config(config)
+        kind = getattr(library, type(config).__name__.removesuffix("Config") + "Model", None)  # AutoModel lacks SigLIP's text model
+        model = library.AutoModel.from_config(config) if kind is None else kind(config)
     model = _model_of(model, side)
     image = hasattr(model.config, "num_channels")
     if side is not None and (side == "image") != image:
@@ -62,7 +63,8 @@ def transformers_tower(model: Any, side: str | None = None, packed: bool = True,
     if packed and packs and model._supports_attention_backend:
         library.AttentionInterface.register(TRANSFORMERS, attention_of_transformers)
         model.set_attn_implementation(TRANSFORMERS)
-        return _packed_images(model, mean, std) if image else PackedText(model)
+        text = ClipText if hasattr(model, "final_layer_norm") and hasattr(model, "encoder") else PackedText
+        return _packed_images(model, mean, std) if image else text(model)
     if not image:
         return PaddedText(model)
     mean, std = IMAGENET[0] if mean is None else mean, IMAGENET[1] if std is None else std
@@ -128,9 +130,23 @@ class PackedText(nn.Module):
         place = inputs.places(type(self.model).__name__, texts, self.vocab_size, self.context_length)
         if not texts.total:
             return texts.replace(x=next(self.model.parameters()).new_zeros(0, self.width))
-        ids, places, segments = texts.x[None], place[None] + self.offset, Segments.of(texts)
+        return texts.replace(x=self.states(texts.x[None], place[None] + self.offset, Segments.of(texts))[0])
+
+    def states(self, ids: Tensor, places: Tensor, segments: Segments) -> Tensor:
+        """ids and places [1, T] -> [1, T, C]."""
         found = self.model(input_ids=ids, position_ids=places, fastvlp_segments=segments, **self.options)
-        return texts.replace(x=found.last_hidden_state[0])
+        return found.last_hidden_state  # type: ignore[no-any-return]
+
+
+class ClipText(PackedText):
+    """CLIP's and SigLIP's text models, of which SigLIP's do not pass on what is none of their arguments."""
+
+    def states(self, ids: Tensor, places: Tensor, segments: Segments) -> Tensor:
+        """As ``PackedText.states``."""
+        model = self.model
+        causal = {"is_causal": True} if type(model).__name__ == "CLIPTextModel" else {}
+        x = model.encoder(inputs_embeds=model.embeddings(input_ids=ids, position_ids=places), attention_mask=segments, **causal)
+        return model.final_layer_norm(x.last_hidden_state)  # type: ignore[no-any-return]
 
 
 class PaddedText(nn.Module):
@@ -181,7 +197,7 @@ class ClipVit(PackedImages):
         return self.model.pre_layrnorm(x) if hasattr(self.model, "pre_layrnorm") else x
 
     def blocks(self, x: Tensor, segments: Segments) -> Tensor:
-        return self.model.encoder(inputs_embeds=x, fastvlp_segments=segments).last_hidden_state  # type: ignore[no-any-return]
+        return self.model.encoder(inputs_embeds=x, attention_mask=segments).last_hidden_state  # type: ignore[no-any-return]
 
     def after(self, x: Tensor) -> Tensor:
         return self.model.post_layernorm(x)  # type: ignore[no-any-return]
@@ -225,7 +241,7 @@ class Vit(PackedImages):
 
     def blocks(self, x: Tensor, segments: Segments) -> Tensor:
         for layer in self.model.layers:
-            x = layer(x, None, fastvlp_segments=segments)
+            x = layer(x, segments)
         return x
 
     def after(self, x: Tensor) -> Tensor:
