@@ -25,11 +25,14 @@ def libraries():
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
     import_open_clip()  # makes torchvision importable, which timm and transformers import
-    before = torch.get_default_dtype()
+
+
+@pytest.fixture(autouse=True)
+def float64():
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     yield
-    torch.set_default_dtype(before)
+    torch.set_default_dtype(torch.float32)
 
 
 def pictures(count=3, sizes=None):
@@ -71,7 +74,7 @@ def check_images(tower, reference, ragged=True):
         torch.testing.assert_close(doubled, torch.cat([alone[2].x, alone[0].x]), rtol=1e-9, atol=1e-10)
 
 
-def check_texts(tower, reference, gradients=True):
+def check_texts(tower, reference):
     """``reference``: ids [1, n] -> tokens [1, n, C] of the untouched model."""
     tower.eval()
     batch = pack_texts([torch.tensor(ids) for ids in CAPTIONS])
@@ -80,7 +83,7 @@ def check_texts(tower, reference, gradients=True):
     assert tower.width == found.x.shape[1] and tower.vocab_size >= 50 and tower.context_length >= 8
     assert tower(batch.take([])).x.shape == (0, tower.width)
     found.x.square().sum().backward()
-    assert not gradients or all(p.grad is not None for p in tower.parameters())
+    assert all(p.grad is not None for p in tower.parameters()), [name for name, p in tower.named_parameters() if p.grad is None]
 
 
 def timm_model(name, **options):
@@ -173,7 +176,7 @@ def test_open_clip_vit(kind, vision):
     check_images(open_clip_tower(model, "image"), reference)
 
 
-@pytest.mark.parametrize("options", [{}, {"no_causal_mask": True}, {"ls_init_value": 0.2}], ids=["causal", "bidirectional", "scaled layers"])
+@pytest.mark.parametrize("options", [{}, {"no_causal_mask": True}, {"ls_init_value": 0.2}], ids=["causal", "bidirectional", "scaled"])
 @pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
 def test_open_clip_text(kind, options):
     model = open_clip_model(kind, text=options)
@@ -204,20 +207,17 @@ def test_open_clip_resnet_and_what_it_has_of_others():
     check_images(tower, trunk.forward_features)
 
 
-def test_open_clip_by_name_and_from_a_file(tmp_path):
-    """The smallest architecture that it ships, with weights of a file."""
+def test_open_clip_by_name_and_from_a_file(tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float32)
     factory = importlib.import_module("open_clip")
-    factory.factory._MODEL_CONFIGS["fastvlp-test"] = {
+    monkeypatch.setitem(factory.factory._MODEL_CONFIGS, "fastvlp-test", {
         "embed_dim": 8, "vision_cfg": {"layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16},
-        "text_cfg": {"context_length": 12, "vocab_size": 60, "width": 16, "heads": 2, "layers": 1}}  # fmt: skip
+        "text_cfg": {"context_length": 12, "vocab_size": 60, "width": 16, "heads": 2, "layers": 1}})  # fmt: skip
     model = factory.create_model("fastvlp-test")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     tower = open_clip_tower("fastvlp-test", "text", str(tmp_path / "weights.pt"))
     assert torch.equal(tower.tokens.weight, model.token_embedding.weight)
     assert open_clip_tower("fastvlp-test", "image", image_size=32).grid == 4
-    del factory.factory._MODEL_CONFIGS["fastvlp-test"]
-    torch.set_default_dtype(torch.float64)
 
 
 def vision(name, **more):
@@ -245,14 +245,14 @@ def test_transformers_vit(name):
 def test_transformers_siglip2():
     model = of_config(vision("Siglip2Vision", num_patches=16))
     tower = transformers_tower(copy.deepcopy(model)).eval()
-    for sizes in ([(16, 32), (40, 24), (8, 8), (32, 32), (8, 56)],):
-        batch = pack_images(pictures(sizes=sizes), PATCH)
-        patches, mask = batch.replace(x=(batch.x / 255 - 0.5) / 0.5).to_padded()
-        shapes = torch.tensor([(h // PATCH, w // PATCH) for h, w in sizes])
-        expected = model(pixel_values=patches, pixel_attention_mask=mask.long(), spatial_shapes=shapes).last_hidden_state
-        found = tower(batch)
-        assert found.lengths.tolist() == batch.lengths.tolist()
-        torch.testing.assert_close(found.x, expected[mask], rtol=1e-6, atol=1e-6)  # theirs resizes the table in float32
+    sizes = [(16, 32), (40, 24), (8, 8), (32, 32), (8, 56)]
+    batch = pack_images(pictures(sizes=sizes), PATCH)
+    patches, mask = batch.replace(x=(batch.x / 255 - 0.5) / 0.5).to_padded()
+    shapes = torch.tensor([(h // PATCH, w // PATCH) for h, w in sizes])
+    expected = model(pixel_values=patches, pixel_attention_mask=mask.long(), spatial_shapes=shapes).last_hidden_state
+    found = tower(batch)
+    assert found.lengths.tolist() == batch.lengths.tolist()
+    torch.testing.assert_close(found.x, expected[mask], rtol=1e-6, atol=1e-6)  # theirs resizes the table in float32
     found.x.square().sum().backward()
     assert all(p.grad is not None for p in tower.parameters())
 
@@ -269,22 +269,96 @@ def test_transformers_padded_images(name):
     near(tower(pack_images(pixels, tower.patch_size)), states.flatten(2).transpose(1, 2) if states.ndim == 4 else states)
 
 
+COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 24}
 TEXTS = {
-    "CLIPText": {"eos_token_id": 1}, "SiglipText": {}, "Siglip2Text": {}, "Bert": {}, "Roberta": {"max_position_embeddings": 40}, "GPT2": {"n_embd": 32, "n_head": 4, "n_layer": 2},
-    "Llama": {"num_key_value_heads": 2}, "Qwen2": {"num_key_value_heads": 2}, "DistilBert": {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 64}, "ModernBert": {},
+    "CLIPText": COMMON | {"eos_token_id": 1}, "SiglipText": COMMON, "Siglip2Text": COMMON, "Bert": COMMON,
+    "Roberta": COMMON | {"max_position_embeddings": 40}, "ModernBert": COMMON, "GPT2": {"n_embd": 32, "n_head": 4, "n_layer": 2},
+    "Llama": COMMON | {"num_key_value_heads": 2}, "Qwen2": COMMON | {"num_key_value_heads": 2},
+    "DistilBert": {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 64},
     "T5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("packed", [True, False])
+def text_model(name, **options):
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "cls_token_id": 2, "sep_token_id": 1}
+    config = getattr(importlib.import_module("transformers"), f"{name}Config")
+    return of_config(config(**{"vocab_size": 60} | special | TEXTS[name] | options))
+
+
+@pytest.mark.parametrize(("name", "packed"), [(name, True) for name in TEXTS] + [("Bert", False), ("GPT2", False), ("Roberta", False)])
 def test_transformers_text(name, packed):
-    transformers = importlib.import_module("transformers")
-    common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 24}
-    own = TEXTS[name]
-    config = getattr(transformers, f"{name}Config")(**{"vocab_size": 60, "pad_token_id": 0, **({} if name in ("GPT2", "DistilBert", "T5") else common), **own})
-    model = of_config(config)
+    model = text_model(name)
     tower = transformers_tower(copy.deepcopy(model), packed=packed)
+    assert ("Padded" in type(tower).__name__) == (name == "T5" or not packed)
     encoder = model.get_encoder() if name == "T5" else model
-    print(name, type(tower).__name__)
-    check_texts(tower, lambda ids: encoder(input_ids=ids).last_hidden_state, gradients=packed)
+    check_texts(tower, lambda ids: encoder(input_ids=ids).last_hidden_state)
+
+
+def test_transformers_from_a_folder_and_a_configuration(tmp_path):
+    library = importlib.import_module("transformers")
+    model = library.CLIPModel(library.CLIPConfig(vision_config=vision("CLIPVision").to_dict(),
+                                                 text_config=text_model("CLIPText").config.to_dict())).eval()  # fmt: skip
+    model.save_pretrained(tmp_path)
+    check_texts(transformers_tower(tmp_path, "text"), lambda ids: model.text_model(input_ids=ids).last_hidden_state)
+    image = transformers_tower(str(tmp_path), "image").eval()
+    pixels = pictures()
+    states = model.vision_model(pixel_values=normalised(image, pixels)).last_hidden_state
+    near(image(pack_images(pixels, PATCH)), model.vision_model.post_layernorm(states))
+    torch.manual_seed(0)
+    made = transformers_tower(model.config, "text", num_hidden_layers=1, attention_dropout=0.5).train()
+    assert len(made.model.encoder.layers) == 1 and model.config.text_config.num_hidden_layers == 2
+    with pytest.raises(ValueError, match=r"drops attention weights in training \(p=0.5\)"):
+        made(pack_texts([torch.tensor([1, 2])]))
+    with pytest.raises(ValueError, match="pass side='image' or side='text'"):
+        transformers_tower(model)
+    with pytest.raises(ValueError, match="has no 'depth'"):
+        transformers_tower(model.config, "text", depth=3)
+
+
+def test_timm_from_a_file(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    model = importlib.import_module("timm").create_model("test_vit", num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    tower = timm_tower("test_vit", tmp_path / "weights.pt")
+    assert torch.equal(tower.model.cls_token, model.cls_token)
+    assert (timm_tower("test_vit", image_size=64).grid, tower.grid) == (4, 10)
+
+
+def test_checkpointing_and_copies_keep_the_right_segments():
+    """Two calls before one backward, each block computed again in it: what a block is told of its segments is an argument."""
+    tower = transformers_tower(of_config(vision("ViT")))
+    one, two = (pack_images(pictures(sizes=sizes), PATCH) for sizes in ([(16, 16), (32, 8)], [(8, 32), (24, 24), (8, 8)]))
+    values = []
+    for again in (False, True):
+        if again:
+            tower = copy.deepcopy(tower)
+            tower.model.gradient_checkpointing_enable()
+            tower.train()
+        tower.zero_grad()
+        (tower(one).x.square().sum() + tower(two).x.cos().sum()).backward()
+        values.append([p.grad for p in tower.parameters()])
+    for first, second in zip(*values, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: open_clip_tower(open_clip_model(), "both"), "side is 'both'; allowed: image and text"),
+    (lambda: open_clip_tower(open_clip_model("CustomTextCLIP", text={"embed_cls": True}), "text"), "class token behind its padding"),
+    (lambda: open_clip_tower(open_clip_model("CustomTextCLIP", {"scaled_cosine_attn": True})), "scaled cosine"),
+    (lambda: open_clip_tower(open_clip_model())(pack_images(pictures(sizes=[(40, 8)]), PATCH)), "go from 0 to 4; this tower has 0 to 3"),
+    (lambda: open_clip_tower(open_clip_model())(pack_images(pictures(), 16)), r"this layer was made for \[T, 192\]"),
+    (lambda: open_clip_tower(open_clip_model(), "text")(pack_texts([torch.tensor([60])])), "token ids go from 60 to 60"),
+    (lambda: transformers_tower(text_model("Bert"), "image"), "BertModel is a text model, and side is 'image'"),
+    (lambda: transformers_tower(text_model("Bert"), "both"), "allowed: image, text, and None"),
+    (lambda: transformers_tower(text_model("ModernBert", local_attention=8))(pack_texts([torch.arange(9)])), "sees 5 tokens at a time"),
+    (lambda: transformers_tower(text_model("Bert"))(pack_texts([torch.arange(25)])), "places in the caption go from 0 to 24"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_model_inside_says_that_it_is_a_towers():
+    tower = transformers_tower(text_model("Bert"))
+    with pytest.raises(RuntimeError, match="call the tower, or use model.set_attn_implementation"):
+        tower.model(input_ids=torch.tensor([[1, 2]]))

@@ -26,6 +26,8 @@ class ImageModel(nn.Module):
     """
 
     fixed = True
+    shift: Tensor
+    factor: Tensor
 
     def __init__(self, model: nn.Module, width: int, patch_size: int, image_size: int, mean: Numbers, std: Numbers) -> None:
         super().__init__()

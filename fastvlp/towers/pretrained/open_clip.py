@@ -90,13 +90,13 @@ class OpenClipVit(PackedImages):
         return (self.model.class_embedding + self.model.positional_embedding[0])[None]
 
     def before(self, x: Tensor) -> Tensor:
-        return self.model.ln_pre(x)  # type: ignore[no-any-return]
+        return self.model.ln_pre(x)
 
     def blocks(self, x: Tensor, segments: Segments) -> Tensor:
         return _through(self.model.transformer.resblocks, x, segments)
 
     def after(self, x: Tensor) -> Tensor:
-        return self.model.ln_post(x)  # type: ignore[no-any-return]
+        return self.model.ln_post(x)
 
 
 class OpenClipText(nn.Module):

@@ -43,14 +43,14 @@ def timm_tower(name: str | nn.Module, pretrained: bool | str | os.PathLike[str] 
     mean, std = about["mean"] if mean is None else mean, about["std"] if std is None else std
     vit, naflexvit = importlib.import_module("timm.models.vision_transformer"), importlib.import_module("timm.models.naflexvit")
     attention = importlib.import_module("timm.layers.attention").Attention
-    plain = all(type(block) is vit.Block and type(block.attn) is attention for block in getattr(module, "blocks", (None,)))
+    plain = all(type(block) is vit.Block and type(block.attn) is attention for block in getattr(module, "blocks", (module,)))
     if type(module) is naflexvit.NaFlexVit and plain and module.rope is None:
         return NaFlexVit(module, image_size or 384, mean, std)
     if type(module) is vit.VisionTransformer and plain and module.pos_embed is not None and not module.dynamic_img_size:
         return TimmVit(module, mean, std)
-    size = getattr(getattr(module, "patch_embed", None), "img_size", None) or image_size or about["input_size"][1:]
-    size = size if isinstance(size, int) else size[0]
-    return PaddedImages(module, size, mean, std, "forward_features", last=getattr(module, "output_fmt", "NCHW") == "NHWC")
+    known = getattr(getattr(module, "patch_embed", None), "img_size", None) or image_size or about["input_size"][1:]
+    last = getattr(module, "output_fmt", "NCHW") == "NHWC"
+    return PaddedImages(module, known if isinstance(known, int) else known[0], mean, std, "forward_features", last)
 
 
 class TimmVit(PackedImages):
@@ -80,7 +80,7 @@ class TimmVit(PackedImages):
         return tokens if self.model.no_embed_class else tokens + self.model.pos_embed[0, : len(tokens)]
 
     def before(self, x: Tensor) -> Tensor:
-        return self.model.norm_pre(self.model.pos_drop(x))  # type: ignore[no-any-return]
+        return self.model.norm_pre(self.model.pos_drop(x))
 
     def blocks(self, x: Tensor, segments: Segments) -> Tensor:
         for block in self.model.blocks:
@@ -88,7 +88,7 @@ class TimmVit(PackedImages):
         return x
 
     def after(self, x: Tensor) -> Tensor:
-        return self.model.norm(x)  # type: ignore[no-any-return]
+        return self.model.norm(x)
 
 
 class NaFlexVit(TimmVit):
@@ -125,4 +125,4 @@ class NaFlexVit(TimmVit):
         return self.run(patches, x[:, :n])
 
     def before(self, x: Tensor) -> Tensor:
-        return self.model.norm_pre(x)  # type: ignore[no-any-return]
+        return self.model.norm_pre(x)

@@ -58,7 +58,7 @@ def transformers_tower(model: Any, side: str | None = None, packed: bool = True,
     model = _model_of(model, side)
     image = hasattr(model.config, "num_channels")
     if side is not None and (side == "image") != image:
-        raise ValueError(f"transformers_tower: {type(model).__name__} is an {'image' if image else 'text'} model, not of the side {side!r}")
+        raise ValueError(f"transformers_tower: {type(model).__name__} is {'an image' if image else 'a text'} model, and side is {side!r}")
     packs = type(model).__name__ in PACKED if image else "position_ids" in inspect.signature(model.forward).parameters
     if packed and packs and model._supports_attention_backend:
         library.AttentionInterface.register(TRANSFORMERS, attention_of_transformers)
@@ -135,7 +135,7 @@ class PackedText(nn.Module):
     def states(self, ids: Tensor, places: Tensor, segments: Segments) -> Tensor:
         """ids and places [1, T] -> [1, T, C]."""
         found = self.model(input_ids=ids, position_ids=places, fastvlp_segments=segments, **self.options)
-        return found.last_hidden_state  # type: ignore[no-any-return]
+        return found.last_hidden_state
 
 
 class ClipText(PackedText):
@@ -146,7 +146,7 @@ class ClipText(PackedText):
         model = self.model
         causal = {"is_causal": True} if type(model).__name__ == "CLIPTextModel" else {}
         x = model.encoder(inputs_embeds=model.embeddings(input_ids=ids, position_ids=places), attention_mask=segments, **causal)
-        return model.final_layer_norm(x.last_hidden_state)  # type: ignore[no-any-return]
+        return model.final_layer_norm(x.last_hidden_state)
 
 
 class PaddedText(nn.Module):
@@ -197,10 +197,10 @@ class ClipVit(PackedImages):
         return self.model.pre_layrnorm(x) if hasattr(self.model, "pre_layrnorm") else x
 
     def blocks(self, x: Tensor, segments: Segments) -> Tensor:
-        return self.model.encoder(inputs_embeds=x, attention_mask=segments).last_hidden_state  # type: ignore[no-any-return]
+        return self.model.encoder(inputs_embeds=x, attention_mask=segments).last_hidden_state
 
     def after(self, x: Tensor) -> Tensor:
-        return self.model.post_layernorm(x)  # type: ignore[no-any-return]
+        return self.model.post_layernorm(x)
 
 
 class Siglip2Vit(ClipVit):
@@ -234,10 +234,10 @@ class Vit(PackedImages):
 
     def prefix(self) -> Tensor:
         parts = self.model.embeddings
-        return parts.cls_token[0] + parts.position_embeddings[0, :1]  # type: ignore[no-any-return]
+        return parts.cls_token[0] + parts.position_embeddings[0, :1]
 
     def before(self, x: Tensor) -> Tensor:
-        return self.model.embeddings.dropout(x)  # type: ignore[no-any-return]
+        return self.model.embeddings.dropout(x)
 
     def blocks(self, x: Tensor, segments: Segments) -> Tensor:
         for layer in self.model.layers:
@@ -245,4 +245,4 @@ class Vit(PackedImages):
         return x
 
     def after(self, x: Tensor) -> Tensor:
-        return self.model.layernorm(x)  # type: ignore[no-any-return]
+        return self.model.layernorm(x)
