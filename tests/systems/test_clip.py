@@ -7,20 +7,16 @@ from torch.nn import functional as F
 import fastvlp
 from fastvlp.data import pack_images, pack_texts
 from fastvlp.systems import clip
-from fastvlp.systems.files import build_system, save
+from fastvlp.systems.files import save
 from fastvlp.systems.system import Scale
 from fastvlp.towers import Text, Vit
+from tests.systems.recipes import small
 from tests.towers.plain import images, texts
 
 
 @pytest.fixture
 def made():
-    torch.manual_seed(0)
-    recipe = clip.recipe()
-    for tower in (recipe.model.image, recipe.model.text):
-        tower.width, tower.depth, tower.heads = 32, 1, 2
-    recipe.model.embed_dim = 24
-    return recipe, build_system(recipe).eval()
+    return small()
 
 
 def test_files_give_the_same_features(made, tmp_path):
@@ -50,8 +46,8 @@ def test_pictures_of_pil_and_tensors_are_alike(made):
 
 def test_features_are_the_pooled_tokens_projected():
     torch.manual_seed(0)
-    small = {"width": 32, "depth": 1, "heads": 2}
-    system = clip.Clip(Vit(**small, grid=8), Text(**small, vocab_size=50, causal=True), 24, pool_text="last").double()
+    narrow = {"width": 32, "depth": 1, "heads": 2}
+    system = clip.Clip(Vit(**narrow, grid=8), Text(**narrow, vocab_size=50, causal=True), 24, pool_text="last").double()
     vit, text = system.image(images()), system.text(texts())
     for found, pooled, head in (
         (system.embed_image(images()), [x.mean(0) for x in vit.segments()], system.image_head),
@@ -62,8 +58,8 @@ def test_features_are_the_pooled_tokens_projected():
 
 def test_one_step_lowers_the_loss():
     torch.manual_seed(0)
-    small = {"width": 32, "depth": 1, "heads": 2}
-    system = clip.Clip(Vit(**small, grid=8), Text(**small, vocab_size=50), 24, Scale(10.0))
+    narrow = {"width": 32, "depth": 1, "heads": 2}
+    system = clip.Clip(Vit(**narrow, grid=8), Text(**narrow, vocab_size=50), 24, Scale(10.0))
     optimizer = torch.optim.AdamW(system.parameters(), lr=1e-3)
 
     def loss():

@@ -322,6 +322,13 @@ def test_timm_from_a_file(tmp_path):
     tower = timm_tower("test_vit", tmp_path / "weights.pt")
     assert torch.equal(tower.model.cls_token, model.cls_token)
     assert (timm_tower("test_vit", image_size=64).grid, tower.grid) == (4, 10)
+    batch = pack_images(pictures(sizes=[(16, 32)]), 16)
+    twice = timm_tower(copy.deepcopy(model).double().eval())(batch).x  # a model's dtype is the tower's, whatever the default
+    assert twice.dtype == torch.float64
+    torch.testing.assert_close(tower.eval()(batch).x.double(), twice, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        near = tower(batch).x
+    assert (near.double() - twice).norm() < 0.03 * twice.norm()
 
 
 def test_checkpointing_and_copies_keep_the_right_segments():

@@ -35,8 +35,9 @@ class ImageModel(nn.Module):
         self.width, self.patch_size, self.image_size, self.grid = width, patch_size, image_size, image_size // patch_size
         shift, scale = (255 * torch.as_tensor(numbers, dtype=torch.float64).expand(3) for numbers in (mean, std))
         self.mean, self.std = ((numbers / 255).tolist() for numbers in (shift, scale))
-        self.register_buffer("shift", shift.repeat(patch_size**2).to(torch.get_default_dtype()), persistent=False)
-        self.register_buffer("factor", scale.reciprocal().repeat(patch_size**2).to(torch.get_default_dtype()), persistent=False)
+        like = next(model.parameters())
+        self.register_buffer("shift", shift.repeat(patch_size**2).to(like), persistent=False)
+        self.register_buffer("factor", scale.reciprocal().repeat(patch_size**2).to(like), persistent=False)
 
     def pixels(self, images: Packed) -> Tensor:
         """Normalised pixels [T, P*P*3] of the dtype of the model, after a check of what came."""
