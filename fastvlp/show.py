@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def attention(image: Image.Image, *, model: Clip | None = None, image_size: int 
             rows = torch.nn.functional.normalize(features - features.mean(0), dim=1)[:, None]
             attend(rows * rows.shape[2] ** 0.5, rows, rows)
         else:
-            for block in model.image.blocks:
+            for block in cast(Any, model.image).blocks:
                 features = block(features, attend)
     mass = (mass / mass.mean()).view(grid)
     strength = (mass / mass.max())[..., None, None, None]
@@ -131,14 +131,15 @@ def _patches(image: Image.Image, model: Clip | None, image_size: int, patch_size
     from fastvlp.data import pack_images
     from fastvlp.data.images import as_pixels
 
-    if model is not None:
-        image_size, patch_size = model.image.image_size, model.image.patch_size
+    tower: Any = None if model is None else model.image
+    if tower is not None:
+        image_size, patch_size = tower.image_size, tower.patch_size
     pixels = as_pixels(image, image_size, patch_size)
     packed = pack_images([pixels], patch_size)
     features = packed.x.float() / 255 - 0.5
-    if model is not None:
+    if tower is not None:
         with torch.no_grad():
-            features = model.image.embed(packed).x
+            features = tower.embed(packed).x
     return packed, features, (pixels.shape[0] // patch_size, pixels.shape[1] // patch_size)
 
 

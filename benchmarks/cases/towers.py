@@ -37,7 +37,7 @@ def problem(shape: Shape, device: torch.device) -> Problem:
 
     count, towers = shape.values["count"], shape.values["towers"]
     batch = batches.shipped(count, seed=int(torch.randint(2**31, ()))).to(device)
-    model = Clip(Vit(), Text()).to(device)
+    model: Any = Clip(Vit(), Text()).to(device)
     packed = {"image": batch.image, "text": batch.text}
     padded = {name: x.to_padded() for name, x in packed.items()}
     places, _ = packed["image"].replace(x=packed["image"].pos).to_padded()
