@@ -29,7 +29,8 @@ def transformers_tower(model: Any, side: str | None = None, packed: bool = True,
     """A model of transformers as a tower: packed tokens in, packed tokens out, before its pooling and heads.
 
     Text models (CLIP's, SigLIP's, BERT and GPT in their kinds) and the image models of CLIP, SigLIP, SigLIP 2 and ViT run packed, other
-    text models on padded ids, and other image models on padded pictures (see ``PaddedImages``).
+    text models on padded ids, and other image models on padded pictures (see ``PaddedImages``). SigLIP's text models were trained with
+    captions filled up to 64 tokens, all of which see one another: for their own features give them such captions.
 
     Args:
         model: a model, which becomes the tower's; a configuration, for random weights; or the name of a model in the hub's cache, or the
