@@ -193,7 +193,7 @@ def _tiff(data: bytes) -> Picture:
     if asked > len(data):
         raise Unusable("image takes too much decoding")
     table = struct.pack(order + ("Q" if wide else "H"), len(kept) // step) + kept + bytes(8 if wide else 4)  # no further directory
-    return Picture("TIFF", data[:start] + table + data[start + len(table):])
+    return Picture("TIFF", b"".join((data[:start], table, data[start + len(table):])))
 
 
 def _directory(data: bytes | memoryview, order: str, wide: bool) -> tuple[int, int, range]:

@@ -41,7 +41,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what Pillow t
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, wanted: int | None = None) -> Image.Image:
     """The first picture of a JPEG, PNG, WebP, GIF, AVIF, TIFF or BMP file: RGB, upright, transparency flattened on white.
 
-    Beside the pixels of the result (4 bytes each, as Pillow holds them) and ``data`` it takes at most 256 MB, whatever the file says.
+    Beside the pixels of the result (4 bytes each, as Pillow holds them) it takes at most 256 MB, whatever the file says.
 
     Args:
         max_pixels: larger pictures are refused by their header, before they are unpacked.
@@ -61,7 +61,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, wanted: int | None = None)
             if wanted is not None:
                 scale = wanted / max(image.size)
                 image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-            if _beside(image, found) > SPARE:
+            if _beside(image, found) + len(data) + len(found.data) > SPARE:
                 raise Unusable("image takes too much memory")
             with _quiet() if found.format == "TIFF" else contextlib.nullcontext():
                 image.load()

@@ -33,8 +33,10 @@ def test_ids_are_those_of_the_class_or_the_first_caption():
     ("caf\u00e9".encode("latin-1"), None, "caption is not UTF-8"), ("dog".encode("utf-16"), None, "caption is not UTF-8"),
     ("dog".encode("utf-16-le"), None, "caption is not UTF-8"), (None, b'{"captions": ["\\udfff"]}', "caption is not UTF-8"),
     (None, b"{}", "no caption"), (None, b'{"captions": [1, null]}', "no caption"),
-    (b"fine", b"{broken", "json is broken"), (b"fine", b"[1]", "json is broken"), (b"fine", b"\xff\xfe{}", "json is broken"),
-    (b"fine", b"[" * 100_000, "json is broken"), (b"fine", b"", "json is broken"),
+    (None, b"{broken", "json is broken"), (None, b"[1]", "no caption"), (None, b'"a dog"', "no caption"), (None, b"7", "no caption"),
+    (None, b"\xff\xfe{}", "json is broken"), (None, b"[" * 100_000, "json is broken"), (None, b"", "json is broken"),
+    (None, b'{"captions": ' + b"9" * 10_000 + b"}", "json is broken"), (b"\xe9", b"{broken", "caption is not UTF-8"),
+    (b" ", b'{"captions": ["\\ud800"]}', "caption is not UTF-8"),
 ])
 def test_unusable_labels(text, fields, reason):
     with pytest.raises(Unusable, match=f"^{reason}$"):

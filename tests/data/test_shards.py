@@ -87,7 +87,7 @@ def test_members_are_those_of_tarfile(tmp_path, form):
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isfile()]
     with open(path, "rb") as file:
-        assert list(tar_members(file)) == expected
+        assert [member[:3] for member in tar_members(file) if not member.refused] == expected
 
 
 def test_sizes_in_base_256(tmp_path):
@@ -98,7 +98,7 @@ def test_sizes_in_base_256(tmp_path):
     data[148:156] = b"%06o\0 " % sum(data[:512])
     open(path, "wb").write(data)
     with open(path, "rb") as file:
-        assert list(tar_members(file)) == [("a.txt", 512, 5)]
+        assert list(tar_members(file)) == [("a.txt", 512, 5, "")]
 
 
 @pytest.mark.parametrize("shard", ["mini:train", "mini:val-emoji", "mini:val-openclipart"])
@@ -151,7 +151,8 @@ def test_a_shard_that_is_cut_short_keeps_what_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("content, reason", [(b"", "shard is empty"), (b"x" * 100, "shard is cut short"),
-                                             (b"hello" * 1000, "broken tar header"), (b"\x1f\x8b" + b"z" * 2000, "shard is compressed")])
+                                             (b"hello" * 1000, "broken tar header"), (b"\x1f\x8b" + b"z" * 2000, "shard is cut short"),
+                                             (b"PK\x03\x04" * 200, "shard is packed in a way that is not read (gzip and zstd are)")])
 def test_files_that_are_no_shards(tmp_path, content, reason):
     path = tmp_path / "x.tar"
     path.write_bytes(content)
@@ -176,7 +177,7 @@ def test_a_broken_extended_header_is_refused(tmp_path, record):
 
 def test_the_index_holds_a_bounded_number_of_samples(tmp_path, monkeypatch):
     paths = [write_tar(tmp_path / f"{s}.tar", [m for i in range(5) for m in sound(i)] + [("x.txt", b"")]) for s in range(4)]
-    monkeypatch.setattr("fastvlp.data.shards.INDEXED", 11)
+    monkeypatch.setattr("fastvlp.data.shards.INDEXED", 5 * scan(paths[0]).nbytes // 2)
     reported = []
     index = Index(paths, lambda *problem: reported.append(problem))
     for _ in range(2):
