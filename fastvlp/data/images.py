@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvlp.data.headers import Picture, Unusable, inspect, orientation
+from fastvlp.data.headers import ORIENTATION, Picture, Unusable, inspect, orientation
 from fastvlp.data.patches import mix
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 1 << 26  # 67 megapixels, 268 MB as Pillow holds them
 MAX_SIDE = (1 << 16) - 1  # JPEG's own; the weights of resizing grow with the side, not with the pixels
 SPARE = 224 << 20  # bytes that decoding may take beside the pixels of the result
+MAX_IMAGE = SPARE // 2  # bytes of a file, of which what the decoder is given is a copy
 BLOCK = 1 << 20  # pixels that are converted at a time
 BESIDE = {"WEBP": 12, "AVIF": 12}  # bytes a pixel that these decoders hold beside the picture (measured: 12.0 and 5.4 to 8)
 MODES = {"RGB": 0, "1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}  # bytes a pixel that Pillow holds; 4 for all others
@@ -51,6 +52,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, wanted: int | None = None)
         Unusable: not a picture, cut short, too large, or more work for its decoder than any honest picture.
     """
     pil = _pil()
+    if len(data) > MAX_IMAGE:
+        raise Unusable("image file is too large")
     try:
         found = inspect(data)
         with warnings.catch_warnings():
@@ -85,7 +88,7 @@ def _beside(image: Image.Image, found: Picture) -> int:
     """Bytes that decoding, converting and turning a picture take beside the pixels of the result."""
     pixels = image.width * image.height
     copies = MODES.get(image.mode, 4)  # what is converted is there until the result is
-    if found.orientation > 1 or "transparency" in image.info or found.format in ("TIFF", "AVIF"):  # which are turned, or say so late
+    if found.orientation > 1 or "transparency" in image.info or found.format == "AVIF":  # which says late that it is turned
         copies = 4
     if found.format == "BMP" and image.info.get("compression") in (1, 2) and pixels > RUN_LENGTH:
         raise Unusable("image takes too much decoding")
@@ -94,6 +97,8 @@ def _beside(image: Image.Image, found: Picture) -> int:
         kind, tags = image.info.get("compression"), image.tag_v2  # type: ignore[attr-defined]
         if kind not in PLAIN_TIFF:
             raise Unusable("image has a compression that is not read")
+        if tags.get(ORIENTATION, 1) != 1:  # Pillow turns it
+            copies = 4
         if kind != "raw":  # libtiff unpacks a whole strip or tile at a time
             bits = max(8, *tags.get(258, (8,))) * max(1, tags.get(277, 1))
             strip = tags.get(322, image.width) * tags.get(323, min(image.height, tags.get(278, image.height))) * bits // 8

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvlp.data.images import MAX_PIXELS, Unusable, decode
+from fastvlp.data.images import MAX_IMAGE, MAX_PIXELS, Unusable, decode
 from fastvlp.data.shards import Index, Shards, expand, printable
 from fastvlp.data.tar import BrokenTar
 from fastvlp.data.unpack import open_shard
@@ -20,7 +20,7 @@ from fastvlp.data.unpack import open_shard
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_TEXT, MAX_IMAGE = 1 << 20, 1 << 27  # bytes
+MAX_TEXT = 1 << 20  # bytes
 REASONS = NOT_UTF8, EMPTY = "caption is not UTF-8", "caption is empty"  # the nearest first
 OPEN_FILES = 64
 
@@ -70,7 +70,7 @@ class Reader:
     def image(self, shard: int, member: int, wanted: int | None = None) -> Image.Image:
         """RGB picture of one sample, ``wanted`` as in ``decode``. Raises Unusable."""
         place = self.index.shard(shard).members[member][0]
-        if place[1] > MAX_IMAGE:
+        if place[1] > MAX_IMAGE:  # before it is read
             raise Unusable("image file is too large")
         return decode(self._read(shard, place) or b"", self.max_pixels, wanted)
 
