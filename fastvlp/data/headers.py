@@ -15,8 +15,8 @@ CHUNKS = 1 << 16  # parts of a PNG, whose pixels come in parts as well
 SCANS, SCANNED = 100, 1 << 30  # of a JPEG, and times its pixels; progressive files of usual tools have 10
 ORIENTATION = 0x0112
 PICTURE_TAGS = {  # of a TIFF: layout, compression and colours
-    256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 338, 339, 347, 529, 530,
-    531, 532}
+    256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 338, 339, 347, 529,
+    530, 531, 532}
 GIF_PARTS = re.compile(rb"[!,;]")  # extension, picture, end
 TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}  # with + for offsets of 64 bits
 TIFF_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # bytes of a value, by the number of its type

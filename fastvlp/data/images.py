@@ -225,10 +225,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _flat(image: Image.Image) -> Image.Image:
     pil = _pil()
-    if image.mode == "F" or (image.mode == "I" and not (0 <= image.getextrema()[0] and image.getextrema()[1] < 1 << 16)):
-        raise Unusable("image has pixels of 32 bits")
-    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them at 255
-        return pil.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode[0] in "IF":  # 16 bits of grey; Pillow's own conversion would clip them at 255
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() >= 1 << 16:
+            raise Unusable("image has pixels of 32 bits")
+        return pil.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         ground = pil.new("RGBA", image.size, (*WHITE, 255))

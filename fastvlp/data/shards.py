@@ -97,8 +97,8 @@ def _braces(pattern: str) -> Iterator[str]:
         elif ends:
             low, high, width = int(ends[1]), int(ends[2]), len(ends[1])
             if high < low or high - low >= MOST_SHARDS:
-                raise ValueError(f"the range {{{group}}} of {pattern!r} stands for {max(0, high - low + 1):,} files; it must count upwards, "
-                                 f"to at most {MOST_SHARDS:,}")
+                raise ValueError(f"the range {{{group}}} of {pattern!r} stands for {max(0, high - low + 1):,} files; it must count "
+                                 f"upwards, to at most {MOST_SHARDS:,}")
             parts.append([f"{number:0{width}d}" for number in range(low, high + 1)])
         else:
             parts.append(group.split(","))
@@ -178,7 +178,7 @@ class _Samples:
         """Finish the samples of this stem: one of all extensions ("a.jpg", "a.seg.png", "a.txt"), as WebDataset has it, or, where none
         is a picture or a caption ("a.b.jpg", "a.b.txt"), one for each name up to the last dot."""
         plain, dotted, stem = self._plain, self._dotted, self.stem
-        self._plain, self._dotted = {}, []
+        self._plain, self._dotted, self.stem = {}, [], None
         if stem is not None and (plain or not dotted):
             self._sample(stem, plain)
             return
@@ -275,7 +275,7 @@ class Index:
         return [printable(path) for path in self.paths if not os.path.exists(path)]
 
     def digest(self) -> str:
-        """32 hexadecimal digits that name the data: file names (without folders), sizes in bytes and usable samples of all shards, in order.
+        """32 hexadecimal digits that name the data: file names (without folders), sizes in bytes and usable samples of all shards in order.
 
         Equal digests on two machines, or at two starts, mean that the same samples are read in the same order. All headers are read for
         it (about half a minute for a million samples); a shard that is not there counts as empty.

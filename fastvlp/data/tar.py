@@ -79,8 +79,7 @@ def tar_members(file: BinaryIO) -> Iterator[Member]:
             else:
                 yield Member(name, begin, -1, f"{OTHERS.get(kind.decode('latin-1'), 'unknown kind of member')} in the shard")
         longer, override = None, {}
-    if at < end or end == 0:
-        raise BrokenTar("shard is cut short" if end else "shard is empty")
+    raise BrokenTar("shard is cut short" if end else "shard is empty")  # whole ones end with zeros
 
 
 def _only_zeros(file: BinaryIO) -> None:

@@ -99,7 +99,7 @@ def _unpack(source: int, target: Path, limit: int) -> None:
     with packed, open(target, "wb") as out, (gzip.open if zlib.error in damage else zstd().open)(packed) as plain:
         while True:
             try:
-                part = plain.read(CHUNK)
+                part = plain.read1(CHUNK)
             except damage:
                 out.write(b"\xff")  # less than a block: the rest of the shard is found to be cut short, what came before is used
                 return
@@ -111,7 +111,8 @@ def _unpack(source: int, target: Path, limit: int) -> None:
 
 
 def _folder() -> Path:
-    folder = Path(os.environ.get("FASTVLP_CACHE") or Path(tempfile.gettempdir()) / f"fastvlp-{os.getuid() if hasattr(os, 'getuid') else ''}")
+    user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
+    folder = Path(os.environ.get("FASTVLP_CACHE") or Path(tempfile.gettempdir()) / f"fastvlp{user}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = folder.lstat()
     if hasattr(os, "getuid") and (not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022):
