@@ -2,13 +2,18 @@
 
 import io
 import os
+import re
 import tarfile
+from pathlib import Path
 
 import pytest
 from tar_files import encoded, metadata, picture, sound, write_tar
 
 from fastvlp.data import expand
-from fastvlp.data.shards import BrokenTar, Index, scan, tar_members
+from fastvlp.data.shards import MINI, NAMED, Index, scan
+from fastvlp.data.tar import BrokenTar, tar_members
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def _touch(folder, *names):
@@ -42,6 +47,14 @@ def test_the_shipped_data_has_names():
     assert _short(expand("mini:val-emoji")) == ["val-emoji-0000.tar"]
     with pytest.raises(FileNotFoundError, match="mini:val-openclipart"):
         expand("mini:val")
+
+
+def test_the_licences_of_the_shipped_pictures_travel_with_them():
+    """Every source in the shards is named with its licence, and the wheel lists that page among its licence files."""
+    sources = (MINI / "SOURCES.md").read_text()
+    named = tuple(f"{name}-" for name in re.findall(r"`([a-z-]+)-\*`", sources))
+    assert len(named) == 4 and all(key.startswith(named) for path in expand(list(NAMED)) for key in scan(path).keys)
+    assert '"fastvlp/data/mini/SOURCES.md"' in re.search(r"^license-files = .*$", (ROOT / "pyproject.toml").read_text(), re.M)[0]
 
 
 @pytest.mark.parametrize("pattern", ["{}/none-*.tar", "{}/none.tar", "{}/none-{{00..03}}.tar", "{}/deep/er/x*.tar"])
