@@ -10,14 +10,14 @@ import numpy as np
 from fastvlp.data.images import MAX_PIXELS, Unusable, fit
 
 ANIMATED = ("GIF", "WEBP", "PNG")
-MOST_FRAMES = 256
+MOST_FRAMES, MOST_PIXELS = 256, 1 << 23  # of an animation, and of a frame, which is held as three copies of four bytes a pixel
 
 
 def frames(data: bytes, size: int, patch: int, max_pixels: int = MAX_PIXELS) -> list[np.ndarray]:
     """The first 256 frames of an animated GIF, WebP or PNG, each fitted as by ``fit``: uint8 [h, w, 3]; none if there is no animation.
 
     Args:
-        max_pixels: of all frames together; what moves longer is cut.
+        max_pixels: of all frames together; what moves longer is cut. A frame has at most 8 megapixels.
 
     Raises:
         Unusable: the picture is broken or too large.
@@ -31,7 +31,7 @@ def frames(data: bytes, size: int, patch: int, max_pixels: int = MAX_PIXELS) -> 
             warnings.simplefilter("ignore")  # of sizes, which are checked below, and of odd metadata
             image = Image.open(io.BytesIO(data), formats=ANIMATED)
             pixels = image.width * image.height
-            if pixels > max_pixels:
+            if pixels > min(max_pixels, MOST_PIXELS):
                 raise Unusable("image has too many pixels")
             if not getattr(image, "is_animated", False):
                 return []

@@ -114,13 +114,13 @@ class Cache:
 
     def get(self, key: Any, make: Callable[[], T], nbytes: Callable[[T], int]) -> T:
         """The entry of this key, or what ``make`` gives."""
-        found = self.entries.get(key)
-        if found is None:
-            found = make()
-            needed = nbytes(found) + OVERHEAD
-            if needed <= self.room:
-                self.room -= needed
-                self.entries[key] = found
+        if key in self.entries:
+            return self.entries[key]
+        found = make()
+        needed = nbytes(found) + OVERHEAD
+        if needed <= self.room:
+            self.room -= needed
+            self.entries[key] = found
         return found
 
     def clear(self) -> None:
@@ -167,9 +167,9 @@ class Sample:
         return self._once(("frames", size, patch), lambda *place: frames(self._reader.data(*place), size, patch, self._reader.max_pixels),
                           lambda found: sum(frame.nbytes for frame in found))
 
-    def member(self, extension: str) -> bytes | None:
-        """The contents of its file with this extension, or None."""
-        return self._once(extension, lambda *place: self._reader.member(*place, extension), lambda data: len(data or b""))
+    def npy(self, name: str) -> bytes | None:
+        """The contents of its member NAME.npy, or None."""
+        return self._once(("npy", name), lambda *place: self._reader.npy(*place, name), lambda data: len(data or b""))
 
     def _once(self, what: Any, read: Callable[[int, int], T], nbytes: Callable[[T], int]) -> T:
         if what not in self._mine:

@@ -22,8 +22,8 @@ class Record(SimpleNamespace):
     def frames(self, size, patch):
         return [fit(frame, size, patch) for frame in self.moving]
 
-    def member(self, extension):
-        return self.files.get(extension)
+    def npy(self, name):
+        return self.files.get(name)
 
 
 def record(number, captions=None, **more):

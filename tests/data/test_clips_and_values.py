@@ -145,7 +145,7 @@ def _npy(array, **options):
 
 
 def test_vectors_and_labels():
-    records = [record(0, values={"v": [1, 2.5]}), record(1, files={"v.npy": _npy(np.array([3.0, -4.0], dtype=np.float16))})]
+    records = [record(0, values={"v": [1, 2.5]}), record(1, files={"v": _npy(np.array([3.0, -4.0], dtype=np.float16))})]
     assert Vector("v")(records, WORDS[:2], Stage()).tolist() == [[1.0, 2.5], [3.0, -4.0]]
     assert Vector("v", width=2)(records, WORDS[:2], Stage()).dtype == torch.float32
     labels = Label("n")([record(0, values={"n": 7}), record(1, values={"n": -1})], WORDS[:2], Stage())
@@ -163,9 +163,9 @@ HUGE = _npy(np.zeros(3)).replace(b"(3,)", b"(99999999999,)")
     (Vector("v"), {"v": [[1, 2]]}, {}, r"v has the shape \(1, 2\)"),
     (Vector("v", 3), {"v": [1, 2]}, {}, r"v has the shape \(2,\)"),
     (Vector("v"), {"v": [1, float("nan")]}, {}, "v is not finite"),
-    (Vector("v"), {}, {"v.npy": b"junk"}, "v.npy is broken"),
-    (Vector("v"), {}, {"v.npy": HUGE}, "v.npy is broken"),
-    (Vector("v"), {}, {"v.npy": _npy(np.array([{}]), allow_pickle=True)}, "v.npy is broken"),
+    (Vector("v"), {}, {"v": b"junk"}, "v.npy is broken"),
+    (Vector("v"), {}, {"v": HUGE}, "v.npy is broken"),
+    (Vector("v"), {}, {"v": _npy(np.array([{}]), allow_pickle=True)}, "v.npy is broken"),
     (Label("n"), {}, {}, "n is no whole number"), (Label("n"), {"n": 1.5}, {}, "n is no whole number"),
     (Label("n"), {"n": 1 << 70}, {}, "n is no whole number"), (Label(names=("cat",)), {"class": "dog"}, {}, "class is none of the 1 names"),
     (Regions(), {"boxes": [[0, 0, 5, 5]]}, {}, "boxes are not"), (Regions(), {"boxes": [[0.5, 0, 0.4, 1]]}, {}, "boxes are not"),

@@ -46,8 +46,8 @@ class Record(Protocol):
     def frames(self, size: int, patch: int) -> Sequence[np.ndarray]:
         """All pictures of an animation, at most 256 and none where the picture does not move; each as ``picture`` would give it."""
 
-    def member(self, extension: str) -> bytes | None:
-        """The contents of its file with this extension, or None."""
+    def npy(self, name: str) -> bytes | None:
+        """The contents of its member NAME.npy, or None."""
 
 
 class Field:

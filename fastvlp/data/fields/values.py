@@ -40,7 +40,7 @@ class Vector(Field):
         """float32 [width]. Raises Unusable."""
         given = sample.values.get(self.key)
         if given is None:
-            given = _array(sample.member(f"{self.key}.npy"), self.key)
+            given = _array(sample.npy(self.key), self.key)
         try:
             vector = np.asarray(given, dtype=np.float32)
         except (TypeError, ValueError, OverflowError) as error:
