@@ -207,6 +207,32 @@ def test_broken_samples_are_counted_and_named_once(damaged, workers):
     assert len(set(named)) == len(named)
 
 
+def test_ranks_together_name_each_bad_sample(damaged):
+    """What a rank met is not what another met; the names say which samples are the same."""
+    alone = _stream(damaged)
+    _take(alone, 30)
+    ranks = [_stream(damaged, rank=rank, world_size=2) for rank in range(2)]
+    for stream in ranks:
+        _take(stream, 30)
+    assert ranks[0].skips | ranks[1].skips == alone.skips and ranks[0].skips & ranks[1].skips
+
+
+def test_another_sample_shows_something_else_and_costs_no_picture(tmp_path, monkeypatch):
+    image, read = encoded(picture()), []
+    members = [m for i in range(24) for m in ((f"{i}.png", image), (f"{i}.json", metadata(f"red {i}", **{"class": f"class {i % 3}"})))]
+    shard = write_tar(tmp_path / "x.tar", members + [("bad.png", b"404"), ("bad.json", metadata("red bad"))])
+    right = Reader.image
+    monkeypatch.setattr(Reader, "image", lambda self, *place, **options: read.append(place) or right(self, *place, **options))
+    fields = bind({**FIELDS, "other": Other(Caption(9)), "again": Other(Caption(9))}, None, TOKENIZER)
+    batches = _take(_stream(shard, batch_size=12, fields=fields), 20)
+    caption = {tuple(TOKENIZER.encode(f"red {i}", 9)): i % 3 for i in range(24)} | {tuple(TOKENIZER.encode("red bad", 9)): 3}
+    own, other = ([caption[tuple(text.tolist())] for batch in batches for text in batch.streams[name].segments()]
+                  for name in ("text", "other"))
+    assert all(a != b for a, b in zip(own, other, strict=True)) and Counter(other).keys() == {0, 1, 2, 3}
+    assert all(torch.equal(batch.other.x, batch.again.x) for batch in batches)
+    assert len(set(read)) == 25  # the other sample's picture is not asked for, so that a bad one does not matter
+
+
 def test_workers_outlive_ctrl_c(good):
     """Ctrl-C reaches all processes of a terminal; the training process decides when the workers end."""
     batches = iter(_stream(good, workers=2))
