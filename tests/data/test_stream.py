@@ -135,6 +135,7 @@ def test_ranks_see_slices_of_the_same_batches(shards, world_size, request):
         _assert_same(batch, _joined(slices))
         assert [len(part) for part in slices] == [len(rows) for rows in torch.arange(11).tensor_split(world_size)]
         assert all(part.total == 11 and list(part.sizes) == [len(other) for other in slices] for part in slices)
+        assert [part.first for part in slices] == [sum(len(other) for other in slices[:rank]) for rank in range(world_size)]
 
 
 def test_another_batch_size_neither_repeats_nor_leaves_out(good):
@@ -250,7 +251,7 @@ def test_what_workers_get_can_be_pickled(good):
     stream = _stream(good)
     request = next(stream._requests())
     copy = pickle.loads(pickle.dumps(stream._loader))
-    _assert_same(pickle.loads(pickle.dumps(copy[request])).batch((10,)), stream._loader[request].batch((10,)))
+    _assert_same(pickle.loads(pickle.dumps(copy[request])).batch((10,), 0), stream._loader[request].batch((10,), 0))
 
 
 def test_skips_go_to_the_log(damaged, caplog):
