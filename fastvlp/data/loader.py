@@ -92,8 +92,8 @@ class Flat:
 
     def batch(self, sizes: Sequence[int], first: int) -> Batch:
         """The batch, whose tensors are views of ``data``."""
-        tensors = [self.data[first:first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-                   for first, dtype, shape in self.layout]
+        tensors = [self.data[start:start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+                   for start, dtype, shape in self.layout]
         streams: dict[str, Tensor | Packed] = {}
         for name, places in self.streams.items():
             if isinstance(places, int):
