@@ -1,7 +1,9 @@
 """Fields against loops over samples made by hand."""
 
 import itertools
+import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ import torch
 from records import MASK, MODEL, RECORDS, TOKENIZER, WORDS, bound, places, record, segments
 from tar_files import encoded, picture
 
-from fastvlp.data import Caption, Frames, Image, Label, Other, Pages, Regions, Stage, Vector, load_tokenizer, pack_images
+from fastvlp import config
+from fastvlp.data import Caption, Frames, Image, Label, Other, Pages, Regions, Source, Stage, Vector, load_tokenizer, pack_images
 from fastvlp.data.batch import take_samples
 from fastvlp.data.fields import Field, bind
 from fastvlp.data.images import augment, augmentations, fit
+from fastvlp.systems import clip
 
 
 @pytest.mark.parametrize("field", [
@@ -214,3 +218,12 @@ def test_a_field_of_ones_own():
     assert bind({"n": Lengths()}, None, None)["n"](RECORDS[:4], WORDS[:4], Stage()).tolist() == [1, 2, 3, 4]
     with pytest.raises(NotImplementedError, match="Lengths reads samples"):
         Lengths().prepare([])
+
+
+def test_a_recipe_with_any_field_is_written_and_read_back():
+    fields = {"clip": Frames(4, stride=2), "other": Other(Image(keep=0.5)), "vector": Vector("x", 3), "label": Label(names=("a", "b")),
+              "boxes": Regions(), "page": Pages(), "text": Caption(pick=2, mask=0.2, mask_id=7)}
+    made = clip.recipe()
+    made = replace(made, data=replace(made.data, train=(Source("mini:train", 2.0, fields), Source("mini:train")), fields=fields))
+    back = config.from_dict(json.loads(json.dumps(config.to_dict(made))))
+    assert back.data == made.data
