@@ -112,11 +112,11 @@ class Caption(Field):
         """``tokens`` with a share of the words hidden: those with the smallest scores, as patches are kept."""
         tokenizer = self._tokenizer
         assert tokenizer is not None and self.mask_id is not None  # bind saw to them
-        first, body = len(tokenizer.start), len(tokenizer.encode(text, self.length)) - len(tokenizer.start) - len(tokenizer.end)
-        word_of = np.array(_word_of_tokens(tokenizer, text, body))
-        if not len(word_of):  # an empty caption
+        first, body = len(tokenizer.start), len(tokens) - len(tokenizer.start) - len(tokenizer.end)
+        words, word_of = np.unique(_word_of_tokens(tokenizer, text, body), return_inverse=True)
+        count = len(words)
+        if count == 0:  # an empty caption
             return tokens
-        count = int(word_of.max()) + 1
         hidden = mix(np.repeat(seed, count), np.arange(count)).argsort(kind="stable")[:max(1, int(count * self.mask + 0.5))]
         masked = np.array(tokens)
         masked[first:first + body][np.isin(word_of, hidden)] = self.mask_id
