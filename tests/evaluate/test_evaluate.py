@@ -152,10 +152,18 @@ def test_class_files(tmp_path, text):
 
 @pytest.mark.parametrize("content, message", [(b"", "must name its classes"), (b"[]", "must name its classes"), (b'["a", 3]', "must name"),
                                               (b'["a", "b", "a"]', "1 classes more than once, for example 'a'"), (b'["a"', "neither JSON"),
-                                              (b"caf\xe9", "neither JSON nor lines of UTF-8")])
+                                              (b"caf\xe9", "neither JSON nor lines of UTF-8"), (b"[" * 100_000, "neither JSON"),
+                                              (b'["a", " a"]', "1 classes more than once")])
 def test_wrong_class_files(tmp_path, content, message):
     (tmp_path / "classes").write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        evaluate.load_classes(tmp_path / "classes")
+
+
+def test_a_file_of_gigabytes_names_no_classes(tmp_path):
+    with open(tmp_path / "classes", "wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ValueError, match="3,221,225,472 bytes; a list of classes has at most"):
         evaluate.load_classes(tmp_path / "classes")
 
 
