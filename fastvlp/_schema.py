@@ -99,7 +99,7 @@ def is_null(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A text without an annotation as the number, truth value or nothing that it spells (YAML 1.2's core), inside lists and mappings too."""
+    """A text without an annotation as the number, truth value or nothing that it spells (YAML 1.2's core), in lists and mappings too."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -149,9 +149,9 @@ def _refuse_other_launchers() -> None:
     """Several processes that each believe to be alone would train in the same folder."""
     for size, rank in LAUNCHERS:
         if int(os.environ.get(size) or 1) > 1 and rank in os.environ:
-            raise ConfigError(f"{size}={os.environ[size]}: {os.environ[size]} processes were started without torchrun's variables (RANK, "
-                              "WORLD_SIZE, MASTER_ADDR), so that each would train alone; start one torchrun on each node, as docs/cluster.md "
-                              "shows")
+            raise ConfigError(f"{size}={os.environ[size]}: that many processes were started without torchrun's variables (RANK, "
+                              "WORLD_SIZE, MASTER_ADDR), so that each would train alone; start one torchrun on each node, as "
+                              "docs/cluster.md shows")
 
 
 def parallelize(system: System, shard: int | str = 1, *, world: World | None = None, compile: bool = False,
@@ -198,7 +198,7 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
 
 def _is_block(module: nn.Module) -> bool:
     """Whether a module is called as a whole: leaves and containers may be read weight by weight, which gathering would not notice."""
-    called = type(module).forward is not nn.Module.forward  # type: ignore[comparison-overlap]
+    called = type(module).forward is not nn.Module.forward
     return called and any(True for _ in module.children()) and next(module.parameters(), None) is not None
 
 
@@ -212,7 +212,7 @@ def _checkpoint(block: nn.Module, selective: bool) -> None:
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     how: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if selective else {}
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **how)  # type: ignore[method-assign]
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **how)
 
 
 def whole_tensor(value: Tensor) -> Tensor:
