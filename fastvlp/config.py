@@ -26,6 +26,7 @@ import fiddle as fdl
 from torch import nn
 
 from fastvlp._schema import ConfigError, build, convert, keys, plain, unknown
+from fastvlp.data.fields import Field
 from fastvlp.recipe import Recipe
 
 DEFAULT = "clip"
@@ -172,7 +173,7 @@ def _plain(value: Any, named: bool = False) -> Any:
         return {"make": f"{make.__module__}:{make.__qualname__}", **{name: _plain(item, True) for name, item in value.__arguments__.items()}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
-        named = named or kind.__module__ == "fastvlp.data.fields" or kind.__module__ in _own_files
+        named = named or isinstance(value, Field) or kind.__module__ in _own_files
         head = {"make": f"{kind.__module__}:{kind.__qualname__}"} if named else {}
         return {**head, **{field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}}
     if isinstance(value, Mapping):

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from fastvlp import evaluate
-from fastvlp.data import load_tokenizer
 from fastvlp.evaluate.features import ranks
 from fastvlp.evaluate.zero_shot import class_features
-from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
+from tests.systems.recipes import small
 
 WIDTH = 6
 
@@ -176,10 +175,7 @@ def test_shipped_classes_cover_the_shipped_emoji():
 
 
 def test_a_real_model_of_random_weights_is_near_chance(tmp_path):
-    torch.manual_seed(0)
-    tower = {"width": 16, "depth": 1, "heads": 1}
-    model = TwoTower(ModelConfig(embed_dim=16, image=ImageConfig(**tower), text=TextConfig(**tower))).eval()
-    model.tokenizer = load_tokenizer("mini", 24)
+    _, model = small()
     scores = evaluate.zero_shot(model, "mini:val-emoji", evaluate.load_classes("mini:emoji"), batch_size=512)
     assert scores["n"] == 1237 and scores["top5"] < 0.02
     scores = evaluate.retrieval(model, "mini:val-openclipart")
