@@ -164,12 +164,14 @@ class Sample:
 
     def frames(self, size: int, patch: int) -> Sequence[np.ndarray]:
         """All pictures of an animation, none where the picture does not move."""
-        return self._once(("frames", size, patch), lambda *place: frames(self._reader.data(*place), size, patch, self._reader.max_pixels),
-                          lambda found: sum(frame.nbytes for frame in found))
+        def read(shard: int, member: int) -> list[np.ndarray]:
+            return frames(self._reader.picture(shard, member), size, patch, self._reader.max_pixels)
+
+        return self._once(("frames", size, patch), read, lambda found: sum(frame.nbytes for frame in found))
 
     def npy(self, name: str) -> bytes | None:
         """The contents of its member NAME.npy, or None."""
-        return self._once(("npy", name), lambda *place: self._reader.npy(*place, name), lambda data: len(data or b""))
+        return self._once(("npy", name), lambda shard, member: self._reader.npy(shard, member, name), lambda data: len(data or b""))
 
     def _once(self, what: Any, read: Callable[[int, int], T], nbytes: Callable[[T], int]) -> T:
         if what not in self._mine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from fastvlp.data.unpack import open_shard
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_TEXT = 1 << 20  # bytes
+MAX_TEXT, MAX_ARRAY = 1 << 20, 1 << 24  # bytes
 REASONS = NOT_UTF8, EMPTY = "caption is not UTF-8", "caption is empty"  # the nearest first
 OPEN_FILES = 64
 
@@ -69,10 +69,33 @@ class Reader:
 
     def image(self, shard: int, member: int, wanted: int | None = None) -> Image.Image:
         """RGB picture of one sample, ``wanted`` as in ``decode``. Raises Unusable."""
+        return decode(self.picture(shard, member), self.max_pixels, wanted)
+
+    def picture(self, shard: int, member: int) -> bytes:
+        """The picture file of one sample. Raises Unusable."""
         place = self.index.shard(shard).members[member][0]
         if place[1] > MAX_IMAGE:  # before it is read
             raise Unusable("image file is too large")
-        return decode(self._read(shard, place) or b"", self.max_pixels, wanted)
+        return self._read(shard, place) or b""
+
+    def values(self, shard: int, member: int) -> dict[str, Any]:
+        """The JSON object of one sample; empty where there is none. Raises Unusable."""
+        place = self.index.shard(shard).members[member][2]
+        if place[1] > MAX_TEXT:
+            raise Unusable("json file is too large")
+        values, problem = _object(self._read(shard, place))
+        if problem is not None:
+            raise Unusable(problem)
+        return values
+
+    def npy(self, shard: int, member: int, name: str) -> bytes | None:
+        """The member NAME.npy of one sample, or None. Raises Unusable."""
+        place = self.index.shard(shard).array(member, name)
+        if place is None:
+            return None
+        if place[1] > MAX_ARRAY:
+            raise Unusable(f"{name}.npy is too large")
+        return self._read(shard, place)
 
     def _read(self, shard: int, place: np.ndarray) -> bytes | None:
         offset, size = int(place[0]), int(place[1])
@@ -204,20 +227,3 @@ def _all(shards: Shards, on_skip: Callable[[str, str], None] | None) -> tuple[In
 
 def _ignore(reason: str, name: str) -> None:
     pass
-
-
-class Skips:
-    """Counts skipped samples by reason, each sample once, and passes on their names."""
-
-    def __init__(self, on_skip: Callable[[str, str], None] | None) -> None:
-        self.counts: Counter[str] = Counter()
-        self._on_skip = on_skip
-        self._known: set[int] = set()  # hashes: the names of millions of bad samples would take gigabytes
-
-    def __call__(self, reason: str, name: str) -> None:
-        known = hash((reason, name))
-        if known not in self._known:
-            self._known.add(known)
-            self.counts[reason] += 1
-            if self._on_skip is not None:
-                self._on_skip(reason, name)

@@ -12,7 +12,7 @@ import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +129,7 @@ class Shard:
         keys: names of the n samples, in the order of the file, fit to be shown (see ``printable``).
         members: int64 [n, 3, 2], for (image, txt, json) the offset and the size in bytes; size -1: not there.
         problems: (reason, name) of what could not be used.
+        arrays: for each NAME of members NAME.npy, int64 [m, 3], number of the sample, offset and size, samples rising.
         stamp: size and time of change of the file, (-1, 0) where it could not be opened.
     """
 
@@ -136,10 +137,20 @@ class Shard:
     members: np.ndarray
     problems: list[tuple[str, str]]
     stamp: Stamp = (-1, 0)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(map(sys.getsizeof, self.keys)) + self.members.nbytes + sum(sys.getsizeof(name) + 100 for _, name in self.problems)
+        tables = self.members.nbytes + sum(sys.getsizeof(name) + 200 + rows.nbytes for name, rows in self.arrays.items())
+        return sum(map(sys.getsizeof, self.keys)) + tables + sum(sys.getsizeof(name) + 100 for _, name in self.problems)
+
+    def array(self, member: int, name: str) -> np.ndarray | None:
+        """Offset and size of a sample's member NAME.npy (in any case), or None."""
+        rows = self.arrays.get(name.lower())
+        if rows is None:
+            return None
+        at = int(np.searchsorted(rows[:, 0], member))
+        return rows[at, 1:] if at < len(rows) and rows[at, 0] == member else None
 
 
 class _Samples:
@@ -151,6 +162,8 @@ class _Samples:
         self.stem: str | None = None  # name up to the first dot
         self._plain: dict[str, Member] = {}  # members of this stem with one extension
         self._dotted: list[tuple[str, str, Member]] = []  # (key, extension, member) of those with several
+        self.arrays: dict[str, array[int]] = {}  # by name, (number of the sample, offset, size) of each
+        self._npy: dict[str, Member] = {}  # those of this stem
 
     def add(self, member: Member) -> None:
         folder, _, base = member.name.rpartition("/")
@@ -169,9 +182,11 @@ class _Samples:
             middle, _, last = extension.rpartition(".")
             if last in IMAGES or last in TEXTS:
                 self._dotted.append((f"{this}.{base[len(stem) + 1:len(stem) + 1 + len(middle)]}", last, member))
+            elif last == "npy" and not member.refused:
+                self._npy[middle] = member
         elif extension in IMAGES or extension in TEXTS:
             self._plain[extension] = member
-        if len(self.keys) + len(self._dotted) > MOST_SAMPLES:
+        if len(self.keys) + len(self._dotted) + len(self._npy) > MOST_SAMPLES:
             raise BrokenTar("shard has too many samples")
 
     def close(self) -> None:
@@ -179,17 +194,19 @@ class _Samples:
         is a picture or a caption ("a.b.jpg", "a.b.txt"), one for each name up to the last dot."""
         plain, dotted, stem = self._plain, self._dotted, self.stem
         self._plain, self._dotted, self.stem = {}, [], None
+        npy, self._npy = self._npy, {}
         if stem is not None and (plain or not dotted):
-            self._sample(stem, plain)
+            self._sample(stem, plain, npy)
             return
         parts: dict[str, Member] = {}
         for (key, extension, member), after in itertools.zip_longest(dotted, dotted[1:]):
             parts[extension] = member
             if after is None or after[0] != key or after[1] in parts:
-                self._sample(key, parts)
+                before = f"{key[len(stem or ''):].lower()}."[1:]  # "b." of the sample a.b, whose arrays are a.b.NAME.npy
+                self._sample(key, parts, {name[len(before):]: npy[name] for name in npy if name.startswith(before)})
                 parts = {}
 
-    def _sample(self, key: str, parts: dict[str, Member]) -> None:
+    def _sample(self, key: str, parts: dict[str, Member], arrays: dict[str, Member]) -> None:
         image = next((parts[extension] for extension in IMAGES if extension in parts), None)
         captions = [parts.get(extension) for extension in TEXTS]
         refused = next((part.refused for part in (image, *captions) if part is not None and part.refused), None)
@@ -203,6 +220,8 @@ class _Samples:
             self.keys.append(printable(key))
             for part in (image, *captions):
                 self.places.extend((0, -1) if part is None else (part.offset, part.size))
+            for name, part in arrays.items():
+                self.arrays.setdefault(name, array("q")).extend((len(self.keys) - 1, part.offset, part.size))
 
     def problem(self, reason: str, key: str) -> None:
         self.problems.append((reason, f"{self.path}: {printable(key)}"))
@@ -231,7 +250,8 @@ def scan(path: str) -> Shard:
         found.problems.append(("shard cannot be opened", f"{found.path}: {error.strerror or error}"))
     except BrokenTar as error:
         found.problems.append((str(error), found.path))
-    return Shard(found.keys, np.array(found.places, dtype=np.int64).reshape(-1, 3, 2), found.problems, stamp)
+    arrays = {name: np.array(rows, dtype=np.int64).reshape(-1, 3) for name, rows in found.arrays.items()}
+    return Shard(found.keys, np.array(found.places, dtype=np.int64).reshape(-1, 3, 2), found.problems, stamp, arrays)
 
 
 class Index:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import debug as tensor_debug
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastvlp._schema import ConfigError
@@ -105,7 +107,10 @@ def join(device_name: str, timeout: float = 1800.0) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        try:
+            yield World(dist.get_rank(), dist.get_world_size(), device)
+        finally:
+            _let_go_of_groups()
         return
     if "WORLD_SIZE" not in os.environ:
         _refuse_other_launchers()
@@ -119,8 +124,25 @@ def join(device_name: str, timeout: float = 1800.0) -> Iterator[World]:
         traceback.clear_frames(error.__traceback__)  # their variables use the group
         raise
     finally:
-        gc.collect()  # FSDP's state is a cycle
+        _let_go_of_groups()
         dist.destroy_process_group()
+
+
+def _let_go_of_groups() -> None:
+    """DTensor's caches (of sharded operators and of redistributions) hold meshes, and meshes their groups; FSDP's state is a cycle.
+
+    The caches are private and there is no other way, so that each is cleared where this torch has it.
+    """
+    clears = [getattr(tensor_debug, "_clear_sharding_prop_cache", None)]
+    for name in ("_redistribute", "_collective_utils"):
+        module = sys.modules.get(f"torch.distributed.tensor.{name}")
+        for found in (*vars(module).values(), *vars(getattr(module, "MeshTopoInfo", object)).values()) if module else ():
+            clears.append(getattr(getattr(found, "__func__", found), "cache_clear", None))
+        clears.append(getattr(module, "clear_redistribute_planner_cache", None))
+    for clear in clears:
+        if callable(clear):
+            clear()
+    gc.collect()
 
 
 def _refuse_other_launchers() -> None:

@@ -1,6 +1,7 @@
 """Frames, pages, regions, vectors and labels, against values that are known beforehand."""
 
 import io
+import json
 import textwrap
 
 import numpy as np
@@ -9,12 +10,15 @@ import torch
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 from records import RECORDS, WORDS, bound, places, record
-from tar_files import encoded, picture
+from tar_files import encoded, picture, write_tar
 
-from fastvlp.data import Frames, Image, Label, Pages, Regions, Stage, Vector
+from fastvlp.data import Frames, Image, Label, Pages, Regions, Stage, Stream, Vector
+from fastvlp.data.fields import bind
 from fastvlp.data.fields.image import _lines
 from fastvlp.data.frames import frames
 from fastvlp.data.images import Unusable, augment, augmentations
+from fastvlp.data.samples import Reader
+from fastvlp.data.shards import Index
 
 
 def _grey(level, size=(16, 16)):
@@ -175,6 +179,49 @@ HUGE = _npy(np.zeros(3)).replace(b"(3,)", b"(99999999999,)")
 def test_what_a_sample_lacks(field, values, files, message):
     with pytest.raises(Unusable, match=message):
         field.check(record(0, values=values, files=files), Stage())
+
+
+def test_everything_in_one_shard(tmp_path):
+    """Read from a shard, with bad samples among the good ones, whole and by two ranks with workers."""
+    members = []
+    for number in range(12):
+        clip = [_grey(20 * step + number, (16, 16)) for step in range(6)]
+        values = {"captions": [f"a {number}"], "class": ("cat", "dog")[number % 2], "boxes": [[0, 0, 0.5, 0.5]] * (number % 3), "n": number}
+        members += [(f"{number}.webp", encoded(clip[0], "WEBP", save_all=True, append_images=clip[1:], lossless=True)),
+                    (f"{number}.json", json.dumps(values).encode()),
+                    (f"{number}.CLIP.npy", _npy(np.array([number, 0.5])))]
+    members[3 * 4 + 2] = ("4.clip.npy", b"broken")
+    del members[3 * 7 + 2]
+    shard = write_tar(tmp_path / "x.tar", members)
+    fields = {"clip": Frames(2, stride=3, size=16, patch=16), "v": Vector("clip"), "label": Label(names=("cat", "dog")), "n": Label("n"),
+              "boxes": Regions(), "page": Pages(size=32, patch=16)}
+    fields = bind(fields, None, None)
+    named = set()
+    batch = next(iter(Stream(shard, fields, batch_size=12, seed=0, stage_at=Stage(), on_skip=lambda *skip: named.add(skip))))
+    assert named == {("clip.npy is broken", f"{shard}: 4"), ("no clip", f"{shard}: 7")}
+    n = batch.n.tolist()
+    assert set(n) == {number for number in range(12) if number not in (4, 7)}
+    assert batch.v.tolist() == [[number, 0.5] for number in n] and batch.label.tolist() == [number % 2 for number in n]
+    assert batch.boxes.lengths.tolist() == [number % 3 for number in n] and len(batch.page) == 12
+    levels = batch.clip.x[:, 0].view(12, 2).long()
+    assert ((levels[:, 1] - levels[:, 0]) == 60).all() and all(number in {v - 20 * s for s in range(3)} for number, v in
+                                                              zip(n, levels[:, 0].tolist(), strict=True))
+    parts = [next(iter(Stream(shard, fields, 12, 0, Stage(), rank=rank, world_size=2, workers=1))) for rank in range(2)]
+    assert [number for part in parts for number in part.n.tolist()] == n and torch.equal(torch.cat([part.v for part in parts]), batch.v)
+
+
+def test_arrays_belong_to_their_sample(tmp_path):
+    """Of names with dots, and of keys that come twice."""
+    image, text = encoded(_grey(0)), b"words"
+    shard = write_tar(tmp_path / "x.tar", [
+        ("a.b.png", image), ("a.b.txt", text), ("a.b.v.npy", b"ab"), ("a.c.png", image), ("a.c.txt", text), ("a.c.v.npy", b"ac"),
+        ("d.png", image), ("d.txt", text), ("d.v.npy", b"d"), ("d.png", image), ("d.txt", text), ("e.png", image), ("e.txt", text),
+        ("e.w.npy", b"e")])
+    index = Index([shard], print)
+    reader = Reader(index)
+    assert index.shard(0).keys == ["a.b", "a.c", "d", "d", "e"]
+    assert [reader.npy(0, member, "V") for member in range(5)] == [b"ab", b"ac", b"d", None, None]
+    assert reader.npy(0, 4, "w") == b"e" and reader.values(0, 4) == {}
 
 
 def test_vectors_of_several_widths():

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from tar_files import encoded, metadata, picture, sound, write_tar
 
-from fastvlp.data import expand, unpack
+from fastvlp.data import Stage, Stream, expand, unpack
 from fastvlp.data.images import Unusable
-from fastvlp.data.samples import Reader, Skips, samples
+from fastvlp.data.samples import Reader, samples
 from fastvlp.data.shards import Index, printable, scan
 from fastvlp.data.tar import BrokenTar, tar_members
 
@@ -344,12 +344,12 @@ def test_a_shard_that_is_replaced_while_it_is_read(tmp_path):
 
 def test_skips_count_each_sample_once_in_little_memory():
     told = []
-    skips = Skips(lambda *skip: told.append(skip))
+    stream = Stream("mini:train", {}, 8, 0, Stage(), on_skip=lambda *skip: told.append(skip))
     for _ in range(3):
         for number in range(50):
-            skips("not an image", f"{'n' * 1000}{number}")
-    assert skips.counts == {"not an image": 50} and len(told) == 50
-    assert sum(map(sys.getsizeof, skips._known)) < 50 * 64
+            stream._skip("not an image", f"{'n' * 1000}{number}")
+    assert stream.skipped == {"not an image": 50} and len(told) == 50
+    assert sum(sys.getsizeof(skip) + sys.getsizeof(skip[1]) for skip in stream.skips) < 50 * 128
 
 
 def test_broken_tars_raise_nothing_else(tmp_path):
