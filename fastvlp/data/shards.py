@@ -31,6 +31,7 @@ NAMED = {
 }
 INDEXED = 1 << 26  # bytes of names and places that are held in memory
 MOST_SHARDS = 1 << 20  # that one pattern may stand for
+MOST_NAMES = 1 << 8  # of arrays beside the pictures
 MOST_SAMPLES, MOST_PROBLEMS, LONGEST_NAME = 1 << 19, 1 << 14, 1 << 10  # of one shard; usual ones hold 10,000 samples
 
 Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -163,6 +164,7 @@ class _Samples:
         self._plain: dict[str, Member] = {}  # members of this stem with one extension
         self._dotted: list[tuple[str, str, Member]] = []  # (key, extension, member) of those with several
         self.arrays: dict[str, array[int]] = {}  # by name, (number of the sample, offset, size) of each
+        self._arrays = 0
         self._npy: dict[str, Member] = {}  # those of this stem
 
     def add(self, member: Member) -> None:
@@ -199,11 +201,14 @@ class _Samples:
             self._sample(stem, plain, npy)
             return
         parts: dict[str, Member] = {}
+        arrays: dict[str, dict[str, Member]] = {}  # of "b", which is the sample a.b, those that are called a.b.NAME.npy
+        for name, member in npy.items():
+            of, _, short = name.rpartition(".")
+            arrays.setdefault(of, {})[short] = member
         for (key, extension, member), after in itertools.zip_longest(dotted, dotted[1:]):
             parts[extension] = member
             if after is None or after[0] != key or after[1] in parts:
-                before = f"{key[len(stem or ''):].lower()}."[1:]  # "b." of the sample a.b, whose arrays are a.b.NAME.npy
-                self._sample(key, parts, {name[len(before):]: npy[name] for name in npy if name.startswith(before)})
+                self._sample(key, parts, arrays.get(key[len(stem or "") + 1:].lower(), {}))
                 parts = {}
 
     def _sample(self, key: str, parts: dict[str, Member], arrays: dict[str, Member]) -> None:
@@ -222,6 +227,9 @@ class _Samples:
                 self.places.extend((0, -1) if part is None else (part.offset, part.size))
             for name, part in arrays.items():
                 self.arrays.setdefault(name, array("q")).extend((len(self.keys) - 1, part.offset, part.size))
+            self._arrays += len(arrays)
+            if self._arrays > MOST_SAMPLES or len(self.arrays) > MOST_NAMES:
+                raise BrokenTar("shard has too many arrays")
 
     def problem(self, reason: str, key: str) -> None:
         self.problems.append((reason, f"{self.path}: {printable(key)}"))

@@ -170,13 +170,14 @@ def test_a_shift_moves_the_picture():
 
 
 def test_saturation_changes_by_up_to_its_range():
-    """Gains taken out, the colour matrix is a turn about the grey axis times the saturation across it: its scale there is what was drawn."""
+    """Gains taken out, the colour matrix is a turn about the grey axis times the saturation across it: its scale there is what is drawn."""
     _, colour = augmentations(np.arange(20_000, dtype=np.uint64), 1.0)
     matrix = colour.reshape(-1, 3, 4)[:, :, :3]
     across = matrix / matrix.sum(2, keepdims=True) - 1 / 3
     saturation = np.sqrt((across ** 2).sum((1, 2)) / 2)
     assert abs(saturation.max() - 1.35) < 0.001 and abs(saturation.min() - 1 / 1.35) < 0.001
-    assert abs(np.log(saturation).mean()) < 0.005 and abs(np.log(saturation).std() - np.log(1.35) / np.sqrt(3)) < 0.005  # uniform in log
+    drawn = np.log(saturation) / np.log(1.35)  # uniform in -1..1
+    assert abs(drawn.mean()) < 0.02 and abs(drawn.std() - 1 / np.sqrt(3)) < 0.02
 
 
 def test_saturation_shows_in_pictures():

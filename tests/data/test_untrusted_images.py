@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from tar_files import encoded, picture
 
 from fastvlp.data import images
+from fastvlp.data.headers import inspect
 from fastvlp.data.images import Unusable, as_pixels, decode, fit
 
 ROOT = Path(__file__).parent.parent.parent
@@ -94,7 +97,7 @@ def _modes():
 
 
 @pytest.mark.parametrize("block", [1 << 20, 7])  # as a whole, and row by row as large ones
-@pytest.mark.parametrize("form, image, options, colour", _modes())
+@pytest.mark.parametrize("form, image, options, colour", list(_modes()))
 def test_every_kind_of_picture(form, image, options, colour, block, monkeypatch):
     monkeypatch.setattr(images, "BLOCK", block)
     found = decode(encoded(image, form, **options))
@@ -271,6 +274,29 @@ def test_what_decoders_think_of_a_file_stays_off_the_terminal(form, capfd):
             except Unusable:
                 pass
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow's, while the files are made
+def test_the_decoder_is_given_no_metadata():
+    """Parsers of metadata have asked for gigabytes (EXIF, MPF and TIFF tables, joined comments); pixels do not need them."""
+    image, secret = picture(1), b"metadata-" + b"x" * 40
+    text = PngInfo()
+    text.add_text("comment", secret.decode())
+    exif = Image.Exif()
+    exif[271], exif[0x0112] = secret.decode(), 1
+    exif.get_ifd(0x8769)[0x9286] = secret
+    for form, options in {"JPEG": {"exif": exif, "comment": secret, "xmp": secret, "icc_profile": secret},
+                          "PNG": {"exif": exif, "pnginfo": text, "icc_profile": secret}, "GIF": {"comment": secret, "save_all": True},
+                          "MPO": {"save_all": True, "append_images": [image], "exif": exif}}.items():
+        data = encoded(image, form, **options)
+        given = inspect(data).data
+        assert secret in data or b"icc_profile" in data and form == "PNG", form
+        assert secret not in given and not re.search(rb"Exif|MPF\0|iCCP|tEXt|eXIf|http:", given), form
+        same, whole = (np.asarray(Image.open(io.BytesIO(each)).convert("RGB")) for each in (given, data))
+        assert np.array_equal(same, whole)
+    data = encoded(image, "TIFF", exif=exif)
+    kept = Image.open(io.BytesIO(inspect(data).data)).tag_v2
+    assert 271 in Image.open(io.BytesIO(data)).tag_v2 and not {271, 34665} & set(kept) and {256, 257, 258, 273} <= set(kept)
 
 
 def test_output_comes_back_after_a_tiff(capfd):

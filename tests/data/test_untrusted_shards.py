@@ -178,6 +178,10 @@ def test_one_shard_holds_a_bounded_number_of_everything(tmp_path, monkeypatch):
     for members in ([m for i in range(30) for m in sound(i)], [(f"a.b{i}.c.txt", b"x") for i in range(30)]):
         found = scan(write_tar(tmp_path / "y.tar", members))
         assert len(found.keys) <= 11 and "shard has too many samples" in [reason for reason, _ in found.problems]
+    monkeypatch.setattr("fastvlp.data.shards.MOST_SAMPLES", 100)
+    monkeypatch.setattr("fastvlp.data.shards.MOST_NAMES", 10)
+    arrays = scan(write_tar(tmp_path / "w.tar", [("a.png", b""), ("a.txt", b""), *((f"a.n{i}.npy", b"") for i in range(11))]))
+    assert [reason for reason, _ in arrays.problems] == ["shard has too many arrays"]
     long = write_tar(tmp_path / "z.tar", [("n" * 5000 + ".png", b""), *sound(0)], tarfile.PAX_FORMAT)
     assert scan(long).keys == ["sample0000"] and scan(long).problems == [("name is too long", f"{long}: {'n' * 80}")]
 
@@ -220,6 +224,16 @@ def test_keys_with_dots(tmp_path):
     assert found.keys == ["a.b.0", "a.b.1", "a.b.2", "photo 1.5 mm", "c"]
     assert sorted(found.problems) == [("no caption", f"{path}: d.e"), ("no caption", f"{path}: photo 1.5 mm.seg"),
                                       ("no image", f"{path}: d.e.f")]
+
+
+def test_a_shard_of_dotted_keys_takes_linear_time(tmp_path):
+    """All of them are one group by WebDataset's rule: 8,000 samples with an array each, sorted out in one pass."""
+    path = write_tar(tmp_path / "x.tar", [m for i in range(8000) for m in
+                                          ((f"a.b.{i}.png", b""), (f"a.b.{i}.txt", b"w"), (f"a.b.{i}.vector.npy", b"data"))])
+    start = time.process_time()
+    found = scan(path)
+    assert time.process_time() - start < 4
+    assert found.keys == [f"a.b.{i}" for i in range(8000)] and found.array(7999, "vector")[1] == 4
 
 
 @pytest.mark.parametrize("extension, form", [("gif", "GIF"), ("GIF", "GIF"), ("avif", "AVIF"), ("JPEG", "JPEG"), ("Tiff", "TIFF"),
