@@ -98,7 +98,15 @@ def block_forward(cls: Any) -> Callable[..., Any]:
             if not step.merging and (exported.exporting() or not (step.packed or packs)):
                 return original(self, x, *args, **kwargs)
             _refuse(self, step, args, kwargs)
-            x = enter(x, *((None, None) if mask is None else step.family.read(mask, (x.shape[0], x.shape[1]))))
+            if mask is not None and exported.exporting():
+                exported.unpadded(mask)
+                mask = None
+            real, bias = (None, None) if mask is None else step.family.read(mask, (x.shape[0], x.shape[1]))
+            if bias is not None and step.merging:
+                raise ValueError(
+                    "fastvlp.accelerate: the attention mask adds to the scores of keys, which merge= cannot do for merged tokens; leave merge out"
+                )
+            x = enter(x, real, bias)
             carried = step.merging or mask is not None
         call = Call(x)
 

@@ -12,12 +12,18 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
+def unpadded(mask: Tensor) -> None:
+    """Make what is written down stop at a mask that hides anything: transformers makes one that hides nothing, which cannot be read here."""
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    torch._assert_async(seen.all(), "fastvlp.accelerate: a model exported with merge= takes batches without padding")
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, bias: Tensor | None, scale: float | None, dropout: float) -> Tensor:
     """Attention of each image, [B, N, H, d]; ``size`` [B * N] weighs the keys, ``bias`` [B * N] or [H, B * N] is added to their scores."""
     rows, tokens = q.shape[:2]
     terms = None if bias is None else torch.atleast_2d(bias).unflatten(1, (rows, tokens)).transpose(0, 1)[:, :, None]
     if size is not None:
-        sizes = size.float().log().view(rows, 1, 1, tokens)
+        sizes = size.to(torch.promote_types(q.dtype, torch.float32)).log().view(rows, 1, 1, tokens)
         terms = sizes if terms is None else terms + sizes
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if terms is None else terms.to(q.dtype)

@@ -25,7 +25,7 @@ def packed_attention(
     seen = real_k[:, None, None]
     terms = None
     if key_size is not None:
-        sizes = pad(key_size.float(), real_k)
+        sizes = pad(key_size.to(torch.promote_types(q.dtype, torch.float32)), real_k)
         seen = seen & (sizes > 0)[:, None, None]
         terms = torch.where(sizes > 0, sizes, 1).log()[:, None, None]
     if key_bias is not None:
