@@ -66,12 +66,13 @@ def accelerate(
 
     Raises:
         TypeError: there is nothing to replace, or the blocks of a tower that is to merge, drop or pack are of another kind.
-        ValueError: a switch is not what is allowed or does not fit a tower, or nothing is asked for; ``group`` or ``logits`` without a loss.
+        ValueError: a switch is not what is allowed or does not fit a tower, or nothing is asked for; ``group`` or ``logits``
+            without a loss.
         RuntimeError: it is transformers 4, whose models are built differently, or the model is accelerated already.
     """
     for path, module in model.named_modules():
         if instances.changed(module):
-            raise RuntimeError(f"fastvlp.accelerate: {path or 'the model'} is accelerated already; call fastvlp.restore(model) to change it")
+            raise RuntimeError(f"fastvlp.accelerate: {path or 'the model'} is accelerated already; to change it call fastvlp.restore first")
     found, unknown = towers.find_all(model)
     switches = towers.Switches(merge, drop, attention, pack)
     if unknown and (not found and switches.on):

@@ -233,7 +233,7 @@ def memory_efficient_attention(
         device = query.device
         attn_bias = BlockDiagonalMask.from_seqlens([query.shape[1]] * len(query), [key.shape[1]] * len(key), device=device)
     elif not isinstance(attn_bias, BlockDiagonalMask):
-        raise ValueError(f"{function}: attn_bias is {type(attn_bias).__name__}; it must be fastvlp.integrations.attention.BlockDiagonalMask or None")
+        raise ValueError(f"{function}: attn_bias is {type(attn_bias).__name__}; it must be our BlockDiagonalMask or None")
     elif len(query) != 1:
         raise ValueError(f"{function}: query has a batch of {len(query)}; with a BlockDiagonalMask all segments lie in one, [1, M, H, K]")
     q, k, v = (x.flatten(0, 1) if x.ndim == 4 else x.flatten(0, 1)[:, None] for x in (query, key, value))

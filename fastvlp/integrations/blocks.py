@@ -86,8 +86,8 @@ def block_forward(cls: Any) -> Callable[..., Any]:
         if not carried:
             if isinstance(x, tuple):
                 raise ValueError(
-                    "fastvlp.accelerate: merged or packed tokens came as a plain tuple, as from checkpointing with use_reentrant=True, which "
-                    "would lose their gradients; pass use_reentrant=False"
+                    "fastvlp.accelerate: merged or packed tokens came as a plain tuple, as from checkpointing with use_reentrant=True, "
+                    "which would lose their gradients; pass use_reentrant=False"
                 )
             place, name = step.family.mask
             mask = kwargs.get(name, args[place] if len(args) > place else None)
@@ -104,7 +104,8 @@ def block_forward(cls: Any) -> Callable[..., Any]:
             real, bias = (None, None) if mask is None else step.family.read(mask, (x.shape[0], x.shape[1]))
             if bias is not None and step.merging:
                 raise ValueError(
-                    "fastvlp.accelerate: the attention mask adds to the scores of keys, which merge= cannot do for merged tokens; leave merge out"
+                    "fastvlp.accelerate: the attention mask adds to the scores of keys, which merge= cannot do for merged tokens; leave "
+                    "merge out"
                 )
             x = enter(x, real, bias)
             carried = step.merging or mask is not None
@@ -172,9 +173,9 @@ def attention_forward(cls: Any) -> Callable[..., Any]:
         else:
             starts, lengths = tokens.segments()
             size = None if tokens.size is None else tokens.size.float()
-            flat = (part.flatten(0, -3) for part in (q, k, v))
+            flat_q, flat_k, flat_v = (part.flatten(0, -3) for part in (q, k, v))
             out = cast(Tensor, packed_attention(
-                *flat, starts, key_size=size, key_bias=tokens.bias, scale=scale, lengths=lengths, dropout_p=dropout
+                flat_q, flat_k, flat_v, starts, key_size=size, key_bias=tokens.bias, scale=scale, lengths=lengths, dropout_p=dropout
             ))  # fmt: skip
         call.metric = k.detach().mean(-2).flatten(0, -2)
         out = family.project(self, out.reshape(*x.shape[:-1], v.shape[-2] * v.shape[-1]), x)

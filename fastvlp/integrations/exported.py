@@ -1,4 +1,4 @@
-"""Merging and attention of evenly long images in PyTorch's own operators: what ``torch.export``, ONNX and ``torch.jit.trace`` can write down."""
+"""Merging and attention of evenly long images in PyTorch's own operators, which ``torch.export``, ONNX and ``torch.jit.trace`` know."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def exporting() -> bool:
 
 
 def unpadded(mask: Tensor) -> None:
-    """Make what is written down stop at a mask that hides anything: transformers makes one that hides nothing, which cannot be read here."""
+    """Make what is written down stop at a mask that hides anything; that transformers' own hides nothing cannot be read here."""
     seen = mask if mask.dtype == torch.bool else mask == 0
     torch._assert_async(seen.all(), "fastvlp.accelerate: a model exported with merge= takes batches without padding")
 

@@ -16,8 +16,9 @@ def change(module: Any, build: Build, options: Any) -> None:
     Parameters, state-dict keys, hooks, ``isinstance``, the class's name, ``copy.deepcopy`` and pickling stay. ``build`` is a function of a
     module (pickling refers to it by name); without ``OPTIONS`` its forward is that of the class.
     """
+    cls: Any = type(module)
     setattr(module, OPTIONS, options)
-    module.__class__ = subclass(type(module), build)
+    module.__class__ = subclass(cls, build)
 
 
 def changed(module: Any) -> bool:

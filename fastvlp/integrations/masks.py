@@ -66,6 +66,6 @@ def _named(mask: Any) -> str:
 
 def _different(mask: Tensor) -> str:
     return (
-        f"fastvlp.accelerate: the attention mask ({_named(mask)}) hides more than padding, or adds to the scores of single pairs of tokens; "
+        f"fastvlp.accelerate: the attention mask ({_named(mask)}) hides more than padding, or adds to the scores of pairs of tokens; "
         "merged and packed tokens all see each other (for such masks leave merge, pack and attention out)"
     )

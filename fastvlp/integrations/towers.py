@@ -76,7 +76,7 @@ def plan(model: nn.Module, switches: Switches, found: Sequence[tuple[str, famili
     if switches.drop:
         for module in model.modules():
             if any(cls.__name__ == "ViTForMaskedImageModeling" for cls in type(module).__mro__):
-                raise ValueError("fastvlp.accelerate: ViTForMaskedImageModeling rebuilds every patch, so drop= would leave holes; leave it out")
+                raise ValueError("fastvlp.accelerate: ViTForMaskedImageModeling rebuilds every patch, and drop= leaves holes; leave it out")
     seen: dict[nn.Module, Step] = {}
     return [_plan(path, tower, switches, seen) for path, tower in found]
 
@@ -84,8 +84,8 @@ def plan(model: nn.Module, switches: Switches, found: Sequence[tuple[str, famili
 def _plan(path: str, tower: families.Tower, switches: Switches, seen: dict[nn.Module, Step]) -> Plan:
     if switches.drop and tower.drops:
         raise ValueError(
-            f"fastvlp.accelerate: drop= on a tower that drops {tower.drops:.0%} of its patches itself (patch_drop_rate of timm, patch_dropout "
-            "of open_clip) would drop twice; build the model with that at 0, or leave drop out"
+            f"fastvlp.accelerate: drop= on a tower that drops {tower.drops:.0%} of its patches itself (patch_drop_rate of timm, "
+            "patch_dropout of open_clip) would drop twice; build the model with that at 0, or leave drop out"
         )
     thinned = bool(switches.drop) and tower.padded
     if thinned and tower.family is families.TIMM:
@@ -112,8 +112,8 @@ def _plan(path: str, tower: families.Tower, switches: Switches, seen: dict[nn.Mo
             tokens = left
     if any(schedule) and tokens is not None and tokens == tower.tokens:
         warnings.warn(
-            f"fastvlp.accelerate: merge={switches.merge} merges nothing in {path or 'the model'}: none of its blocks has tokens enough (an image "
-            f"has {tokens}, {tower.prefix} of them protected); a share below 1 is rounded down to whole tokens",
+            f"fastvlp.accelerate: merge={switches.merge} merges nothing in {path or 'the model'}: none of its blocks has tokens enough (an "
+            f"image has {tokens}, {tower.prefix} of them protected); a share below 1 is rounded down to whole tokens",
             stacklevel=4,
         )
     return Plan(tuple(blocks), tuple(savings), (path, tower.module, switches.drop or 0.0) if thinned else None)

@@ -80,7 +80,8 @@ def test_masks_that_are_refused(options):
     fastvlp.accelerate(model, **options)
     causal = torch.ones(N, N, dtype=torch.bool).tril()
     learned = torch.zeros(1, 4, N, N, dtype=torch.float64, requires_grad=True)
-    for mask in (bias(3, 1, N, N), causal, learned, padding(float("nan")), torch.ones(3, 1, 1, N, dtype=torch.int64), torch.ones(1, 1, 1, 5)):
+    integers, short = torch.ones(3, 1, 1, N, dtype=torch.int64), torch.ones(1, 1, 1, 5)
+    for mask in (bias(3, 1, N, N), causal, learned, padding(float("nan")), integers, short):
         with pytest.raises(ValueError, match="attention mask"):
             model(batch, attn_mask=mask)
     clip, images, tower = made(models.open_clip_clip)

@@ -11,8 +11,9 @@ import fastvlp
 from tests.integrations import models
 
 PREFIX = {
-    models.timm_class: 1, models.deit_distilled: 2, models.timm_registers: 3, models.naflexvit: 4, models.open_clip_clip: 1, models.open_clip_coca: 1,
-    models.open_clip_custom_text: 1, models.open_clip_timm: 1, models.clip: 1, models.siglip: 0, models.siglip2: 0, models.vit: 1,
+    models.timm_class: 1, models.deit_distilled: 2, models.timm_registers: 3, models.naflexvit: 4, models.open_clip_clip: 1,
+    models.open_clip_coca: 1, models.open_clip_custom_text: 1, models.open_clip_timm: 1, models.clip: 1, models.siglip: 0,
+    models.siglip2: 0, models.vit: 1,
 }  # fmt: skip
 PADDED = (models.naflexvit, models.siglip2)
 every_model = pytest.mark.parametrize("build", PREFIX, ids=lambda build: build.__name__)
@@ -46,7 +47,7 @@ def gradients(model, batch):
 
 
 def merged(metric, r, protected):
-    """ToMe's definition for one image, a list of tokens for each token that is left, in ToMe's order (registers, which it lacks: in place)."""
+    """ToMe's definition for one image: the tokens of each token that is left, in ToMe's order (registers, which it lacks: in place)."""
     n = len(metric)
     unit = metric / metric.norm(dim=1, keepdim=True)
     even, odd = range(0, n, 2), range(1, n, 2)
