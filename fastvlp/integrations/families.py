@@ -145,7 +145,8 @@ OPEN_CLIP = Family(
     _open_clip_attend, _open_clip_mlp, (2, "attn_mask"), _open_clip_mask, False, "attn", _open_clip_qkv, _open_clip_project, True,
     _dropout, _scale,
 )  # fmt: skip
-OPEN_CLIP_OWN = replace(OPEN_CLIP, mask=(0, "attn_mask"), pair=False)
+OPEN_CLIP_4 = replace(OPEN_CLIP, pair=False)
+OPEN_CLIP_CUSTOM = replace(OPEN_CLIP_4, mask=(0, "attn_mask"))
 CLIP = Family(
     _clip_attend, _clip_mlp, (0, "attention_mask"), _READ, True, "self_attn", _hugging_face_qkv, _hugging_face_project, True, _dropout,
     _scale,
@@ -181,19 +182,18 @@ def _find_open_clip(module: Any) -> Tower | str | None:
     if not isinstance(module, transformer.VisionTransformer):
         return None
     blocks = _named(module.transformer.resblocks, "transformer.resblocks")
-    own = isinstance(module.transformer.resblocks[0], transformer.CustomResidualAttentionBlock)
-    block, attention = (
-        (transformer.CustomResidualAttentionBlock, transformer.Attention) if own else
-        (transformer.ResidualAttentionBlock, nn.MultiheadAttention)
-    )  # fmt: skip
-    if why := _unknown(blocks, block, "attn", attention):
+    first: Any = blocks[0][1]
+    own, torchs = isinstance(first, transformer.CustomResidualAttentionBlock), isinstance(first.attn, nn.MultiheadAttention)
+    block = transformer.CustomResidualAttentionBlock if own else transformer.ResidualAttentionBlock
+    if why := _unknown(blocks, block, "attn", nn.MultiheadAttention if torchs else transformer.Attention):
         return why
-    if own and module.transformer.resblocks[0].attn.logit_scale is not None:
-        return "its attention is a scaled cosine, which packed_attention does not compute"
-    if not own and not module.transformer.resblocks[0].attn.batch_first:
+    if torchs and not first.attn.batch_first:
         return "its blocks take [N, B, C]; build the model with batch_first=True"
+    if not torchs and first.attn.logit_scale is not None:
+        return "its attention is a scaled cosine, which packed_attention does not compute"
+    family = OPEN_CLIP if torchs else OPEN_CLIP_CUSTOM if own else OPEN_CLIP_4
     drops = float(getattr(getattr(module, "patch_dropout", None), "prob", 0.0))
-    return Tower(blocks, OPEN_CLIP_OWN if own else OPEN_CLIP, 1, module.positional_embedding.shape[0], module, drops)
+    return Tower(blocks, family, 1, module.positional_embedding.shape[0], module, drops)
 
 
 def _find_hugging_face(module: Any) -> Tower | str | None:

@@ -27,9 +27,11 @@ class Calls(nn.Module):
         out = self.trainable_module(**batch)
         report = {name: out[name] for name in ("logit_scale", "logit_bias") if name in out}
         if self.name == "CoCaTask":
-            out = {name: out[name] for name in ("image_features", "text_features", "logit_scale")} | {
+            # Version 3 gives the captions with the logits, a token less of both.
+            shifted = {"logits": out["logits"], "labels": out["labels"]} if "labels" in out else {
                 "logits": out["logits"][:, :-1], "labels": batch["text"][:, 1:]
             }  # fmt: skip
+            out = {name: out[name] for name in ("image_features", "text_features", "logit_scale")} | shifted
         if self.teacher is not None:
             with torch.no_grad():
                 out.update({f"dist_{name}": value for name, value in self.teacher(**batch).items()})
@@ -64,7 +66,9 @@ def clip(kind="CLIP", **more):
         coca = importlib.import_module("open_clip.coca_model")
         vision |= {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True}
         many = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1, "attn_pooler_heads": 2}
-        return coca.CoCa(32, many, text | {"embed_cls": True, "output_tokens": True}, vision)
+        model = coca.CoCa(32, many, text | {"embed_cls": True, "output_tokens": True}, vision)
+        nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # open_clip leaves it as it was allocated
+        return model
     return importlib.import_module("open_clip.model").CLIP(16, vision, text, output_dict=True, **more)
 
 
