@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,33 +23,35 @@ PATIENCE = 120.0  # seconds in which one undisturbed training has to end
 
 
 def settings(seed: int, folder: Path, name: str) -> dict[str, Any]:
-    """A run of a few steps on the shipped data, with what a checkpoint has to hold drawn at random: averages, micro-batches, the loss."""
+    """A run of a few steps on the shipped data, with what a checkpoint has to hold drawn at random: averages, queues, micro-batches."""
     draw = random.Random(seed)
-    loss = draw.choice(("clip", "siglip"))
-    stages = [{"until": 0.5, "image_size": 32, "keep": 0.5}, {"image_size": 64, "augment": 0.5}]
-    return {
+    base = draw.choice(("clip", "siglip", "brivl"))
+    tokens = {"image": draw.choice((60, 4096)), "text": draw.choice((50, 4096))}
+    changes = {
         "run": {"name": name, "dir": str(folder), "seed": seed % 2**31, "device": "cpu"},
-        "data": {"train": ["mini:val-openclipart"], "batch_size": draw.choice((8, 13)), "workers": 0},
+        "data": {"train": "mini:val-openclipart", "batch_size": draw.choice((8, 13)), "workers": 0},
         "model": {"embed_dim": 16, "image": {"width": 32, "depth": 2, "heads": 2}, "text": {"width": 32, "depth": 1, "heads": 2},
-                  "init_bias": -10.0 if loss == "siglip" else None},
-        "loss": {"name": loss},
+                  **({"queue": 40} if base == "brivl" else {})},
         "optim": {"grad_clip": draw.choice((None, 1.0))},
-        "schedule": {"steps": STEPS, "warmup": 2, "stages": stages},
-        "train": {"ema": draw.choice((None, 0.9)), "image_tokens": draw.choice((None, 60)), "text_tokens": draw.choice((None, 50)),
-                  "checkpoint_every": draw.choice((1, 2)), "keep": draw.choice((1, 2))},
+        "schedule": {"steps": STEPS, "warmup": 2,
+                     "stages": [{"until": 0.5, "image_size": 32, "keep": 0.5}, {"image_size": 64, "augment": 0.5}]},
+        "train": {"ema": draw.choice((None, 0.9)), "tokens": tokens, "checkpoint_every": draw.choice((1, 2)), "keep": draw.choice((1, 2))},
     }  # fmt: skip
+    texts = [f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+             for section, inside in changes.items() for key, value in inside.items()]
+    return {"recipe": base, "changes": ["eval={}", *texts], "folder": str(folder / name)}
 
 
 def run(values: dict[str, Any], output: str) -> None:
     """Train in this process, its words and its traceback to a file."""
     torch.set_num_threads(1)
-    from fastvlp.config import from_dict
+    from fastvlp.config import load
     from fastvlp.train import plots, train
 
     no_pictures = mock.patch.object(plots, "available", return_value=False)  # they would take longer than the training
     with open(output, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), no_pictures:
         try:
-            train(from_dict(values))
+            train(load(values["recipe"], values["changes"]))
         except BaseException:  # also an exit: the parent reads the traceback and the code
             traceback.print_exc()
             file.flush()
@@ -56,12 +60,18 @@ def run(values: dict[str, Any], output: str) -> None:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     """Everything that training ended with, by name: weights, averages and the optimizer's state."""
-    from fastvlp.train.checkpoint import checkpoints, load
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    state = load(checkpoints(folder / "checkpoints")[-1])
-    found = dict(state["model"]) | {f"average {name}": x for name, x in (state["ema"] or {"averages": {}})["averages"].items()}
-    for number, moments in state["optimizer"]["state"].items():
-        found |= {f"optimizer {number} {name}": x for name, x in moments.items()}
+    from fastvlp.train.checkpoint import checkpoints
+
+    whole = folder / "whole.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of no process group
+        dcp_to_torch_save(checkpoints(folder / "checkpoints")[-1] / "state", whole)
+    state = torch.load(whole)
+    found = dict(state["model"]) | {f"average {name}": x for name, x in state.get("ema", {}).items()}
+    for name, moments in state["optim"]["state"].items():
+        found |= {f"optimizer {name} {kind}": x for kind, x in moments.items()}
     return found
 
 
@@ -71,8 +81,7 @@ def train(values: dict[str, Any], kill_after: float | None = None) -> bool:
     Raises:
         AssertionError: it failed, or hung; with what it said.
     """
-    folder, name = values["run"]["dir"], values["run"]["name"]
-    output = Path(folder) / f"{name}.txt"
+    output = Path(values["folder"] + ".txt")
     process = forkserver().Process(target=run, args=(values, str(output)), daemon=True)
     process.start()
     process.join(PATIENCE if kill_after is None else kill_after)
