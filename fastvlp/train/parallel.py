@@ -154,7 +154,7 @@ def _refuse_other_launchers() -> None:
                               "docs/cluster.md shows")
 
 
-def parallelize(system: System, shard: int | str = 1, *, world: World | None = None, compile: bool = False,
+def parallelize(system: System, shard: int | str = 1, *, world: World | None = None, compile: bool | str = False,
                 checkpointing: str | None = None, offload: bool = False) -> System:
     """Lay a system's parameters on the processes by FSDP2, over a mesh (replicas, shards): one path for all ways.
 
@@ -163,7 +163,7 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
     Args:
         shard: over how many neighbouring processes parameters, gradients and optimizer state are split: 1 replicates (data parallel), a
             divisor of the number of processes shards inside groups and replicates across (hybrid), "world" shards over all.
-        compile: each block by torch.compile. checkpointing: "blocks" keeps only the input of each block for backward, "selective" also the
+        compile: each block by torch.compile, or by one of its backends by name. checkpointing: "blocks" keeps only the input of each block for backward, "selective" also the
             results of matrix products and attention. offload: parameters and optimizer state live in the CPU's memory.
 
     Raises:
@@ -180,7 +180,7 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
         if checkpointing is not None:
             _checkpoint(block, selective=checkpointing == "selective")
         if compile:
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, **({} if compile is True else {"backend": compile}))
     if world.size == 1:
         return system
     mesh = init_device_mesh(world.device.type, (world.size // split, split), mesh_dim_names=("replicate", "shard"))

@@ -52,14 +52,16 @@ class Saver:
         target, planner = str(temporary / checkpoint.STATE), DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         values = _values(self.trainer)
         self._finish = lambda: self._together(lambda: checkpoint.finish(temporary, trainer, generators, self.trainer.recipe.train.keep))
+        how = {"checkpoint_id": target, "planner": planner, "no_dist": world.size == 1}
         try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
+                if wait:
+                    dcp.save(values, **how)
+                else:
+                    self._writing = dcp.async_save(values, **how)  # type: ignore[assignment]
             if wait:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
-                    dcp.save(values, checkpoint_id=target, planner=planner, no_dist=world.size == 1)
                 self.complete()
-            else:
-                self._writing = dcp.async_save(values, checkpoint_id=target, planner=planner, no_dist=world.size == 1)  # type: ignore[assignment]
         except (Exception, CheckpointException) as error:
             self._finish = None
             if world.rank == 0:
