@@ -34,7 +34,9 @@ def compare(T: int, V: int, D: int, dtype: torch.dtype, bias: bool = True, devic
 
     ours, exact = run("triton", leaves), run("reference", [t.double() for t in leaves])
     for k, (mine, want) in enumerate(zip(ours, exact, strict=True)):
-        tolerance = 1e-5 + (ROUNDING[dtype] if k in (1, 2) else 0.0)
+        # Triton's interpreter cuts float32 to bfloat16 where a device rounds.
+        rounding = ROUNDING[dtype] * (2 if dtype == torch.bfloat16 and device == "cpu" else 1)
+        tolerance = 1e-5 + (rounding if k in (1, 2) else 0.0)
         assert error(mine, want)[0] < tolerance, f"{k} of {(T, V, D, dtype, bias, options)}: {error(mine, want)}"
     with torch.no_grad():
         value = linear_cross_entropy(leaves[0], leaves[1], targets, *leaves[2:], impl="triton", **options)
@@ -43,17 +45,16 @@ def compare(T: int, V: int, D: int, dtype: torch.dtype, bias: bool = True, devic
 
 def interpreted_cases() -> None:
     """Small tiles and waves, so that several of each occur; runs in a process where Triton interprets."""
-    triton, product = import_module(MODULE), import_module("fastvlp_kernels._product")
+    triton = import_module(MODULE)
     usual = triton.config
-    triton.config = lambda *size: {**usual(*size), "BLOCK_M": 16, "BLOCK_N": 32}
-    product.CONFIG.update(BLOCK_M=64, BLOCK_N=64)
+    triton.config = lambda *size: {**usual(*size), "BLOCK_M": 64, "BLOCK_N": 64}
     triton.WORKSPACE_BYTES = 1
-    triton.processors = lambda device: 3  # shares of 3 tiles
+    triton.processors = lambda device: 2  # so that a share has several tiles
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
-    compare(21, 150, 5, torch.float32, label_smoothing=0.1, z_loss=0.01)
-    compare(18, 130, 40, torch.bfloat16, bias=False, reduction="none")
-    compare(17, 33, 65, torch.float16, label_smoothing=0.2, reduction="sum", classes=torch.arange(33).flip(0))
+    compare(90, 330, 5, torch.float32, label_smoothing=0.1, z_loss=0.01)
+    compare(70, 200, 40, torch.bfloat16, bias=False, reduction="none")
+    compare(17, 140, 65, torch.float16, label_smoothing=0.2, reduction="sum", classes=torch.arange(140).flip(0))
     compare(2, 1, 3, torch.float32)
     x, weight = (torch.randn(n, 4, requires_grad=True) for n in (0, 3))
     nothing = torch.autograd.grad(linear_cross_entropy(x, weight, torch.empty(0, dtype=torch.int64), impl="triton"), [x, weight])

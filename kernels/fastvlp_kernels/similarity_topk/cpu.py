@@ -24,8 +24,8 @@ def search(
     y = y.to(dtype).to(acc)
     best = y.new_full((M, k), -torch.inf)
     places = torch.full((M, k), -1, dtype=torch.int64, device=x.device)
-    tile_n = min(COLS, N)
-    tile_m = min(TILE // max(tile_n, 1), max(64, -(-M // 9)))
+    tile_n = max(1, min(COLS, N))
+    tile_m = max(1, min(TILE // tile_n, max(64, -(-M // 9))))
     buffer = y.new_empty(tile_m * tile_n)
     for i in range(0, M, tile_m):
         rows = slice(i, min(i + tile_m, M))
