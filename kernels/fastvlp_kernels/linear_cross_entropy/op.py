@@ -41,13 +41,13 @@ def _forward(
             from . import triton
 
             rows = triton.forward(a)
-            made = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
-            return _reduce(losses(rows, a), a.targets, reduction), torch.stack(rows[:3]), *made
+            dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
+            return _reduce(losses(rows, a), a.targets, reduction), torch.stack(rows[:3]), dx, dweight, dbias
         # With one upstream gradient for all rows, the sweep that makes the loss makes the gradients too: three products, not four.
         grad = None if reduction == "none" or not any(needs) else _upstream(a, reduction)
-        loss, *gradients = cpu.sweep(a, grad, needs)
-        made = tuple(_widen(g, weight.shape[0], classes if k else None) for k, g in enumerate(gradients))
-        return _reduce(loss, a.targets, reduction), x.new_empty(0, 0, dtype=loss.dtype), *made
+        loss, dx, dweight, dbias = cpu.sweep(a, grad, needs)
+        dweight, dbias = (_widen(gradient, weight.shape[0], classes) for gradient in (dweight, dbias))
+        return _reduce(loss, a.targets, reduction), x.new_empty(0, 0, dtype=loss.dtype), dx, dweight, dbias
 
 
 @_forward.register_fake
@@ -91,13 +91,12 @@ def _backward(
         if impl == "triton":
             from . import triton
 
-            found = triton.backward(a, of_rows, Rows(*statistics, statistics.new_empty(0)), needs)
+            peak, others, target = statistics
+            dx, dweight, dbias = triton.backward(a, of_rows, Rows(peak, others, target, statistics.new_empty(0)), needs)
         else:
-            found = cpu.sweep(a, of_rows, needs)[1:]
-    dx, dweight, dbias = (
-        _widen(g, weight.shape[0], classes if k else None).to(d) for k, (g, d) in enumerate(zip(found, dtypes, strict=True))
-    )
-    return dx, dweight, dbias
+            _, dx, dweight, dbias = cpu.sweep(a, of_rows, needs)
+    dweight, dbias = (_widen(gradient, weight.shape[0], classes) for gradient in (dweight, dbias))
+    return dx.to(dtypes[0]), dweight.to(dtypes[1]), dbias.to(dtypes[2])
 
 
 @_backward.register_fake
@@ -199,7 +198,7 @@ def linear_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of the logits x weight' + bias, which are never stored: what ``F.cross_entropy(F.linear(x, weight, bias), targets)`` is.
+    """Cross-entropy of the logits x weight' + bias, which are never stored: ``F.cross_entropy(F.linear(x, weight, bias), targets)``.
 
     With l the logits of a row, lse their log-sum-exp and e ``label_smoothing``, a row's loss is
     (1 - e) (lse - l_target) + e (lse - mean of l) + z_loss lse^2.
@@ -257,7 +256,8 @@ def _checked(
     if weight.numel() == 0:
         raise ValueError(f"{OP}: weight has shape {tuple(weight.shape)}; at least one class and width 1 are needed")
     if targets.dtype != torch.int64 or targets.shape != x.shape[:1]:
-        raise ValueError(f"{OP}: targets are {targets.dtype} {tuple(targets.shape)}; they must be int64 ({x.shape[0]},), one for each row of x")
+        got = f"targets are {targets.dtype} {tuple(targets.shape)}"
+        raise ValueError(f"{OP}: {got}; they must be int64 ({x.shape[0]},), one for each row of x")
     if classes is not None and (classes.dtype != torch.int64 or classes.ndim != 1 or classes.shape[0] == 0):
         raise ValueError(f"{OP}: classes are {classes.dtype} {tuple(classes.shape)}; they must be int64 [K] with at least one id")
     _check.vector(OP, "bias", bias, weight.shape[0])
