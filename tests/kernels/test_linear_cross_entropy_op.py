@@ -130,7 +130,7 @@ def test_second_and_forward_mode_derivatives_are_refused():
     def f(impl):
         return torch.func.jvp(lambda x: linear_cross_entropy(x, weight.detach(), targets, impl=impl), (x.detach(),), (x.detach(),))
 
-    with pytest.raises(RuntimeError, match="linear_cross_entropy: forward-mode derivatives are not available; use impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"linear_cross_entropy: forward-mode derivatives .*are not available; use impl='reference'"):
         f("cpu")
     assert f("reference")[1].isfinite()
 

@@ -45,12 +45,12 @@ def _logits(
 
 @triton.jit(do_not_specialize=["T", "V", "tiles_of_share"])
 def _forward_kernel(
-    x_ptr, stride_x, weight_ptr, stride_weight, bias_ptr, targets_ptr, peak_ptr, others_ptr, target_ptr, total_ptr,
+    x_ptr, stride_x, weight_ptr, stride_weight, bias_ptr, targets_ptr, peak_ptr, others_ptr, target_ptr,
     T, V, D, tiles_of_share, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of rows and one share of the classes: the largest logit, the sum of exp(logit - it) but for the target's, the target's
-    logit, and the sum of the logits (where total_ptr is given); [shares, T] each."""
+    """Of a block of rows and one share of the classes: the largest logit, the sum of exp(logit - it) but for the target's, and the
+    target's logit, [shares, T] each."""
     first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     share = tl.program_id(1)
     t_m, t_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -59,15 +59,12 @@ def _forward_kernel(
     peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     target = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     others = tl.zeros((BLOCK_M,), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
     start = share.to(tl.int64) * tiles_of_share * BLOCK_N
     first_n = start
     for _ in range(0, tl.cdiv(tl.minimum(V - start, tiles_of_share * BLOCK_N), BLOCK_N)):
         S, in_col = _logits(
             x_ptr, stride_x, weight_ptr, stride_weight, bias_ptr, first_m, first_n, T, V, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST
         )
-        if total_ptr is not None:
-            total += tl.sum(tl.where(in_col[None, :], S, 0.0), 1)
         S = tl.where(in_col[None, :], S, -float("inf"))
         place = tl.maximum(tl.minimum(b_class - first_n, BLOCK_N), -1).to(tl.int32)
         hit = place[:, None] == t_n[None, :]
@@ -83,8 +80,6 @@ def _forward_kernel(
     tl.store(peak_ptr + out, peak, mask=inside)
     tl.store(others_ptr + out, others, mask=inside)
     tl.store(target_ptr + out, target, mask=inside)
-    if total_ptr is not None:
-        tl.store(total_ptr + out, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "V"])
@@ -123,18 +118,22 @@ def forward(a: Inputs) -> Rows:
     # Two programs for every processor, where there is work for them.
     tiles_of_share = triton.cdiv(tiles_n, min(tiles_n, triton.cdiv(2 * processors(x.device), max(tiles_m, 1))))
     shares = triton.cdiv(tiles_n, tiles_of_share)
-    peak, others, target, total = (x.new_empty(shares, T, dtype=torch.float32) for _ in range(4))
+    peak, others, target = (x.new_empty(shares, T, dtype=torch.float32) for _ in range(3))
     if T:
         with torch.cuda.device_of(x):
             _forward_kernel[(tiles_m, shares)](
                 x, x.stride(0), weight, weight.stride(0), None if a.bias is None else a.bias.float().contiguous(),
-                a.targets.contiguous(), peak, others, target, total if a.label_smoothing else None, T, V, x.shape[1], tiles_of_share,
+                a.targets.contiguous(), peak, others, target, T, V, x.shape[1], tiles_of_share,
                 PRECISION=precision(), UPCAST=upcast(), **options,
             )  # fmt: skip
     highest = peak.amax(0)
     reference = highest.masked_fill(highest == -torch.inf, 0.0)
     others = (others * (peak - reference).exp()).sum(0)
-    mean = total.sum(0) / V - reference if a.label_smoothing else total.new_empty(0)
+    mean = peak.new_empty(0)
+    if a.label_smoothing:
+        # The mean of logits is the logit of the mean, which costs no registers.
+        mean = torch.mv(x.float(), weight.mean(0, dtype=torch.float32)) - reference
+        mean = mean if a.bias is None else mean + a.bias.float().mean()
     return Rows(highest, others, target.amax(0) - reference, mean)
 
 
