@@ -135,7 +135,7 @@ def test_confident_rows_keep_their_digits(confidence):
             rest = (logits - logits.diagonal()[:, None]).fill_diagonal_(-torch.inf).logsumexp(1)
             loss = torch.log1p(rest.exp()).mean()
         (grads[kind],) = torch.autograd.grad(loss, leaf)
-    assert float(loss) == pytest.approx(39 * math.exp(-confidence), rel=1e-6)
+    assert loss.item() == pytest.approx(39 * math.exp(-confidence), rel=1e-6)
     assert error(grads["ours"], grads["exact"])[1] < 1e-6
 
 
