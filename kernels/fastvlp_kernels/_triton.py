@@ -31,6 +31,14 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def span(cu_ptr, segment, T):
+    """Where a segment starts and its length, within the T tokens that there are, whatever the device holds."""
+    start = tl.minimum(tl.maximum(tl.load(cu_ptr + segment).to(tl.int32), 0), T)
+    end = tl.minimum(tl.load(cu_ptr + segment + 1).to(tl.int32), T)
+    return start, tl.maximum(end - start, 0)
+
+
+@triton.jit
 def dot_tile(
     x_ptr, stride_x, y_ptr, stride_y, first_m, first_n, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,

@@ -1,12 +1,16 @@
-"""Compiles Triton kernels for GPUs that are not here, and reads what ptxas says about them."""
+"""Compiles Triton kernels for GPUs that are not here, and reads what ptxas says about them.
 
+Triton runs ptxas itself, with its own flags; what it says is read there, so that nothing is assembled twice or otherwise than on a GPU.
+"""
+
+import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -25,10 +29,28 @@ class Compiled:
     shared: int
     spills: int
     ptx: str
+    sass: str
+    log: str
 
     def holds(self, instruction: str) -> bool:
         """Whether the PTX holds an instruction, by the first part of its name: "wgmma", "mma", "tcgen05", "atom", "red"."""
         return re.search(rf"^\s*(@!?%p\d+\s+)?{re.escape(instruction)}\.", self.ptx, re.MULTILINE) is not None
+
+    def waits(self) -> tuple[int, int]:
+        """How often warps wait for products of the tensor core on sm_90, and how many products there are, in the machine code."""
+        return len(re.findall(r"WARPGROUP\.DEPBAR", self.sass)), len(re.findall(r"\bHGMMA", self.sass))
+
+    def assert_fits(self, product: bool = False, atomics: bool = False) -> None:
+        """It fits on the device, spills nothing, and ``product``s run on tensor cores, on sm_90 several of them between two waits."""
+        assert self.shared <= SHARED_LIMIT[self.arch], f"{self.shared} bytes of shared memory"
+        assert self.spills == 0, f"{self.spills} bytes spilled"
+        assert not re.search(r"\bC75\d\d\b", self.log), self.log
+        assert atomics or not (self.holds("atom") or self.holds("red"))
+        if product:
+            assert self.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[self.arch])
+            if self.arch == 90:
+                waits, products = self.waits()
+                assert 2 * waits <= products, f"{waits} waits for {products} products"
 
 
 def compile_for(
@@ -49,7 +71,6 @@ def compile_for(
         constexprs: value of every constexpr; a pointer that is not given is a constexpr None.
         aligned: arguments known to be divisible by 16, as Triton finds out at launch: pointers of torch and strides.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -57,12 +78,35 @@ def compile_for(
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constexprs}
     source = ASTSource(fn=kernel, signature=types, constexprs=dict(constexprs), attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = built.asm["ptx"]
-    said = _ptxas(ptx)
-    used, spilled = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
-    assert used is not None and spilled, f"ptxas reported neither registers nor spills:\n{said}"
-    return Compiled(arch, int(used[1]), built.metadata.shared, sum(map(int, spilled)), ptx)
+    key = (source.hash(), arch, num_warps, num_stages, maxnreg)
+    if key not in _COMPILED:
+        _COMPILED[key] = _compile(source, GPUTarget("cuda", arch, 32), options)
+    return _COMPILED[key]
+
+
+_COMPILED: dict[Any, Compiled] = {}  # the same launch under two tests is compiled once
+
+
+def _compile(source: Any, target: Any, options: dict[str, Any]) -> Compiled:
+    import triton
+
+    logs: list[str] = []
+    run = subprocess.run
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        done = run(*args, **kwargs)
+        if hasattr(kwargs.get("stderr"), "name"):
+            logs.append(Path(kwargs["stderr"].name).read_text())
+        return done
+
+    # A cached binary would come without ptxas's log.
+    with mock.patch.object(subprocess, "run", noted), mock.patch.dict(os.environ, {"TRITON_ALWAYS_COMPILE": "1"}):
+        built = triton.compile(source, target=target, options=options)
+    log = "".join(logs)
+    used, spilled = re.search(r"Used (\d+) registers", log), re.findall(r"(\d+) bytes spill", log)
+    assert used is not None and spilled, f"ptxas reported neither registers nor spills:\n{log}"
+    sass = built.asm["sass"] if target.arch == 90 else ""
+    return Compiled(target.arch, int(used[1]), built.metadata.shared, sum(map(int, spilled)), built.asm["ptx"], sass, log)
 
 
 class Recorder:
@@ -99,21 +143,3 @@ class Recorder:
                 if value % 16 == 0:
                     aligned.append(name)
         return compile_for(self.kernel, signature, constexprs, arch, aligned=aligned, **options)
-
-
-def _ptxas(ptx: str) -> str:
-    import triton
-
-    target = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE)
-    assert target is not None
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    for ptxas in filter(Path.exists, (tools / "ptxas", tools / "ptxas-blackwell")):
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "kernel.ptx")
-            source.write_text(ptx)
-            command = [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
-            done = subprocess.run(command, capture_output=True, text=True)
-        if "Unsupported .version" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr
-    return done.stderr + done.stdout

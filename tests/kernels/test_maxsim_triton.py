@@ -69,8 +69,12 @@ def interpreted_cases() -> None:
     compare([9, 0, 20, 4, 20], [2, 33, 3], 8, torch.bfloat16, longest=31, tokens_x=5)
 
     x, y, cu_x, cu_y = torch.randn(12, 8), torch.randn(18, 8), starts([4, 8]), starts([10, 8])
-    with pytest.raises(RuntimeError, match="max_seqlen_x is less than the length of a segment"):
+    with pytest.raises(ValueError, match="max_seqlen_x=7, but there is a segment of 8"):
         maxsim(x, cu_x, y, cu_y, max_seqlen_x=7, impl="triton")
+    # Where the host does not know the lengths.
+    given, ones = (x, y, cu_x, cu_y, 7, True), torch.ones(2, 2)
+    assert all(scores.isnan().all() for scores in triton.forward(*given, True, True, torch.float32))
+    assert all(g.isnan().any() for g in triton.backward(ones, ones, *given, torch.float32, True, True))
     x[5, 2] = torch.nan
     row, col = maxsim(x, cu_x, y, cu_y, impl="triton")
     assert row[1].isnan().all() and col[1].isnan().all() and not row[0].isnan().any() and not col[0].isnan().any()

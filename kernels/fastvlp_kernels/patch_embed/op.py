@@ -1,22 +1,21 @@
 """``patch_embed``: pixels of ragged images to tokens, with normalisation, positions and dropping in one pass."""
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _backend, _check, _inputs
+from fastvlp_kernels import _check, _inputs, _op
 from fastvlp_kernels._inputs import sum_dtype
 from fastvlp_kernels.packed import Packed
 
-from . import cpu, positions, reference
+from . import positions, reference
 
 NAME = "patch_embed"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}", mutates_args=())
+@_op.custom_op(NAME)
 def _embed(
     pixels: Tensor, sizes: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None,
     grid: Tensor | None, patch_size: int, mean: list[float], std: list[float], rotary: float | None, total: int, dtype: torch.dtype,
@@ -26,15 +25,14 @@ def _embed(
     shapes, cells = _shapes(sizes // patch_size)
     patches = (sizes // patch_size).prod(1)
     images = torch.stack((_before(patches), _before(3 * sizes.prod(1)), sizes[:, 1] // patch_size, cells))
-    module, device = _module(impl), pixels.device
+    module, device = _op.module(__package__, impl), pixels.device
     where, pos = module.locate(images.to(device, non_blocking=True), None if keep is None else keep.to(device), total, patch_size)
     tables = [] if rows is None or cols is None else [(pos[:, 1], rows), (pos[:, 2], cols)]
     stored = [_stored(pixels, values) for values in (mean, std)]
-    with torch.autocast(device.type, enabled=False):  # dtypes are decided; autocast would round sums
-        if grid is not None:
-            tables = [(where[:, 2], positions.resize(grid, shapes, sum_dtype(dtype)))]
-        turn = None if rotary is None else (pos, _turns(rotary, sizes, patch_size, weight, sum_dtype(dtype)))
-        return module.forward(pixels, where, weight, bias, tables, turn, patch_size, *stored, dtype), pos, where
+    if grid is not None:
+        tables = [(where[:, 2], positions.resize(grid, shapes, sum_dtype(dtype)))]
+    turn = None if rotary is None else (pos, _turns(rotary, sizes, patch_size, weight, sum_dtype(dtype)))
+    return module.forward(pixels, where, weight, bias, tables, turn, patch_size, *stored, dtype), pos, where
 
 
 @_embed.register_fake
@@ -43,30 +41,29 @@ def _(pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, mean, std
     return weight.new_empty((total, weight.shape[0]), dtype=dtype), pos, where
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}_backward", mutates_args=())
+@_op.custom_op(f"{NAME}_backward")
 def _embed_backward(
     grad: Tensor, pixels: Tensor, sizes: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None,
     grid: Tensor | None, pos: Tensor, where: Tensor, patch_size: int, mean: list[float], std: list[float], rotary: float | None,
     needs: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    module, acc = _module(impl), sum_dtype(grad.dtype)
+    module, acc = _op.module(__package__, impl), sum_dtype(grad.dtype)
     grad = grad.contiguous()
     results = [weight.new_empty(0, dtype=dtype) for dtype in _dtypes(weight, bias, rows, cols, grid)]
-    with torch.autocast(grad.device.type, enabled=False):
-        if rotary is not None:
-            grad = module.rotate(grad, pos, _turns(rotary, sizes, patch_size, weight, acc, back=True))
-        if needs[0]:
-            stored = [_stored(pixels, values) for values in (mean, std)]
-            results[0] = module.weight_backward(grad, pixels, where, weight, patch_size, *stored)
-        if needs[1]:
-            results[1] = grad.sum(0, dtype=acc).to(results[1].dtype)
-        for i, table in ((2, rows), (3, cols)):
-            if table is not None and needs[i]:
-                results[i] = module.table_backward(grad, pos[:, i - 1], table.shape[0], acc).to(table.dtype)
-        if grid is not None and needs[4]:
-            shapes, _ = _shapes(sizes // patch_size)
-            cells = module.table_backward(grad, where[:, 2], sum(m * n for m, n in shapes), acc)
-            results[4] = positions.resize_backward(cells, grid, shapes).to(grid.dtype)
+    if rotary is not None:
+        grad = module.rotate(grad, pos, _turns(rotary, sizes, patch_size, weight, acc, back=True))
+    if needs[0]:
+        stored = [_stored(pixels, values) for values in (mean, std)]
+        results[0] = module.weight_backward(grad, pixels, where, weight, patch_size, *stored)
+    if needs[1]:
+        results[1] = grad.sum(0, dtype=acc).to(results[1].dtype)
+    for i, table in ((2, rows), (3, cols)):
+        if table is not None and needs[i]:
+            results[i] = module.table_backward(grad, pos[:, i - 1], table.shape[0], acc).to(table.dtype)
+    if grid is not None and needs[4]:
+        shapes, _ = _shapes(sizes // patch_size)
+        cells = module.table_backward(grad, where[:, 2], sum(m * n for m, n in shapes), acc)
+        results[4] = positions.resize_backward(cells, grid, shapes).to(grid.dtype)
     return results[0], results[1], results[2], results[3], results[4]
 
 
@@ -92,20 +89,7 @@ def _backward(ctx, grad, *_):
     return None, None, None, *(r if need else None for r, need in zip(results, needs, strict=True)), *[None] * 7
 
 
-def _refuse(ctx, *_):
-    raise RuntimeError(f"{NAME}: second derivatives are not available; use impl='reference' for them")
-
-
-_embed.register_autograd(_backward, setup_context=_setup)
-_embed_backward.register_autograd(_refuse)
-
-
-def _module(impl: str) -> ModuleType:
-    if impl == "triton":
-        from . import triton
-
-        return triton
-    return cpu
+_op.differentiate(NAME, _embed, _embed_backward, _setup, _backward)
 
 
 def _dtypes(weight: Tensor, *others: Tensor | None) -> list[torch.dtype]:
@@ -171,7 +155,7 @@ def patch_embed(
 
     Raises:
         ValueError, TypeError: shapes, sizes, dtypes or devices do not fit; pixels that need a gradient.
-        RuntimeError: ``impl`` cannot run here; a second derivative is asked for.
+        RuntimeError: ``impl`` cannot run here; a second or a forward-mode derivative is asked for.
     """
     sizes, keep = _host("sizes", sizes), None if keep is None else _host("keep", keep)
     rows, cols, grid = _tables(positions)
@@ -186,11 +170,7 @@ def patch_embed(
         )
     rotary = None if rotary is None else float(rotary)
     dtype = _inputs.product_dtype(NAME, weight, None)
-    chosen = _backend.choose(NAME, impl, pixels.device, IMPLEMENTATIONS)
-    if chosen == "triton" and torch.float64 in (dtype, pixels.dtype):
-        if impl == "triton":
-            raise RuntimeError(f"{NAME}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
-        chosen = "cpu"
+    chosen = _op.choose(NAME, impl, pixels.device, IMPLEMENTATIONS, (dtype, pixels.dtype), (pixels, weight, bias, rows, cols, grid))
     total = pixels.shape[0] // (3 * patch_size**2) if keep is None else keep.shape[0]
     if chosen == "reference":
         _check_values(pixels, sizes, keep, rows, cols, patch_size)
@@ -212,7 +192,7 @@ def _host(name: str, numbers: Tensor) -> Tensor:
     _check.plain_tensors(NAME, **{name: numbers})
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise TypeError(f"{NAME}: {name} is {numbers.dtype}; it must be an integer tensor")
-    return numbers.detach().to("cpu", torch.int64)
+    return numbers.detach().to("cpu", torch.int64).contiguous()
 
 
 def _tables(positions: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
