@@ -29,16 +29,19 @@ class Compiled:
     shared: int
     spills: int
     ptx: str
-    sass: str
-    log: str
+    sass: str = ""
+    log: str = ""
 
     def holds(self, instruction: str) -> bool:
         """Whether the PTX holds an instruction, by the first part of its name: "wgmma", "mma", "tcgen05", "atom", "red"."""
         return re.search(rf"^\s*(@!?%p\d+\s+)?{re.escape(instruction)}\.", self.ptx, re.MULTILINE) is not None
 
     def waits(self) -> tuple[int, int]:
-        """How often warps wait for products of the tensor core on sm_90, and how many products there are, in the machine code."""
-        return len(re.findall(r"WARPGROUP\.DEPBAR", self.sass)), len(re.findall(r"\bHGMMA", self.sass))
+        """How many asynchronous products of the tensor core the machine code has for sm_90, and how many of them are waited for before
+        the next begins. Of a loop over one product of tiles, only the last of a turn should be."""
+        found = re.findall(r"\bHGMMA|WARPGROUP\.DEPBAR", self.sass)
+        between = sum(now == "HGMMA" and then != "HGMMA" and "HGMMA" in found[i:] for i, (now, then) in enumerate(zip(found, found[1:]), 1))
+        return found.count("HGMMA"), between
 
     def assert_fits(self, product: bool = False, atomics: bool = False) -> None:
         """It fits on the device, spills nothing, and ``product``s run on tensor cores, on sm_90 several of them between two waits."""
@@ -49,8 +52,8 @@ class Compiled:
         if product:
             assert self.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[self.arch])
             if self.arch == 90:
-                waits, products = self.waits()
-                assert 2 * waits <= products, f"{waits} waits for {products} products"
+                products, waits = self.waits()
+                assert 2 * waits <= products, f"{products} products and {waits} waits between them"
 
 
 def compile_for(
@@ -67,7 +70,7 @@ def compile_for(
     """Compile ``kernel`` (a @triton.jit function) for compute capability ``arch`` (80, 90, 100) without a GPU.
 
     Args:
-        signature: type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32", "tensordesc<bf16[128, 64]>".
+        signature: type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32".
         constexprs: value of every constexpr; a pointer that is not given is a constexpr None.
         aligned: arguments known to be divisible by 16, as Triton finds out at launch: pointers of torch and strides.
     """
@@ -128,18 +131,17 @@ class Recorder:
         options = {name: values.pop(name, default) for name, default in (("num_warps", 4), ("num_stages", 3), ("maxnreg", None))}
         signature, constexprs, aligned = {}, {}, []
         fixed = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+        general = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
         for name, value in values.items():
-            if name in fixed or value is None or (isinstance(value, int) and value == 1):
+            if name in fixed or value is None or (isinstance(value, int) and value == 1 and name not in general):
                 constexprs[name] = value
             elif isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
                 aligned.append(name)
-            elif hasattr(value, "block_shape"):
-                signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and name not in general:
                     aligned.append(name)
         return compile_for(self.kernel, signature, constexprs, arch, aligned=aligned, **options)

@@ -130,12 +130,7 @@ def test_compiled_ahead_of_time(arch, dtype, lengths, directions, monkeypatch):
     recorders = launches(monkeypatch, dtype, lengths, directions)
     for name in KERNELS if lengths[1] == 77 else KERNELS[:1]:
         for launch in (0, -1) if name == "_tile_kernel" else (-1,):
-            compiled = recorders[name].compile(arch, launch)
-            print(f"{name} sm_{arch}: {compiled.registers} registers, {compiled.shared} bytes shared, {compiled.spills} bytes spilled")
-            assert compiled.spills == 0 and compiled.shared <= SHARED_LIMIT[arch]
-            assert not compiled.holds("atom") and not compiled.holds("red")
-            if name == "_tile_kernel" and dtype != torch.float32:
-                assert compiled.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[arch])
+            recorders[name].compile(arch, launch).assert_fits(product=name == "_tile_kernel" and dtype != torch.float32)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
