@@ -195,7 +195,7 @@ COMPILED = {
 }
 
 
-EVERYWHERE = ("tiny", "short", "middle", "long")
+EVERYWHERE = ("tiny", "short", "middle", "long", "three tiles")
 
 
 @pytest.mark.parametrize(("case", "arch"), [(c, a) for a in SHARED_LIMIT for c in COMPILED if a == 90 or c in EVERYWHERE])

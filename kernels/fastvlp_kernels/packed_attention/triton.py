@@ -35,7 +35,7 @@ def config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[st
     """Block sizes and launch options of the forward pass for heads of ``width``."""
     if dtype == torch.float32:
         rows, columns = rows_of(queries.typical, 32), rows_of(keys.typical, 32)
-        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 4, "num_stages": 2}
     wide = width > 64
     rows = rows_of(queries.typical, 128 if queries.typical > 512 else 64)
     columns = rows_of(keys.typical, 32 if wide and rows == 128 else 64)

@@ -19,8 +19,8 @@ def query_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> d
     if dtype == torch.float32:
         return {"BLOCK_M": rows_of(queries.typical, 32), "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
     wide, rows = width > 64, rows_of(queries.typical, 64)
-    columns = rows_of(keys.typical, 64 if wide or rows < 64 else 32)
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8 if wide and rows * columns == 4096 else 4, "num_stages": 2}
+    columns = rows_of(keys.typical, 64 if rows < 64 else 32)
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8 if wide and rows == 64 and columns == 32 else 4, "num_stages": 2}
 
 
 def key_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int]:

@@ -20,25 +20,30 @@ def _embed(
     pixels: Tensor, sizes: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None,
     grid: Tensor | None, patch_size: int, mean: list[float], std: list[float], rotary: float | None, total: int, dtype: torch.dtype,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_values(pixels, sizes, keep, rows, cols, patch_size)
     shapes, cells = _shapes(sizes // patch_size)
-    patches = (sizes // patch_size).prod(1)
+    patches, S = (sizes // patch_size).prod(1), len(sizes)
     images = torch.stack((_before(patches), _before(3 * sizes.prod(1)), sizes[:, 1] // patch_size, cells))
-    module, device = _op.module(__package__, impl), pixels.device
-    where, pos = module.locate(images.to(device, non_blocking=True), None if keep is None else keep.to(device), total, patch_size)
+    module = _op.module(__package__, impl)
+    numbers = _upload(torch.cat((images.flatten(), patches.sum(0, keepdim=True), *([] if keep is None else [keep]))), pixels.device)
+    images, kept = numbers[: 4 * S].view(4, S), None if keep is None else numbers[4 * S + 1 :]
+    where, pos = module.locate(images, kept, total, patch_size)
+    starts = torch.cat((images[0], numbers[4 * S : 4 * S + 1]))
+    starts = (starts if kept is None else torch.searchsorted(kept, starts)).int()
     tables = [] if rows is None or cols is None else [(pos[:, 1], rows), (pos[:, 2], cols)]
     stored = [_stored(pixels, values) for values in (mean, std)]
     if grid is not None:
         tables = [(where[:, 2], positions.resize(grid, shapes, sum_dtype(dtype)))]
     turn = None if rotary is None else (pos, _turns(rotary, sizes, patch_size, weight, sum_dtype(dtype)))
-    return module.forward(pixels, where, weight, bias, tables, turn, patch_size, *stored, dtype), pos, where
+    return module.forward(pixels, where, weight, bias, tables, turn, patch_size, *stored, dtype), pos, where, starts
 
 
 @_embed.register_fake
 def _(pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, mean, std, rotary, total, dtype, impl):
     pos, where = (weight.new_empty((total, 3), dtype=kind) for kind in (torch.int32, torch.int64))
-    return weight.new_empty((total, weight.shape[0]), dtype=dtype), pos, where
+    starts = weight.new_empty(sizes.shape[0] + 1, dtype=torch.int32)
+    return weight.new_empty((total, weight.shape[0]), dtype=dtype), pos, where, starts
 
 
 @_op.custom_op(f"{NAME}_backward")
@@ -78,7 +83,7 @@ def _(grad, pixels, sizes, weight, bias, rows, cols, grid, pos, where, patch_siz
 
 def _setup(ctx, inputs, output) -> None:
     pixels, sizes, _, weight, bias, rows, cols, grid, ctx.patch_size, ctx.mean, ctx.std, ctx.rotary, _, _, ctx.impl = inputs
-    ctx.save_for_backward(pixels, sizes, weight, bias, rows, cols, grid, *output[1:])
+    ctx.save_for_backward(pixels, sizes, weight, bias, rows, cols, grid, *output[1:3])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -102,7 +107,12 @@ def _stored(pixels: Tensor, values: Sequence[float]) -> list[float]:
 
 def _turns(rotary: float, sizes: Tensor, patch_size: int, weight: Tensor, dtype: torch.dtype, back: bool = False) -> Tensor:
     places = int(sizes.max()) // patch_size if len(sizes) else 0
-    return positions.turns(rotary, places, weight.shape[0], back).to(weight.device, dtype)
+    return positions.turns(rotary, places, weight.shape[0], back, weight.device, dtype)
+
+
+def _upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory, so that the host does not wait for the device."""
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 def _before(counts: Tensor) -> Tensor:
@@ -178,12 +188,13 @@ def patch_embed(
             pixels, sizes.tolist(), keep, weight, bias, rows, cols, grid, patch_size, shift, scale, rotary, dtype
         )
     else:
-        x, pos, _ = torch.ops.fastvlp.patch_embed(
+        x, pos, _, starts = torch.ops.fastvlp.patch_embed(
             pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, shift, scale, rotary, total, dtype, chosen
         )
     patches = (sizes // patch_size).prod(1)
     lengths = patches if keep is None else torch.searchsorted(keep, torch.stack((_before(patches), patches.cumsum(0)))).diff(dim=0)[0]
-    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(pixels.device, torch.int32, non_blocking=True)
+    if chosen == "reference":
+        starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(pixels.device, torch.int32)
     longest = total if torch.compiler.is_compiling() else int(lengths.max()) if len(lengths) else 0
     return Packed(x, starts, lengths, total, longest, pos=pos)
 
