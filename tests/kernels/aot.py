@@ -3,6 +3,7 @@
 Triton runs ptxas itself, with its own flags; what it says is read there, so that nothing is assembled twice or otherwise than on a GPU.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -40,8 +41,8 @@ class Compiled:
         """How many asynchronous products of the tensor core the machine code has for sm_90, and how many of them are waited for before
         the next begins. Of a loop over one product of tiles, only the last of a turn should be."""
         found = re.findall(r"\bHGMMA|WARPGROUP\.DEPBAR", self.sass)
-        between = sum(now == "HGMMA" and then != "HGMMA" and "HGMMA" in found[i:] for i, (now, then) in enumerate(zip(found, found[1:]), 1))
-        return found.count("HGMMA"), between
+        runs = [name for name, _ in itertools.groupby(found)]
+        return found.count("HGMMA"), max(0, runs.count("HGMMA") - 1)
 
     def assert_fits(self, product: bool = False, atomics: bool = False) -> None:
         """It fits on the device, spills nothing, and ``product``s run on tensor cores, on sm_90 several of them between two waits."""

@@ -263,7 +263,7 @@ def test_kernels_compile(arch, monkeypatch):
     for width, dtype in ((64, torch.bfloat16), (80, torch.bfloat16), (80, torch.float32)):
         r, k, v, w = (torch.zeros(400, 10, width, dtype=dtype) for _ in range(4))
         triton.backward(v, r, k, v, w, torch.zeros(10, width), cu([400]), True, 1.0, [True] * 5)
-        for name, recorder in recorders.items():
+        for recorder in recorders.values():
             compiled = recorder.compile(arch)
             compiled.assert_fits()
             assert any(compiled.holds(product) for product in ("mma", "wgmma", "tcgen05"))

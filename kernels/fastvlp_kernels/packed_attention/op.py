@@ -20,12 +20,13 @@ def _forward(
     key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool, impl: str,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    host = _lengths(q, k, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, max_seqlen_q, max_seqlen_k, needed=impl == "cpu")
-    options = (key_size, key_bias, prefix_len, causal, scale, with_mass)
-    if host is not None and impl == "cpu":
-        return cpu.forward(q, k, v, *host, *options)
+    known = _known(cu_seqlens_q, lengths, lengths_k)
+    if known or impl == "cpu":
+        host = _lengths(q, k, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, max_seqlen_q, max_seqlen_k)
+        if impl == "cpu":
+            return cpu.forward(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale, with_mass)
     starts = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _op.module(__package__, impl).forward(q, k, v, *starts, *options, host is not None)
+    return _op.module(__package__, impl).forward(q, k, v, *starts, key_size, key_bias, prefix_len, causal, scale, with_mass, known)
 
 
 _packed_attention = _op.custom_op(NAME)(_forward)
@@ -44,12 +45,12 @@ def _gradients(
     lengths: Tensor | None, lengths_k: Tensor | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None,
     causal: bool, scale: float, needs: list[bool], impl: str, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, needed=impl == "cpu")
-    options = (key_size, key_bias, prefix_len, causal, scale, needs)
-    if host is not None and impl == "cpu":
-        return cpu.backward(grad, q, k, v, out, lse, *host, *options)
-    starts = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _op.module(__package__, "triton_backward").backward(grad, q, k, v, out, lse, *starts, *options, host is not None)
+    if impl == "cpu":
+        host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
+        return cpu.backward(grad, q, k, v, out, lse, *host, key_size, key_bias, prefix_len, causal, scale, needs)
+    saved = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_size, key_bias, prefix_len)
+    known = _known(cu_seqlens_q, lengths, lengths_k)
+    return _op.module(__package__, "triton_backward").backward(grad, *saved, causal, scale, needs, known)
 
 
 _packed_attention_backward = _op.custom_op(f"{NAME}_backward")(_gradients)
@@ -98,12 +99,13 @@ class _Direct(torch.autograd.Function):
 _op.differentiate(NAME, _packed_attention, _packed_attention_backward, _setup, _backward)
 
 
-def _host(
-    cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None, needed: bool = True
-) -> tuple[Tensor, Tensor] | None:
-    """The lengths on the CPU; where only the device knows them, read from there if they are ``needed``, else None."""
-    if not needed and cu_q.device.type != "cpu" and (lengths is None or lengths_k is None):
-        return None
+def _known(cu_q: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> bool:
+    """Whether the host can tell the lengths without asking a device."""
+    return cu_q.device.type == "cpu" or (lengths is not None and lengths_k is not None)
+
+
+def _host(cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The lengths on the CPU, read from the device where the caller did not give them."""
     host = read_lengths(NAME, "cu_seqlens_q", cu_q, "lengths", lengths)
     if cu_k is cu_q and (lengths_k is None or lengths_k is lengths):
         return host, host
@@ -112,17 +114,16 @@ def _host(
 
 def _lengths(
     q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None, max_q: int | None,
-    max_k: int | None, needed: bool = True,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    max_k: int | None,
+) -> tuple[Tensor, Tensor]:
     """``_host``, refused where they do not sum to the rows of q and k, or are longer than the longest."""
-    host = _host(cu_q, cu_k, lengths, lengths_k, needed)
-    if host is not None:
-        queries, keys = (int(counts.sum()) for counts in host)
-        if (queries, keys) != (q.shape[0], k.shape[0]):
-            rows = f"q has {q.shape[0]} rows and k has {k.shape[0]}"
-            raise ValueError(f"{NAME}: the segments hold {queries} queries and {keys} keys, but {rows}")
-        check_longest(NAME, "max_seqlen_q", max_q, host[0])
-        check_longest(NAME, "max_seqlen_k", max_k, host[1])
+    host = _host(cu_q, cu_k, lengths, lengths_k)
+    queries, keys = (int(counts.sum()) for counts in host)
+    if (queries, keys) != (q.shape[0], k.shape[0]):
+        rows = f"q has {q.shape[0]} rows and k has {k.shape[0]}"
+        raise ValueError(f"{NAME}: the segments hold {queries} queries and {keys} keys, but {rows}")
+    check_longest(NAME, "max_seqlen_q", max_q, host[0])
+    check_longest(NAME, "max_seqlen_k", max_k, host[1])
     return host
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @functools.lru_cache(maxsize=4096)
 def taps(grid: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[size, grid], made once for each device: the weights of ``interpolate(mode="bilinear", antialias=True, align_corners=False)`` on one axis.
+    """[size, grid]: the weights of ``interpolate(mode="bilinear", antialias=True, align_corners=False)`` on one axis; made once.
 
     A triangle around (i + 1/2) * grid / size, as wide as the distance of the outputs but at least of the inputs, that sums to 1.
     """
@@ -45,7 +45,7 @@ def resize_backward(gradient: Tensor, grid: Tensor, sizes: Sequence[tuple[int, i
 
 @functools.lru_cache(maxsize=256)
 def turns(base: float, places: int, channels: int, back: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[places, C / 2], made once for each device: cosine and sine, in turn, of place * base^(-4 i / C) for the pairs i of half the channels."""
+    """[places, C / 2], made once: cosine and sine, in turn, of place * base^(-4 i / C) for the pairs i of half the channels."""
     speed = base ** (torch.arange(channels // 4, dtype=torch.float64) * (-4 / channels))
     angle = torch.arange(places, dtype=torch.float64)[:, None] * speed
     return torch.stack((angle.cos(), -angle.sin() if back else angle.sin()), 2).flatten(1).to(device, dtype)
