@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ class Compiled:
     shared: int
     spills: int
     ptx: str
-    sass: str = ""
     log: str = ""
+    disassemble: Callable[[], str] = lambda: ""
 
     def holds(self, instruction: str) -> bool:
         """Whether the PTX holds an instruction, by the first part of its name: "wgmma", "mma", "tcgen05", "atom", "red"."""
@@ -40,7 +40,7 @@ class Compiled:
     def waits(self) -> tuple[int, int]:
         """How many asynchronous products of the tensor core the machine code has for sm_90, and how many of them are waited for before
         the next begins. Of a loop over one product of tiles, only the last of a turn should be."""
-        found = re.findall(r"\bHGMMA|WARPGROUP\.DEPBAR", self.sass)
+        found = re.findall(r"\bHGMMA|WARPGROUP\.DEPBAR", self.disassemble())
         runs = [name for name, _ in itertools.groupby(found)]
         return found.count("HGMMA"), max(0, runs.count("HGMMA") - 1)
 
@@ -109,8 +109,8 @@ def _compile(source: Any, target: Any, options: dict[str, Any]) -> Compiled:
     log = "".join(logs)
     used, spilled = re.search(r"Used (\d+) registers", log), re.findall(r"(\d+) bytes spill", log)
     assert used is not None and spilled, f"ptxas reported neither registers nor spills:\n{log}"
-    sass = built.asm["sass"] if target.arch == 90 else ""
-    return Compiled(target.arch, int(used[1]), built.metadata.shared, sum(map(int, spilled)), built.asm["ptx"], sass, log)
+    spills = sum(map(int, spilled))
+    return Compiled(target.arch, int(used[1]), built.metadata.shared, spills, built.asm["ptx"], log, lambda: built.asm["sass"])
 
 
 class Recorder:

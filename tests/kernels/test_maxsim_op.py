@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvlp_kernels.maxsim import maxsim
-from fastvlp_kernels.maxsim.op import cpu
+from fastvlp_kernels.maxsim import cpu, maxsim
 
 CU_X, CU_Y = torch.tensor([0, 4, 4, 9], dtype=torch.int32), torch.tensor([0, 2, 7], dtype=torch.int32)
 

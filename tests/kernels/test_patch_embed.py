@@ -352,6 +352,8 @@ def test_kernels_compile(arch, monkeypatch):
     for name, recorder in recorders.items():
         for launch in range(len(recorder.launches)):
             half = launch < len(recorder.launches) // 2
+            if arch != 90 and not (half and name in ("_forward_kernel", "_weight_kernel")):
+                continue
             recorder.compile(arch, launch).assert_fits(product=arch == 90 and half and name in ("_forward_kernel", "_weight_kernel"))
 
 

@@ -108,13 +108,15 @@ def test_matching_compiles(dtype, arch, kernels):
     metric, cu = torch.zeros(400, 64, dtype=dtype), torch.zeros(3, dtype=torch.int32)
     triton.match(metric, cu, 200, 8.0, False, None, None, 1, True, 0, 384)
     triton.match(metric, cu, 200, 0.0, True, torch.zeros(2), 0.5, 0, False, 1, 400)
-    for name in ("_similarity_kernel", "_rank_kernel", "_list_kernel", "_count_kernel", "_starts_kernel"):
-        for launch in range(2):
-            kernels[name].compile(arch, launch).assert_fits(product=name == "_similarity_kernel" and dtype != torch.float32)
+    kernels["_similarity_kernel"].compile(arch).assert_fits(product=dtype != torch.float32)
+    if arch == 90:
+        for name in ("_rank_kernel", "_list_kernel", "_count_kernel", "_starts_kernel"):
+            for launch in range(2):
+                kernels[name].compile(arch, launch).assert_fits()
 
 
 @needs_triton
-@pytest.mark.parametrize(("mode", "arch"), [("mean", 80), ("mean", 90), ("mean", 100), ("amax", 80), ("amax", 100), ("sum", 90)])
+@pytest.mark.parametrize(("mode", "arch"), [("mean", 90), ("mean", 100), ("amax", 80), ("sum", 90)])
 def test_merging_compiles(mode, arch, kernels):
     from fastvlp_kernels.token_merge import triton
 

@@ -26,8 +26,8 @@ def config(dtype: torch.dtype, width: int, queries: Side, keys: Side, causal: bo
     if not whole:
         return None
     tiles = {192: 3, 256: 2}.get(whole, 1)
-    # 64 rows of 256 probabilities, or their halves of 128, spill on Hopper and Blackwell.
-    rows, columns = rows_of(queries.typical, 32 if whole == 256 else 64), whole // tiles
+    # 64 rows of several tiles of keys spill on Hopper or Blackwell.
+    rows, columns = rows_of(queries.typical, 64 if tiles == 1 else 32), whole // tiles
     if wide:
         warps = 8 if causal and columns == 128 else 4
     else:
