@@ -31,7 +31,7 @@ def config(dtype: torch.dtype, width: int, queries: Side, keys: Side, causal: bo
     if wide:
         warps = 8 if causal and columns == 128 else 4
     else:
-        warps = 4 if rows * columns > 2048 else 2 if rows * columns > 512 else 1
+        warps = 4 if tiles > 1 or rows * columns > 2048 else 2 if rows * columns > 512 else 1
     one = queries.longest is not None and queries.longest <= rows
     return {"ONE": one, "TILES": tiles, "BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": 1}
 
