@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -145,3 +146,24 @@ def test_causal_attention_with_a_scale_that_is_not_positive(scale):
     q, k, v = (rows(2, 8, seed=seed).float() for seed in range(3))
     want = packed_attention(q.double(), k.double(), v.double(), CU, causal=True, scale=scale, impl="reference")
     torch.testing.assert_close(packed_attention(q, k, v, CU, causal=True, scale=scale).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_counts_are_integers_and_shares_are_not():
+    """NumPy's numbers are numbers; a whole share merges half of the tokens, as many as bipartite matching can, and keeps all."""
+    cu = torch.tensor([0, 12])
+    left = [merge_plan(rows(8), cu, r).total for r in (2, np.int64(2), 1, 1.0, np.float32(1.0), 0.5, 0.0, 0)]
+    assert left == [10, 10, 11, 6, 6, 6, 12, 12]
+    assert [len(token_select(rows(), cu, keep).index) for keep in (1, 1.0, np.int64(5), np.float64(0.5))] == [1, 12, 5, 6]
+    with pytest.raises(TypeError, match="r is bool; it must be an int, a float or a tensor"):
+        merge_plan(rows(8), cu, True)
+
+
+def test_a_longest_length_may_be_a_tensor():
+    """As in calls of flash-attn; under a compiler it says nothing, because nobody may ask it."""
+
+    def attend(q, cu):
+        longest = cu.diff().max()
+        return packed_attention(q, q, q, cu, None, longest, longest)
+
+    q = rows(2, 8).float()
+    torch.testing.assert_close(torch.compile(attend, backend="aot_eager", fullgraph=True)(q, CU), attend(q, CU))
