@@ -7,7 +7,7 @@ soft caps, paged keys) is refused by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -157,6 +157,11 @@ class BlockDiagonalMask:
         q, k = _joined(tensors_q), _joined(tensors_k)
         return mask, q, k, None if tensors_v is None else _joined(tensors_v)
 
+    def to(self, device: torch.device | str) -> BlockDiagonalMask:
+        """The mask for tensors on ``device``."""
+        q_starts = self.q_starts.to(device)
+        return replace(self, q_starts=q_starts, k_starts=q_starts if self.k_starts is self.q_starts else self.k_starts.to(device))
+
     def split(self, tensor: Tensor) -> list[Tensor]:
         """[1, sum of B_i M_i, ...] back to the tensors [B_i, M_i, ...] of the list."""
         if not torch.equal(self.q_lengths, self.k_lengths):
@@ -183,7 +188,7 @@ class BlockDiagonalMask:
 
     def make_causal_from_bottomright(self) -> BlockDiagonalMask:
         """The last query of a segment sees all its keys, the one before all but the last."""
-        return BlockDiagonalMask(self.q_lengths, self.k_lengths, self.q_starts, self.k_starts, self.batch_sizes, causal=True)
+        return replace(self, causal=True)
 
     def materialize(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The mask as a tensor of ``shape`` [..., M, N] to be added to the scores: 0 and -inf."""

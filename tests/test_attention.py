@@ -110,6 +110,14 @@ def test_xformers_masks(causal):
     torch.testing.assert_close(found[0], torch.einsum("hnm,mhd->nhd", probabilities, v))
 
 
+def test_xformers_masks_move_with_their_tensors():
+    mask = BlockDiagonalMask.from_seqlens(Q, K, device="cpu").make_causal_from_bottomright()
+    moved = mask.to("meta")
+    assert moved.q_starts.is_meta and moved.k_starts.is_meta and moved.causal and torch.equal(moved.q_lengths, mask.q_lengths)
+    itself = BlockDiagonalMask.from_seqlens(Q).to(torch.device("meta"))
+    assert itself.k_starts is itself.q_starts
+
+
 def test_xformers_lists_batches_and_gradients():
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(b, m, 2, 4, dtype=torch.float64, generator=generator).requires_grad_() for b, m in ((2, 3), (1, 5), (3, 1))]
