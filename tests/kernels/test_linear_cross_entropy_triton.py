@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvlp_kernels._testing import error, forbid_large_tensors
 from fastvlp_kernels.linear_cross_entropy import linear_cross_entropy
-from tests.kernels.aot import SHARED_LIMIT, Compiled, Recorder
+from tests.kernels.aot import Recorder
 from tests.kernels.interpreter import interpreted
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -84,13 +84,6 @@ def test_interpreted():
     interpreted(interpreted_cases, timeout=900)
 
 
-def assert_fits(compiled: Compiled, product: bool) -> None:
-    assert compiled.shared <= SHARED_LIMIT[compiled.arch] and compiled.spills == 0, (compiled.shared, compiled.spills)
-    assert not compiled.holds("atom") and not compiled.holds("red")
-    if product:
-        assert compiled.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[compiled.arch])
-
-
 @needs_triton
 @pytest.mark.parametrize(
     ("dtype", "T", "V", "smoothing", "arch"),
@@ -111,7 +104,7 @@ def test_kernels_compile(dtype, T, V, smoothing, arch, monkeypatch):
     inputs = rows.Inputs(x, weight, torch.zeros(V) if smoothing else None, targets, smoothing, 0.0, dtype)
     triton.backward(inputs, torch.ones(T), triton.forward(inputs), (True, True, bool(smoothing)))
     for recorder in recorders:
-        assert_fits(recorder.compile(arch), product=dtype != torch.float32)
+        recorder.compile(arch).assert_fits(product=dtype != torch.float32)
 
 
 @needs_triton

@@ -5,10 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import _check
-from .._backend import choose
+from .. import _check, _op
 from .._inputs import needs_grad, product_dtype, sum_dtype
 from . import cpu, reference
 from .rows import IGNORED, UNLISTED, Inputs, Rows, losses
@@ -19,7 +17,7 @@ REDUCTIONS = ("mean", "sum", "none")
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op(f"fastvlp::{OP}", mutates_args=())
+@_op.custom_op(OP)
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -36,18 +34,17 @@ def _forward(
 ) -> Five:
     """The loss; what a backward that computes the logits again wants, [3, T]; or the gradients of x, weight and bias for upstream 1."""
     a = _listed(x, weight, bias, targets, classes, ignore_index, label_smoothing, z_loss, dtype)
-    with torch.autocast(x.device.type, enabled=False):  # dtypes are decided; autocast would round sums
-        if impl == "triton":
-            from . import triton
+    if impl == "triton":
+        from . import triton
 
-            rows = triton.forward(a)
-            dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
-            return _reduce(losses(rows, a), a.targets, reduction), torch.stack(rows[:3]), dx, dweight, dbias
-        # With one upstream gradient for all rows, the sweep that makes the loss makes the gradients too: three products, not four.
-        grad = None if reduction == "none" or not any(needs) else _upstream(a, reduction)
-        loss, dx, dweight, dbias = cpu.sweep(a, grad, needs)
-        dweight, dbias = (_widen(gradient, weight.shape[0], classes) for gradient in (dweight, dbias))
-        return _reduce(loss, a.targets, reduction), x.new_empty(0, 0, dtype=loss.dtype), dx, dweight, dbias
+        rows = triton.forward(a)
+        dx, dweight, dbias = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
+        return _reduce(losses(rows, a), a.targets, reduction), torch.stack(rows[:3]), dx, dweight, dbias
+    # With one upstream gradient for all rows, the sweep that makes the loss makes the gradients too: three products, not four.
+    grad = None if reduction == "none" or not any(needs) else _upstream(a, reduction)
+    loss, dx, dweight, dbias = cpu.sweep(a, grad, needs)
+    dweight, dbias = (_widen(gradient, weight.shape[0], classes) for gradient in (dweight, dbias))
+    return _reduce(loss, a.targets, reduction), x.new_empty(0, 0, dtype=loss.dtype), dx, dweight, dbias
 
 
 @_forward.register_fake
@@ -60,7 +57,7 @@ def _(x, weight, bias, targets, classes, ignore_index, label_smoothing, z_loss, 
     return loss, x.new_empty((3, x.shape[0]) if impl == "triton" else (0, 0), dtype=acc), *made
 
 
-@torch.library.custom_op(f"fastvlp::{OP}_backward", mutates_args=())
+@_op.custom_op(f"{OP}_backward")
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -87,14 +84,13 @@ def _backward(
         return dx, dweight, dbias
     a = _listed(x, weight, bias, targets, classes, ignore_index, label_smoothing, z_loss, dtype)
     of_rows = grad.to(sum_dtype(dtype)) * _upstream(a, reduction)
-    with torch.autocast(x.device.type, enabled=False):
-        if impl == "triton":
-            from . import triton
+    if impl == "triton":
+        from . import triton
 
-            peak, others, target = statistics
-            dx, dweight, dbias = triton.backward(a, of_rows, Rows(peak, others, target, statistics.new_empty(0)), needs)
-        else:
-            _, dx, dweight, dbias = cpu.sweep(a, of_rows, needs)
+        peak, others, target = statistics
+        dx, dweight, dbias = triton.backward(a, of_rows, Rows(peak, others, target, statistics.new_empty(0)), needs)
+    else:
+        _, dx, dweight, dbias = cpu.sweep(a, of_rows, needs)
     dweight, dbias = (_widen(gradient, weight.shape[0], classes) for gradient in (dweight, dbias))
     return dx.to(dtypes[0]), dweight.to(dtypes[1]), dbias.to(dtypes[2])
 
@@ -128,12 +124,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 9)
 
 
-def _refuse(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(f"{OP}: second derivatives are not available; use impl='reference' for them")
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_op.differentiate(OP, _forward, _backward, _save, _differentiate)
 
 
 def _upstream(a: Inputs, reduction: str) -> Tensor:
@@ -227,18 +218,12 @@ def linear_cross_entropy(
     """
     _check.plain_tensors(OP, 3, x=x, weight=weight, targets=targets, bias=bias, classes=classes)
     dtype = _checked(x, weight, targets, bias, label_smoothing, reduction, z_loss, classes, compute_dtype)
-    chosen = choose(OP, impl, x.device, IMPLEMENTATIONS)
-    if chosen == "triton" and dtype == torch.float64:
-        if impl == "triton":
-            raise RuntimeError(f"{OP}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
-        chosen = "cpu"
+    chosen = _op.choose(OP, impl, x.device, IMPLEMENTATIONS, (dtype,), (x, weight, bias))
     if chosen == "reference":
         a = _listed(x, weight, bias, targets, classes, ignore_index, label_smoothing, z_loss, dtype)
         rows = slice(None) if classes is None else classes
         a = a._replace(x=x, weight=weight[rows], bias=None if bias is None else bias[rows])
         return _reduce(reference.row_losses(a), a.targets, reduction)
-    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, weight, bias)):
-        raise RuntimeError(f"{OP}: forward-mode derivatives are not available; use impl='reference' for them")
     arguments = (ignore_index, float(label_smoothing), float(z_loss), reduction, dtype, needs_grad(x, weight, bias), chosen)
     return torch.ops.fastvlp.linear_cross_entropy(x, weight, bias, targets, classes, *arguments)[0]
 

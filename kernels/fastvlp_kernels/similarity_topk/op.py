@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _check
-from .._backend import choose
+from .. import _check, _op
 from .._inputs import product_dtype, sum_dtype
 from . import cpu, reference
 
@@ -14,16 +13,15 @@ IMPLEMENTATIONS = ("triton", "cpu", "reference")
 MOST_IN_REGISTERS = 64
 
 
-@torch.library.custom_op(f"fastvlp::{OP}", mutates_args=())
+@_op.custom_op(OP)
 def _search(
     x: Tensor, y: Tensor, k: int, row_ids: Tensor | None, col_ids: Tensor | None, offset: int | None, dtype: torch.dtype, impl: str
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):  # dtypes are decided; autocast would round values
-        if impl == "triton":
-            from . import triton
+    if impl == "triton":
+        from . import triton
 
-            return triton.search(x, y, k, row_ids, col_ids, offset, dtype)
-        return (reference if impl == "reference" else cpu).search(x, y, k, row_ids, col_ids, offset, dtype)
+        return triton.search(x, y, k, row_ids, col_ids, offset, dtype)
+    return (reference if impl == "reference" else cpu).search(x, y, k, row_ids, col_ids, offset, dtype)
 
 
 @_search.register_fake
@@ -77,11 +75,7 @@ def similarity_topk(
     if offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
         raise TypeError(f"{OP}: offset is {type(offset).__name__}; it must be an integer, or None where no pair is left out by its place")
     dtype = product_dtype(OP, x, compute_dtype)
-    chosen = choose(OP, impl, x.device, IMPLEMENTATIONS)
-    if chosen == "triton" and dtype == torch.float64:
-        if impl == "triton":
-            raise RuntimeError(f"{OP}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
-        chosen = "cpu"
+    chosen = _op.choose(OP, impl, x.device, IMPLEMENTATIONS, (dtype,))
     chosen = "cpu" if chosen == "triton" and k > MOST_IN_REGISTERS else chosen
     x, y = x.detach(), y.detach()
     found: tuple[Tensor, ...] = torch.ops.fastvlp.similarity_topk(x, y, k, row_ids, col_ids, offset, dtype, chosen)
