@@ -53,8 +53,8 @@ def percentile(samples: Sequence[float], q: float) -> float:
 
 
 def results(task: Task, mode: Mode) -> dict[str, Tensor]:
-    """The value, and in "forward+backward" the gradient of every leaf; forward alone runs without autograd."""
-    if mode == "forward":
+    """The value, and in "forward+backward" the gradient of every leaf; forward alone, or without leaves, runs without autograd."""
+    if mode == "forward" or not task.leaves:
         with torch.no_grad():
             return {"value": task.forward()}
     value = task.forward()

@@ -90,13 +90,13 @@ def _measurements(results: Results, op: str, mode: str) -> list[tuple[str, str, 
 
 
 def operator(op: str) -> Callable[[Results], str]:
-    """The table of one operator, forward + backward: ours, the others, memory and error."""
+    """The table of one operator, forward and, where it has a gradient, backward: ours, the others, memory and error."""
 
     def table(results: Results) -> str:
         header = ("device", "size", "fastvlp ms", "eager ms", "torch.compile ms", "best other package ms", "faster than it", "than eager",
                   "share of limit", "extra MB: ours", "eager", "error: ours", "eager")
         lines = []
-        for device, shape, rows in _measurements(results, op, "forward+backward"):
+        for device, shape, rows in _measurements(results, op, find(op).modes[-1]):
             eager, rival = _best(rows, "eager"), _best(rows, "rival")
             lines += [
                 [device, shape, _ms(ours, name=True), _ms(eager), _ms(_best(rows, "compiled")), _ms(rival, name=True),
@@ -180,7 +180,7 @@ def operators(results: Results) -> str:
         if op in (*MODELS, *LOSSES):
             continue
         fastest = []
-        for device, shape, rows in _measurements(results, op, "forward+backward"):
+        for device, shape, rows in _measurements(results, op, find(op).modes[-1]):
             ours = _best(rows, "ours")
             if ours is not None:
                 fastest.append(f"{_ms(ours)} ms, {ours['share_of_limit']:.0%} of the limit ({shape}, {device})")

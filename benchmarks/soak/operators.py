@@ -221,8 +221,33 @@ def patch_embed(dice: Dice) -> Drawn:
     return Drawn(f"patch_embed {sizes} {' '.join(leaves)}", leaves, call)
 
 
+def linear_cross_entropy(dice: Dice) -> Drawn:
+    T, V, D = dice.count(1, 300), dice.count(1, 2000), dice.count(1, 64)
+    leaves = {"x": dice.normal(T, D), "weight": dice.normal(V, D) * D**-0.5}
+    if dice.plain.random() < 0.5:
+        leaves["bias"] = dice.normal(V)
+    targets, listed = dice.whole(V, T), dice.plain.random() < 0.3
+    options: dict[str, Any] = {"label_smoothing": dice.plain.choice((0.0, 0.1)), "z_loss": dice.plain.choice((0.0, 0.01)),
+                               "reduction": dice.plain.choice(("mean", "sum", "none")),
+                               "classes": torch.cat((targets, dice.whole(V, 20))).unique() if listed else None}  # fmt: skip
+    targets = targets.masked_fill(dice.positive(T) < 0.1 + 0.5 * dice.plain.random(), -100)
+    text = _sizes(T=T, V=V, D=D, **{name: value for name, value in options.items() if name != "classes"}, listed=listed)
+    return Drawn(f"linear_cross_entropy {text} {' '.join(leaves)}", leaves,
+                 lambda given, impl: kernels.linear_cross_entropy(**given, targets=targets, **options, impl=impl))
+
+
+def similarity_topk(dice: Dice) -> Drawn:
+    """Features of small whole numbers, whose products are exact in every dtype, so that ties are ties for everybody."""
+    M, N, D, k = dice.count(1, 300), dice.count(1, 3000), dice.count(1, 24), dice.count(1, 100)
+    leaves = {"x": dice.whole(5, M, D).float() - 2, "y": dice.whole(5, N, D).float() - 2}
+    options = _ids(dice, M, N, ("exclude",))
+    options |= {"offset": dice.plain.choice((None, 0, dice.plain.randint(-M, N))), "columns": dice.plain.random() < 0.5}
+    text = _sizes(M=M, N=N, D=D, k=k, ids=options.pop("ids", None), offset=options["offset"], columns=options["columns"])
+    return Drawn(f"similarity_topk {text}", leaves, lambda given, impl: kernels.similarity_topk(**given, k=k, **options, impl=impl))
+
+
 OPERATORS = (similarity_logsumexp, pairwise_sigmoid, similarity_attend, maxsim, packed_attention, patch_embed, merge_plan, token_select,
-             segment_pool)  # fmt: skip
+             segment_pool, linear_cross_entropy, similarity_topk)  # fmt: skip
 # What a dtype is drawn for; scalars, biases and sizes stay in float32.
 _FEATURES = ("x", "y", "v", "q", "k", "weight", "rows", "cols", "grid")
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from fastvlp_kernels._inputs import sum_dtype
+from fastvlp_kernels import linear_cross_entropy
 from fastvlp_kernels.packed import Packed, check_packed, check_segments_of
 
 IGNORE = -100
-LOGITS = 1 << 24  # at most so many are held at a time: 64 MiB in float32
 
 Head = nn.Linear | Tensor
 
@@ -31,7 +28,7 @@ def word_nll(hidden: Packed, head: Head, targets: Tensor) -> Tensor:
         wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= len(weight)))]
         if len(wrong):
             raise ValueError(f"word_nll: a target is {int(wrong[0])}; allowed: 0 to {len(weight) - 1}, and {IGNORE} for none")
-    nll = _linear_cross_entropy(hidden.x, weight, targets.long(), bias)
+    nll = linear_cross_entropy(hidden.x, weight, targets.long(), bias, ignore_index=IGNORE, reduction="none")
     counts = hidden.lengths.to(nll.device, non_blocking=True)
     owner = torch.arange(len(hidden), device=nll.device).repeat_interleave(counts, output_size=hidden.total)
     return nll.new_zeros(len(hidden)).index_add(0, owner, nll)
@@ -50,16 +47,3 @@ def next_token_nll(hidden: Packed, head: Head, texts: Packed) -> Tensor:
         ends = (texts.cu_seqlens[1:].long() - 1) % texts.total
         targets = targets.index_fill(0, ends, IGNORE)
     return word_nll(hidden, head, targets)
-
-
-def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, C], weight [V, C], targets int64 [T] -> [T]; of a few tokens at a time, whose logits backward computes again."""
-
-    def piece(x: Tensor, targets: Tensor) -> Tensor:
-        logits = F.linear(x, weight, bias)
-        return F.cross_entropy(logits.to(sum_dtype(logits.dtype)), targets, ignore_index=IGNORE, reduction="none")
-
-    step = max(1, LOGITS // weight.shape[0])
-    pieces = [checkpoint(piece, *both, use_reentrant=False, preserve_rng_state=False)
-              for both in zip(x.split(step), targets.split(step), strict=True)]
-    return torch.cat(pieces)

@@ -11,7 +11,6 @@ import torch
 LIBRARIES = {
     "flash-attn": ("flash_attn", "pip install flash-attn --no-build-isolation, or pip install flash-attn-4"),
     "xformers": ("xformers", "pip install xformers"),
-    "varlen": ("torch.nn.attention.varlen", "it comes with PyTorch 2.10"),
 }
 
 

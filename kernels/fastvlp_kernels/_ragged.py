@@ -1,6 +1,7 @@
 """What the token operators share: lengths on the host, counts per segment, and padded batches of segments of similar lengths."""
 
 import itertools
+import numbers
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -62,28 +63,61 @@ def batches(lengths: Tensor, device: torch.device, limit: int, square: bool = Fa
         yield Batch(segments, tokens, inside, full, starts[chosen[0]] if together else None)
 
 
-def check_segments(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor, lengths: Tensor | None) -> None:
-    """Refuse ``cu_seqlens`` or ``lengths`` that cannot cut ``tokens`` [T, ...] into segments."""
-    _check.plain_tensors(op, 2, **{name: tokens, "cu_seqlens": cu_seqlens})
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        raise ValueError(f"{op}: cu_seqlens is {got}; it must be int32 [S+1]: 0, then where each segment ends")
-    _check.vector(op, "lengths", lengths, cu_seqlens.shape[0] - 1, integer=True)
+def segment_starts(op: str, name: str, starts: Tensor) -> Tensor:
+    """``starts``, refused unless they are integers [S+1]; contiguous, as kernels read them (``cu_seqlens[::2]`` is a view with strides)."""
+    if starts.ndim != 1 or starts.shape[0] == 0 or starts.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: {name} is {starts.dtype} {tuple(starts.shape)}; it must be int32 [S+1]: 0, then where each segment ends")
+    return starts.contiguous()
+
+
+def check_lengths(op: str, name: str, lengths: Tensor | None, segments: int) -> None:
+    """Refuse lengths that are no integers [S] on the CPU."""
+    _check.vector(op, name, lengths, segments, integer=True)
     if lengths is not None and lengths.device.type != "cpu":
-        raise ValueError(f"{op}: lengths is on {lengths.device}; it is for the host and must be on the CPU (Packed.lengths is)")
+        raise ValueError(f"{op}: {name} is on {lengths.device}; it is for the host and must be on the CPU (Packed.lengths is)")
 
 
-def check_number(op: str, name: str, number: int | float | Tensor, segments: int) -> None:
-    """Refuse a number of tokens that is neither a count, nor a share from 0 to 1, nor a tensor [S] of either."""
+def check_longest(op: str, name: str, longest: int | None, lengths: Tensor | None = None) -> None:
+    """Refuse a longest length below 0, or below one of ``lengths``, where the host knows them.
+
+    Where only the device does, kernels give NaN: to the segments that are longer, or to all results.
+    """
+    if longest is None:
+        return
+    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)) or longest < 0:
+        raise ValueError(f"{op}: {name}={longest}; it must be the length of the longest segment, an int, or None where it is not known")
+    if lengths is not None and len(lengths) and int(lengths.max()) > longest:
+        raise ValueError(f"{op}: {name}={longest}, but there is a segment of {int(lengths.max())}; pass {int(lengths.max())}, or None")
+
+
+def check_segments(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor, lengths: Tensor | None) -> Tensor:
+    """``cu_seqlens`` as kernels read it; refused where it or ``lengths`` cannot cut ``tokens`` [T, ...] into segments."""
+    _check.plain_tensors(op, 2, **{name: tokens, "cu_seqlens": cu_seqlens})
+    cu_seqlens = segment_starts(op, "cu_seqlens", cu_seqlens)
+    check_lengths(op, "lengths", lengths, cu_seqlens.shape[0] - 1)
+    return cu_seqlens
+
+
+def number_of_tokens(op: str, name: str, number: int | float | Tensor, segments: int) -> tuple[float, bool, Tensor | None]:
+    """What ``counted`` takes: the number, whether it is a share, and the tensor of one number per segment, if it is one.
+
+    Counts are integers (NumPy's too), shares floating-point numbers from 0 to 1: 1 is one token and 1.0 is all.
+
+    Raises:
+        TypeError, ValueError: it is neither a count, nor a share, nor a tensor [S] of either.
+    """
     if isinstance(number, Tensor):
         _check.plain_tensors(op, **{name: number})
         _check.vector(op, name, number, segments, integer=not number.is_floating_point())
         if number.device.type == "cpu" and not torch.compiler.is_compiling() and not _allowed(number):
             raise ValueError(f"{op}: {name} is {number.tolist()}; it must hold counts of 0 or more (integers) or shares (floats, 0 to 1)")
-    elif isinstance(number, bool) or not isinstance(number, (int, float)):
+        return 0.0, False, number
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"{op}: {name} is {type(number).__name__}; it must be an int, a float or a tensor with one number per segment")
-    elif number < 0 or (isinstance(number, float) and not number <= 1):
+    share = not isinstance(number, numbers.Integral)
+    if number < 0 or (share and not number <= 1):
         raise ValueError(f"{op}: {name} is {number}; it must be a count of 0 or more (an int) or a share of the tokens (a float, 0 to 1)")
+    return float(number), share, None
 
 
 def _allowed(numbers: Tensor) -> bool:
@@ -109,6 +143,11 @@ def read_lengths(op: str, name: str, cu_seqlens: Tensor, given: str, lengths: Te
     if lengths.tolist() != found:
         raise ValueError(f"{op}: {given} {lengths.tolist()} are not those of {name}, {found}; leave {given} out")
     return lengths.long()
+
+
+def known_lengths(op: str, cu_seqlens: Tensor, lengths: Tensor | None, total: int) -> Tensor | None:
+    """``host_lengths``, but None where only the device knows them."""
+    return None if lengths is None and cu_seqlens.device.type != "cpu" else host_lengths(op, cu_seqlens, lengths, total)
 
 
 def host_lengths(op: str, cu_seqlens: Tensor, lengths: Tensor | None, total: int) -> Tensor:

@@ -31,6 +31,14 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def span(cu_ptr, segment, T):
+    """Where a segment starts and its length, within the T tokens that there are, whatever the device holds."""
+    start = tl.minimum(tl.maximum(tl.load(cu_ptr + segment).to(tl.int32), 0), T)
+    end = tl.minimum(tl.load(cu_ptr + segment + 1).to(tl.int32), T)
+    return start, tl.maximum(end - start, 0)
+
+
+@triton.jit
 def dot_tile(
     x_ptr, stride_x, y_ptr, stride_y, first_m, first_n, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -73,10 +81,19 @@ def same_ids(b_row_ids, b_col_ids):
 
 
 @triton.jit
-def multiply_add(
-    acc, a_ptr, stride_am, stride_ak, b_ptr, stride_b, offs_m, offs_n, K, width, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr
-):
-    """acc + a[offs_m] @ b[:, offs_n] for b [K, width]; a is read up to a whole block, and holds zeros beyond K."""
+def places(stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the elements of a tile are from its first. 32-bit numbers: 64-bit ones of a whole tile would fill the registers."""
+    return tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
+def multiply_tile(a_ptr, stride_am, stride_ak, b_ptr, stride_b, offs_m, offs_n, K, width, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 a[offs_m] @ b[:, offs_n] for b [K, width]; a is read up to a whole block, and holds zeros beyond K.
+
+    What is to be added is added behind the loop: where something else than zeros defines the accumulator of asynchronous products, ptxas
+    waits for each of them.
+    """
+    acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), tl.float32)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     p_a = a_ptr + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
     p_b = b_ptr + offs_k[:, None] * stride_b + offs_n[None, :]

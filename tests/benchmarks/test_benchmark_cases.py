@@ -1,6 +1,7 @@
 """The cases: their exact answers against autograd on dense float64 matrices, and their counts of work."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -57,7 +58,20 @@ def test_the_exact_loss_of_prefixes_equals_autograd_on_their_dense_matrices():
     assert not found
 
 
-@pytest.mark.parametrize("op", ["matryoshka", "patch_embed"])
+def test_the_exact_loss_of_words_equals_autograd_on_all_logits(monkeypatch):
+    case = find("linear_cross_entropy")
+    monkeypatch.setattr(import_module("benchmarks.cases.linear_cross_entropy"), "CHUNK", 7)
+    problem = case.problem(Shape("", torch.float32, {"t": 20, "d": 5, "v": 11}), CPU)
+    x, weight = (problem.inputs[name].double().requires_grad_() for name in ("x", "weight"))
+    value = F.cross_entropy(x @ weight.T, problem.inputs["targets"])
+    expected = {"value": value} | dict(zip(("x", "weight"), torch.autograd.grad(value, (x, weight)), strict=True))
+    found = case.exact(problem).results
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", ["matryoshka", "patch_embed", "linear_cross_entropy", "similarity_topk"])
 def test_ours_and_eager_agree_with_the_exact_results(op):
     case = find(op)
     problem = case.problem(case.shapes("cpu", True)[-1], CPU)
@@ -106,7 +120,7 @@ def test_exact_attention_equals_torch_segment_by_segment():
         torch.testing.assert_close(case.exact(problem).results["value"], torch.cat(outputs), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("op", ["similarity_logsumexp", "pairwise_sigmoid", "packed_attention"])
+@pytest.mark.parametrize("op", ["similarity_logsumexp", "pairwise_sigmoid", "packed_attention", "linear_cross_entropy", "similarity_topk"])
 def test_inputs_are_random_every_time(op):
     case = find(op)
     first, second = (next(iter(case.problem(case.shapes("cpu", True)[0], CPU).inputs.values())) for _ in range(2))

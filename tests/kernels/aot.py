@@ -1,12 +1,17 @@
-"""Compiles Triton kernels for GPUs that are not here, and reads what ptxas says about them."""
+"""Compiles Triton kernels for GPUs that are not here, and reads what ptxas says about them.
 
+Triton runs ptxas itself, with its own flags; what it says is read there, so that nothing is assembled twice or otherwise than on a GPU.
+"""
+
+import itertools
+import os
 import re
 import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -25,10 +30,31 @@ class Compiled:
     shared: int
     spills: int
     ptx: str
+    log: str = ""
+    disassemble: Callable[[], str] = lambda: ""
 
     def holds(self, instruction: str) -> bool:
         """Whether the PTX holds an instruction, by the first part of its name: "wgmma", "mma", "tcgen05", "atom", "red"."""
         return re.search(rf"^\s*(@!?%p\d+\s+)?{re.escape(instruction)}\.", self.ptx, re.MULTILINE) is not None
+
+    def waits(self) -> tuple[int, int]:
+        """How many asynchronous products of the tensor core the machine code has for sm_90, and how many of them are waited for before
+        the next begins. Of a loop over one product of tiles, only the last of a turn should be."""
+        found = re.findall(r"\bHGMMA|WARPGROUP\.DEPBAR", self.disassemble())
+        runs = [name for name, _ in itertools.groupby(found)]
+        return found.count("HGMMA"), max(0, runs.count("HGMMA") - 1)
+
+    def assert_fits(self, product: bool = False, atomics: bool = False) -> None:
+        """It fits on the device, spills nothing, and ``product``s run on tensor cores, on sm_90 several of them between two waits."""
+        assert self.shared <= SHARED_LIMIT[self.arch], f"{self.shared} bytes of shared memory"
+        assert self.spills == 0, f"{self.spills} bytes spilled"
+        assert not re.search(r"\bC75\d\d\b", self.log), self.log
+        assert atomics or not (self.holds("atom") or self.holds("red"))
+        if product:
+            assert self.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[self.arch])
+            if self.arch == 90:
+                products, waits = self.waits()
+                assert 2 * waits <= products, f"{products} products and {waits} waits between them"
 
 
 def compile_for(
@@ -45,11 +71,10 @@ def compile_for(
     """Compile ``kernel`` (a @triton.jit function) for compute capability ``arch`` (80, 90, 100) without a GPU.
 
     Args:
-        signature: type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32", "tensordesc<bf16[128, 64]>".
+        signature: type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32".
         constexprs: value of every constexpr; a pointer that is not given is a constexpr None.
         aligned: arguments known to be divisible by 16, as Triton finds out at launch: pointers of torch and strides.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -57,12 +82,35 @@ def compile_for(
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constexprs}
     source = ASTSource(fn=kernel, signature=types, constexprs=dict(constexprs), attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = built.asm["ptx"]
-    said = _ptxas(ptx)
-    used, spilled = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
-    assert used is not None and spilled, f"ptxas reported neither registers nor spills:\n{said}"
-    return Compiled(arch, int(used[1]), built.metadata.shared, sum(map(int, spilled)), ptx)
+    key = (source.hash(), arch, num_warps, num_stages, maxnreg)
+    if key not in _COMPILED:
+        _COMPILED[key] = _compile(source, GPUTarget("cuda", arch, 32), options)
+    return _COMPILED[key]
+
+
+_COMPILED: dict[Any, Compiled] = {}  # the same launch under two tests is compiled once
+
+
+def _compile(source: Any, target: Any, options: dict[str, Any]) -> Compiled:
+    import triton
+
+    logs: list[str] = []
+    run = subprocess.run
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        done = run(*args, **kwargs)
+        if hasattr(kwargs.get("stderr"), "name"):
+            logs.append(Path(kwargs["stderr"].name).read_text())
+        return done
+
+    # A cached binary would come without ptxas's log.
+    with mock.patch.object(subprocess, "run", noted), mock.patch.dict(os.environ, {"TRITON_ALWAYS_COMPILE": "1"}):
+        built = triton.compile(source, target=target, options=options)
+    log = "".join(logs)
+    used, spilled = re.search(r"Used (\d+) registers", log), re.findall(r"(\d+) bytes spill", log)
+    assert used is not None and spilled, f"ptxas reported neither registers nor spills:\n{log}"
+    spills = sum(map(int, spilled))
+    return Compiled(target.arch, int(used[1]), built.metadata.shared, spills, built.asm["ptx"], log, lambda: built.asm["sass"])
 
 
 class Recorder:
@@ -84,36 +132,17 @@ class Recorder:
         options = {name: values.pop(name, default) for name, default in (("num_warps", 4), ("num_stages", 3), ("maxnreg", None))}
         signature, constexprs, aligned = {}, {}, []
         fixed = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+        general = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
         for name, value in values.items():
-            if name in fixed or value is None or (isinstance(value, int) and value == 1):
+            if name in fixed or value is None or (isinstance(value, int) and value == 1 and name not in general):
                 constexprs[name] = value
             elif isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
                 aligned.append(name)
-            elif hasattr(value, "block_shape"):
-                signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and name not in general:
                     aligned.append(name)
         return compile_for(self.kernel, signature, constexprs, arch, aligned=aligned, **options)
-
-
-def _ptxas(ptx: str) -> str:
-    import triton
-
-    target = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE)
-    assert target is not None
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    for ptxas in filter(Path.exists, (tools / "ptxas", tools / "ptxas-blackwell")):
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "kernel.ptx")
-            source.write_text(ptx)
-            command = [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
-            done = subprocess.run(command, capture_output=True, text=True)
-        if "Unsupported .version" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr
-    return done.stderr + done.stdout

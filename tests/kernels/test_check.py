@@ -6,6 +6,7 @@ import torch
 from fastvlp_kernels import (
     Packed,
     bi_wkv,
+    linear_cross_entropy,
     maxsim,
     merge_plan,
     packed_attention,
@@ -14,6 +15,7 @@ from fastvlp_kernels import (
     segment_pool,
     similarity_attend,
     similarity_logsumexp,
+    similarity_topk,
     token_select,
 )  # fmt: skip
 
@@ -21,6 +23,7 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
 X, HEADS = torch.randn(6, 4), torch.randn(6, 2, 4)
 CALLS = {
     bi_wkv: {"r": HEADS, "k": HEADS, "v": HEADS, "w": HEADS, "u": HEADS[0], "cu_seqlens": CU},
+    linear_cross_entropy: {"x": X, "weight": X, "targets": torch.arange(6)},
     maxsim: {"x": X, "cu_x": CU, "y": X, "cu_y": CU},
     merge_plan: {"metric": X, "cu_seqlens": CU},
     packed_attention: {"q": HEADS, "k": HEADS, "v": HEADS, "cu_seqlens_q": CU},
@@ -29,12 +32,13 @@ CALLS = {
     segment_pool: {"x": X, "cu_seqlens": CU},
     similarity_attend: {"x": X, "y": X, "v": X},
     similarity_logsumexp: {"x": X, "y": X},
+    similarity_topk: {"x": X, "y": X},
     token_select: {"scores": X[:, 0], "cu_seqlens": CU},
     Packed.of: {"x": X},
 }
 OPTIONS = {
     pairwise_sigmoid: {"scale": 1.0, "bias": 0.0}, patch_embed: {"patch_size": 2, "mean": 0.5, "std": 0.5}, token_select: {"keep": 1},
-    similarity_attend: {"scale": 1.0}, Packed.of: {"lengths": [2, 4]},
+    similarity_attend: {"scale": 1.0}, similarity_topk: {"k": 2}, Packed.of: {"lengths": [2, 4]},
 }  # fmt: skip
 CASES = [pytest.param(call, name, id=f"{call.__name__} {name}") for call, tensors in CALLS.items() for name in tensors]
 

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvlp_kernels.maxsim import maxsim
-from fastvlp_kernels.maxsim.op import cpu
+from fastvlp_kernels.maxsim import cpu, maxsim
 
 CU_X, CU_Y = torch.tensor([0, 4, 4, 9], dtype=torch.int32), torch.tensor([0, 2, 7], dtype=torch.int32)
 
@@ -150,13 +149,13 @@ def test_dtensor_is_refused():
         ({"x": torch.randn(3, 3, 5)}, ValueError, "must be a matrix"),
         ({"y": torch.randn(7, 5, device="meta")}, ValueError, "x is on cpu but y is on meta"),
         ({"cu_y": CU_Y.to("meta")}, ValueError, "x is on cpu but cu_y is on meta"),
-        ({"cu_x": CU_X.long()}, ValueError, r"cu_x is torch.int64 \(4,\); it must be int32 \[segments \+ 1\]"),
+        ({"cu_x": CU_X.double()}, ValueError, r"cu_x is torch.float64 \(4,\); it must be int32 \[S\+1\]"),
         ({"cu_x": CU_X[:0]}, ValueError, "cu_x is torch.int32"),
         ({"cu_y": CU_Y[None]}, ValueError, r"cu_y is torch.int32 \(1, 3\)"),
         ({"cu_x": CU_X + 1}, ValueError, "cu_x starts at 1; it must start at 0"),
         ({"cu_x": torch.tensor([0, 5, 4, 9]).int()}, ValueError, "cu_x decreases"),
         ({"cu_y": torch.tensor([0, 8]).int()}, ValueError, "cu_y ends at 8, but y has 7 rows"),
-        ({"max_seqlen_x": 4}, ValueError, "max_seqlen_x=4, but x has a segment of 5 tokens"),
+        ({"max_seqlen_x": 4}, ValueError, "max_seqlen_x=4, but there is a segment of 5; pass 5, or None"),
         ({"max_seqlen_x": -1}, ValueError, "max_seqlen_x=-1; it must be the length"),
         ({"reduce": "max"}, ValueError, "reduce='max' is unknown; allowed: 'mean', 'sum'"),
         ({"directions": "x"}, ValueError, "directions='x' is unknown; allowed: 'both', 'x_to_y', 'y_to_x'"),

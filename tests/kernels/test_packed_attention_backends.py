@@ -1,7 +1,7 @@
 """packed_attention by kernels of others.
 
-flex and sdpa run here. flash-attn, xformers and torch's varlen need a CUDA device and are not here: stand-ins with their signatures
-take the call, insist on its arguments, and compute by the reference. What the real ones return is seen on a GPU, by the benchmarks.
+flash-attn and xformers need a CUDA device and are not here: stand-ins with their signatures take the call, insist on its arguments, and
+compute by the reference. What the real ones return is seen on a GPU, by the benchmarks.
 """
 
 import sys
@@ -12,7 +12,7 @@ import torch
 
 from fastvlp_kernels import _backend
 from fastvlp_kernels.packed_attention import backends, packed_attention
-from tests.kernels.test_packed_attention import VARIANTS, cu, loop, randn
+from tests.kernels.test_packed_attention import cu, randn
 
 QUERIES, KEYS = [3, 0, 2, 1], [2, 4, 0, 5]
 
@@ -20,37 +20,6 @@ QUERIES, KEYS = [3, 0, 2, 1], [2, 4, 0, 5]
 def inputs(heads=2, kv_heads=2, width=4, value_width=4, dtype=torch.float64, keys=KEYS):
     shapes = (sum(QUERIES), heads, width), (sum(keys), kv_heads, width), (sum(keys), kv_heads, value_width)
     return [randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
-
-
-@pytest.mark.parametrize("impl", ["flex", "sdpa"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equal_to_the_loop(variant, impl):
-    options = {**VARIANTS[variant]}
-    size, bias, prefix = (options.pop(name, False) for name in ("size", "bias", "prefix"))
-    causal, scale = options.pop("causal", False), options.pop("scale", None)
-    heads, kv_heads, value_width = options.pop("heads", 2), options.pop("kv_heads", 2), options.pop("value_width", 4)
-    assert set(options) <= {"width"}
-    leaves = inputs(heads, kv_heads, value_width=value_width)
-    sizes = torch.tensor([0, 2, 1, 1, 3, 1, 1, 2, 0, 1, 1]).double() if size else None
-    key_bias = randn(*((heads,) if bias == 2 else ()), sum(KEYS), seed=5) if bias else None
-    prefixes = torch.tensor([1, 0, 2, 3]) if prefix else None
-    leaves += [key_bias] if bias else []
-    if impl == "sdpa":
-        leaves = [x.requires_grad_() for x in leaves]
-    given = {"key_size": sizes, "key_bias": key_bias, "prefix_len": prefixes, "causal": causal, "scale": scale, "impl": impl}
-    out = packed_attention(*leaves[:3], cu(QUERIES), cu(KEYS), **given)
-    exact, _ = loop(*leaves[:3], QUERIES, KEYS, sizes, key_bias, prefixes, causal, scale)
-    torch.testing.assert_close(out, exact, rtol=1e-6, atol=1e-6)
-    if impl == "sdpa":
-        weight = randn(*out.shape, seed=6)
-        for mine, true in zip(*(torch.autograd.grad(x, leaves, weight) for x in (out, exact)), strict=True):
-            torch.testing.assert_close(mine, true, rtol=1e-6, atol=1e-6)
-
-
-def test_flex_says_that_it_has_no_backward_here():
-    q, k, v = inputs()
-    with pytest.raises(RuntimeError, match="impl='flex' has no backward on CPUs; use impl=None"):
-        packed_attention(q.requires_grad_(), k, v, cu(QUERIES), cu(KEYS), impl="flex")
 
 
 def by_reference(q, k, v, lengths_q, lengths_k, causal, scale):
@@ -99,19 +68,6 @@ def test_flash_attn_is_called_as_it_wants(monkeypatch, allowed, version, causal)
     expect(monkeypatch, "flash-attn", causal, kv_heads=1, scale=0.3)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize("causal", [False, True])
-def test_varlen_is_called_as_it_wants(monkeypatch, allowed, causal, kv_heads):
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-                    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
-        assert window_size == ((-1, 0) if causal else (-1, -1)) and enable_gqa == (query.shape[1] != key.shape[1])
-        assert (max_q, max_k, cu_seq_q.dtype, cu_seq_k.dtype) == (3, 5, torch.int32, torch.int32)
-        return by_reference(query, key, value, cu_seq_q.diff(), cu_seq_k.diff(), causal, scale)
-
-    module(monkeypatch, "torch.nn.attention.varlen", varlen_attn=varlen_attn)
-    expect(monkeypatch, "varlen", causal, kv_heads)
-
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_xformers_is_called_as_it_wants(monkeypatch, allowed, causal):
     class BlockDiagonalMask:
@@ -142,13 +98,13 @@ def test_xformers_is_called_as_it_wants(monkeypatch, allowed, causal):
 @pytest.mark.parametrize(
     ("impl", "options", "message"),
     [
-        *[(impl, {"return_key_mass": True}, "does not return the mass") for impl in ("flash-attn", "xformers", "varlen", "flex", "sdpa")],
-        *[(impl, {"key_size": torch.ones(11)}, "takes no key_size") for impl in ("flash-attn", "xformers", "varlen")],
-        ("varlen", {"key_bias": torch.ones(11)}, "takes no key_bias"),
+        *[(impl, {"return_key_mass": True}, "does not return the mass") for impl in ("flash-attn", "xformers")],
+        *[(impl, {"key_size": torch.ones(11)}, "takes no key_size") for impl in ("flash-attn", "xformers")],
+        ("xformers", {"key_bias": torch.ones(11)}, "takes no key_bias"),
         ("flash-attn", {"prefix_len": torch.ones(4).long(), "causal": True}, "takes no prefix_len"),
         ("flash-attn", {"dtype": torch.float32}, "does not compute in torch.float32"),
         ("xformers", {"dtype": torch.float64}, "does not compute in torch.float64"),
-        ("varlen", {"value_width": 8}, "values as wide as keys"),
+        ("flash-attn", {"value_width": 8}, "values as wide as keys"),
         ("flash-attn", {"width": 264}, "heads of at most 256 features, not 264"),
     ],
 )
@@ -236,6 +192,5 @@ def test_devices_too_old_for_flash_attn_are_told(monkeypatch):
     for capability, reason in (((7, 5), "compute capability 8.0"), ((8, 0), "")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert _backend.why_not("xformers", torch.device("cuda")) == ""
-        for impl in ("flash-attn", "varlen"):
-            said = _backend.why_not(impl, torch.device("cuda"))
-            assert reason in said and bool(said) == bool(reason)
+        said = _backend.why_not("flash-attn", torch.device("cuda"))
+        assert reason in said and bool(said) == bool(reason)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastvlp_kernels._testing import error, forbid_large_tensors
 from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid, sigmoid_forward
-from tests.kernels.aot import SHARED_LIMIT, compile_for
+from tests.kernels.aot import compile_for
 from tests.kernels.interpreter import interpreted
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -88,13 +88,6 @@ LOGITS = {
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def assert_fits(compiled, product: bool) -> None:
-    assert compiled.shared <= SHARED_LIMIT[compiled.arch] and compiled.spills == 0, (compiled.shared, compiled.spills)
-    assert not compiled.holds("atom") and not compiled.holds("red")
-    if product:
-        assert compiled.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[compiled.arch])
-
-
 @needs_triton
 @pytest.mark.parametrize(
     ("case", "arch"),
@@ -121,7 +114,7 @@ def test_logits_kernel_compiles(case, arch):
     signature |= {name: "i32" for name in ("M", "N", "D", "offset", "stride_x", "stride_y", "stride_G")}
     aligned = [name for name in (*pointers, "D", "stride_x", "stride_y", "stride_G")]
     compiled = compile_for(triton._logits_kernel, signature, constants, arch, num_warps=warps, num_stages=stages, aligned=aligned)
-    assert_fits(compiled, product=dtype != torch.float32)
+    compiled.assert_fits(product=dtype != torch.float32)
 
 
 @needs_triton
@@ -135,9 +128,8 @@ def test_products_kernel_compiles(arch):
     aligned = [*signature, "D", "stride_G", "stride_x", "stride_y"]
     signature |= {name: "i32" for name in ("M", "N", "D", "stride_G", "stride_x", "stride_y")}
     constants = {"UPCAST": False, **options}
-    assert_fits(
-        compile_for(triton._products_kernel, signature, constants, arch, num_warps=warps, num_stages=stages, aligned=aligned), product=True
-    )
+    compiled = compile_for(triton._products_kernel, signature, constants, arch, num_warps=warps, num_stages=stages, aligned=aligned)
+    compiled.assert_fits(product=True)
 
 
 @needs_triton

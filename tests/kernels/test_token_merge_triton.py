@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvlp_kernels import Packed, merge_plan
-from tests.kernels.aot import SHARED_LIMIT, Recorder
+from tests.kernels.aot import Recorder
 from tests.kernels.interpreter import interpreted
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -78,7 +78,7 @@ def interpreted_cases() -> None:
     rows = torch.randn(plans[0].total, 3, requires_grad=True)
     gradients = [torch.autograd.grad(plan.unmerge(rows), rows, torch.arange(27.0).view(9, 3))[0] for plan in plans]
     torch.testing.assert_close(*gradients)
-    with pytest.raises(RuntimeError, match="not float64; use impl='cpu'"):
+    with pytest.raises(RuntimeError, match="not in float64; use impl='cpu'"):
         merge_plan(spoiled.double(), torch.tensor([0, 9]), 2, impl="triton")
 
 
@@ -100,11 +100,6 @@ def kernels(monkeypatch):
     return recorders
 
 
-def assert_fits(compiled):
-    assert compiled.shared <= SHARED_LIMIT[compiled.arch] and compiled.spills == 0, (compiled.shared, compiled.spills)
-    assert not compiled.holds("atom") and not compiled.holds("red")
-
-
 @needs_triton
 @pytest.mark.parametrize(("dtype", "arch"), [(torch.bfloat16, 80), (torch.bfloat16, 90), (torch.bfloat16, 100), (torch.float32, 80)])
 def test_matching_compiles(dtype, arch, kernels):
@@ -113,16 +108,15 @@ def test_matching_compiles(dtype, arch, kernels):
     metric, cu = torch.zeros(400, 64, dtype=dtype), torch.zeros(3, dtype=torch.int32)
     triton.match(metric, cu, 200, 8.0, False, None, None, 1, True, 0, 384)
     triton.match(metric, cu, 200, 0.0, True, torch.zeros(2), 0.5, 0, False, 1, 400)
-    for name in ("_similarity_kernel", "_rank_kernel", "_list_kernel", "_count_kernel", "_starts_kernel"):
-        for launch in range(2):
-            compiled = kernels[name].compile(arch, launch)
-            assert_fits(compiled)
-            if name == "_similarity_kernel" and dtype != torch.float32:
-                assert compiled.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[arch])
+    kernels["_similarity_kernel"].compile(arch).assert_fits(product=dtype != torch.float32)
+    if arch == 90:
+        for name in ("_rank_kernel", "_list_kernel", "_count_kernel", "_starts_kernel"):
+            for launch in range(2):
+                kernels[name].compile(arch, launch).assert_fits()
 
 
 @needs_triton
-@pytest.mark.parametrize(("mode", "arch"), [("mean", 80), ("mean", 90), ("mean", 100), ("amax", 80), ("amax", 100), ("sum", 90)])
+@pytest.mark.parametrize(("mode", "arch"), [("mean", 90), ("mean", 100), ("amax", 80), ("sum", 90)])
 def test_merging_compiles(mode, arch, kernels):
     from fastvlp_kernels.token_merge import triton
 
@@ -134,7 +128,7 @@ def test_merging_compiles(mode, arch, kernels):
     triton.merge_backward(out, size_out, x.float(), None, out.float(), size_out, places, places, starts, mode, [True, False])
     for name in ("_merge_kernel", "_spread_kernel", "_first_maximum_kernel"):
         for launch in range(len(kernels[name].launches)):
-            assert_fits(kernels[name].compile(arch, launch))
+            kernels[name].compile(arch, launch).assert_fits()
 
 
 @needs_triton

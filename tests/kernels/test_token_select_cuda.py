@@ -171,7 +171,7 @@ def test_cupy_that_cannot_compile_is_named(monkeypatch):
 
 @needs_compiler
 def test_float64_is_refused(on_threads):
-    with pytest.raises(RuntimeError, match="impl='cuda' compares float32, bfloat16 or float16, not float64; use impl='cpu'"):
+    with pytest.raises(RuntimeError, match="impl='cuda' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'"):
         token_select(torch.zeros(2, dtype=torch.float64), torch.tensor([0, 2]), 1, impl="cuda")
 
 

@@ -1,13 +1,16 @@
 """The likelihood of captions, a word at a time in plain float64 mathematics."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
 
-from fastvlp.losses import captions, next_token_nll, word_nll
+from fastvlp.losses import next_token_nll, word_nll
 from fastvlp_kernels._testing import forbid_large_tensors
 from fastvlp_kernels.packed import Packed
 
+cpu = import_module("fastvlp_kernels.linear_cross_entropy.cpu")
 LENGTHS = [0, 3, 1, 0, 5, 2, 0]
 VOCABULARY, WIDTH = 13, 4
 
@@ -27,7 +30,7 @@ def log_probability(head, state, word):
 @pytest.mark.parametrize("bias", [False, True])
 def test_next_token_nll(bias, few, monkeypatch):
     if few:
-        monkeypatch.setattr(captions, "LOGITS", 3 * VOCABULARY)
+        monkeypatch.setattr(cpu, "LEAST", 1)
     torch.manual_seed(0)
     head, (hidden, ids) = nn.Linear(WIDTH, VOCABULARY, bias).double(), batch()
     texts = hidden.replace(x=ids)
@@ -68,7 +71,7 @@ def test_sixteen_bits_are_summed_in_float32_and_half_trained_heads_work():
 
 
 def test_only_a_piece_of_the_logits_is_held(monkeypatch):
-    monkeypatch.setattr(captions, "LOGITS", 50 * VOCABULARY)
+    monkeypatch.setattr(cpu, "LEAST", 1)
     head, hidden = nn.Linear(WIDTH, VOCABULARY), Packed.of(torch.randn(1000, WIDTH, requires_grad=True), [400, 600])
     with forbid_large_tensors(1000 * VOCABULARY // 2):
         next_token_nll(hidden, head, hidden.replace(x=torch.randint(0, VOCABULARY, (1000,)))).sum().backward()

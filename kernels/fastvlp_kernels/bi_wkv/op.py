@@ -1,12 +1,10 @@
 """``bi_wkv``: bidirectional linear attention with a decay per channel and token."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _backend, _check
-from fastvlp_kernels._ragged import check_segments, host_lengths
+from fastvlp_kernels import _check, _op
+from fastvlp_kernels._ragged import check_segments, host_lengths, known_lengths
 
 from . import cpu, reference
 
@@ -14,14 +12,14 @@ NAME = "bi_wkv"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}", mutates_args=())
+@_op.custom_op(NAME)
 def _forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor, lengths: Tensor | None, scale: float, impl: str
 ) -> Tensor:
-    with torch.autocast(v.device.type, enabled=False):  # dtypes are decided; autocast would round sums
-        if impl == "triton":
-            return _triton().forward(r, k, v, w, u, cu_seqlens, scale)
-        return cpu.forward(r, k, v, w, u, host_lengths(NAME, cu_seqlens, lengths, v.shape[0]), scale)
+    if impl == "triton":
+        whole = known_lengths(NAME, cu_seqlens, lengths, v.shape[0]) is not None
+        return _op.module(__package__, impl).forward(r, k, v, w, u, cu_seqlens, whole, scale)
+    return cpu.forward(r, k, v, w, u, host_lengths(NAME, cu_seqlens, lengths, v.shape[0]), scale)
 
 
 @_forward.register_fake
@@ -29,15 +27,15 @@ def _(r, k, v, w, u, cu_seqlens, lengths, scale, impl):
     return v.new_empty(v.shape)
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}_backward", mutates_args=())
+@_op.custom_op(f"{NAME}_backward")
 def _backward(
     grad: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor, lengths: Tensor | None, scale: float,
     needs: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(v.device.type, enabled=False):
-        if impl == "triton":
-            return _triton().backward(grad, r, k, v, w, u, cu_seqlens, scale, needs)
-        return cpu.backward(grad, r, k, v, w, u, host_lengths(NAME, cu_seqlens, lengths, v.shape[0]), scale, needs)
+    if impl == "triton":
+        whole = known_lengths(NAME, cu_seqlens, lengths, v.shape[0]) is not None
+        return _op.module(__package__, impl).backward(grad, r, k, v, w, u, cu_seqlens, whole, scale, needs)
+    return cpu.backward(grad, r, k, v, w, u, host_lengths(NAME, cu_seqlens, lengths, v.shape[0]), scale, needs)
 
 
 @_backward.register_fake
@@ -56,18 +54,7 @@ def _gradients(ctx, grad):
     return *(x if need else None for x, need in zip(results, needs, strict=True)), None, None, None, None
 
 
-def _refuse(ctx, *_):
-    raise RuntimeError(f"{NAME}: second derivatives are not available; use impl='reference' for them")
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-_backward.register_autograd(_refuse)
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
+_op.differentiate(NAME, _forward, _backward, _setup, _gradients)
 
 
 def bi_wkv(
@@ -92,7 +79,8 @@ def bi_wkv(
     Args:
         r, k: [T, H, K]. v: [T, H, V]. All float32, bfloat16, float16 or float64, of one dtype. K and V: at most 128 with "triton".
         w: [T, H, K], the logarithm of the rate of decay; u: [H, K], the weight of the token itself. Any of those dtypes.
-        cu_seqlens: int32 or int64 [S+1]: where each segment starts, then T.
+        cu_seqlens: int32 or int64 [S+1]: where each segment starts, then T. Where only a device knows that it ends before T, the tokens
+            behind belong to no segment and have 0; segments are cut at T.
         scale: of the result.
         lengths: integers [S] on the CPU, what cu_seqlens says (``Packed.lengths``); of use where "cpu" or "reference" computes on
             another device than the CPU, which otherwise costs a synchronisation.
@@ -103,15 +91,12 @@ def bi_wkv(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
-        RuntimeError: ``impl`` cannot run here; a second derivative is asked for.
+        RuntimeError: ``impl`` cannot run here; a second or a forward-mode derivative is asked for.
     """
-    check_segments(NAME, "v", v, cu_seqlens, lengths)
+    cu_seqlens = check_segments(NAME, "v", v, cu_seqlens, lengths)
     _check_tensors(r, k, v, w, u)
-    chosen = _backend.choose(NAME, impl, v.device, IMPLEMENTATIONS)
-    if chosen == "triton" and (torch.float64 in (v.dtype, w.dtype, u.dtype) or max(k.shape[2], v.shape[2]) > 128):
-        if impl == "triton":
-            raise RuntimeError(f"{NAME}: impl='triton' computes in float32, bfloat16 or float16, heads of at most 128; use impl='cpu'")
-        chosen = "cpu"
+    wide = "computes heads of at most 128 channels" if max(k.shape[2], v.shape[2]) > 128 else ""
+    chosen = _op.choose(NAME, impl, v.device, IMPLEMENTATIONS, (v.dtype, w.dtype, u.dtype), (r, k, v, w, u), wide)
     if chosen == "reference":
         return reference.bi_wkv(r, k, v, w, u, host_lengths(NAME, cu_seqlens, lengths, v.shape[0]).tolist(), scale)
     return torch.ops.fastvlp.bi_wkv(r, k, v, w, u, cu_seqlens, lengths, float(scale), chosen)

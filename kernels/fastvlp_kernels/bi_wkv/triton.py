@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import precision, upcast
+from .._triton import precision, span, upcast
 from .cpu import LARGEST
 
 RATE = tl.constexpr(LARGEST)
@@ -70,7 +70,7 @@ def _halves(level, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _chunk(cu_ptr, S, CHUNK: tl.constexpr):
+def _chunk(cu_ptr, S, T, CHUNK: tl.constexpr):
     """The tokens of this program's chunk slot and where its segment ends; no token lies before that if the slot is not used."""
     slot = tl.program_id(0)
     low, high, bits = 0, S, S
@@ -82,7 +82,7 @@ def _chunk(cu_ptr, S, CHUNK: tl.constexpr):
         bits = bits // 2
     start = tl.load(cu_ptr + low).to(tl.int64)
     first = (slot - low - start.to(tl.int32) // CHUNK) * CHUNK
-    return start + first + tl.arange(0, CHUNK), tl.load(cu_ptr + low + 1).to(tl.int64)
+    return start + first + tl.arange(0, CHUNK), tl.minimum(tl.load(cu_ptr + low + 1).to(tl.int64), T)
 
 
 @triton.jit
@@ -92,16 +92,17 @@ def _state(states_ptr, slot, side, head, H, K, V, rows, cols):
     return states_ptr + at + rows[:, None] * V + cols[None, :], (rows < K)[:, None] & (cols < V)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _states_kernel(
-    k_ptr, v_ptr, w_ptr, cu_ptr, states_ptr, H, K, V,
+    k_ptr, v_ptr, w_ptr, cu_ptr, states_ptr, T, H, K, V,
     DTYPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """states [slots, 2, H, K, V]: sum of k_s v_s decayed up to the chunk, over the tokens s before it, and over those after it."""
     segment, head, side = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
-    start, end = tl.load(cu_ptr + segment).to(tl.int64), tl.load(cu_ptr + segment + 1).to(tl.int64)
-    chunks = tl.cdiv((end - start).to(tl.int32), CHUNK)
+    start, n = span(cu_ptr, segment, T)
+    start = start.to(tl.int64)
+    end, chunks = start + n, tl.cdiv(n, CHUNK)
     cols_k, cols_v = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     members = tl.where(side == 0, j > i, j < i)
@@ -117,14 +118,14 @@ def _states_kernel(
         state = state * tl.exp(-tl.sum(rate, 0))[:, None] + _dot(tl.trans(k), v, DTYPE, UPCAST, PRECISION)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "T"])
 def _forward_kernel(
-    r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, cu_ptr, states_ptr, out_ptr, S, H, K, V, scale,
+    r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, cu_ptr, states_ptr, out_ptr, S, T, H, K, V, scale,
     DTYPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    tokens, end = _chunk(cu_ptr, S, CHUNK)
+    tokens, end = _chunk(cu_ptr, S, T, CHUNK)
     if tl.min(tokens, 0) >= end:
         return
     i, j, cols_v = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :], tl.arange(0, BLOCK_V)
@@ -149,16 +150,16 @@ def _forward_kernel(
     _store(out_ptr, scale * y, tokens, end, head, H, V, cols_v)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "T"])
 def _backward_kernel(
-    grad_ptr, r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, cu_ptr, states_ptr, adjoint_ptr, dr_ptr, dk_ptr, dw_ptr, du_ptr, S, H, K, V,
+    grad_ptr, r_ptr, k_ptr, v_ptr, w_ptr, u_ptr, cu_ptr, states_ptr, adjoint_ptr, dr_ptr, dk_ptr, dw_ptr, du_ptr, S, T, H, K, V,
     DTYPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """du [slots, H, K] is that of the chunk; the other gradients are whole. adjoint: the states of (r, dy), which are the gradients of
     those of (k, v), each of the other direction's."""
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    tokens, end = _chunk(cu_ptr, S, CHUNK)
+    tokens, end = _chunk(cu_ptr, S, T, CHUNK)
     if tl.min(tokens, 0) >= end:
         return
     cols_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -234,35 +235,43 @@ def _states(k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor) -> Tensor:
     (T, H, K), V, S, options = k.shape, v.shape[2], cu_seqlens.shape[0] - 1, _options(v, k.shape[2])
     dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
     states = torch.empty(T // options["CHUNK"] + S, 2, H, K, V, dtype=dtype, device=v.device)
-    _states_kernel[(S * H, 2, triton.cdiv(K, options["BLOCK_K"]))](k, v, w, cu_seqlens, states, H, K, V, **options)
+    _states_kernel[(S * H, 2, triton.cdiv(K, options["BLOCK_K"]))](k, v, w, cu_seqlens, states, T, H, K, V, **options)
     return states
 
 
-def _outputs(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor, states: Tensor, scale: float) -> Tensor:
-    (_, H, K), V, options, out = k.shape, v.shape[2], _options(v, k.shape[2]), torch.empty_like(v)
+def _new(like: Tensor, whole: bool) -> Tensor:
+    """For results of which kernels write the tokens of segments: zeros unless these are known to be all."""
+    return torch.empty_like(like) if whole else torch.zeros_like(like)
+
+
+def _outputs(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor, whole: bool, states: Tensor, scale: float
+) -> Tensor:
+    (T, H, K), V, options, out = k.shape, v.shape[2], _options(v, k.shape[2]), _new(v, whole)
     levels = options["CHUNK"].bit_length() - 1
     _forward_kernel[(len(states), H)](
-        r, k, v, w, u, cu_seqlens, states, out, len(cu_seqlens) - 1, H, K, V, scale, LEVELS=levels, **options
+        r, k, v, w, u, cu_seqlens, states, out, len(cu_seqlens) - 1, T, H, K, V, scale, LEVELS=levels, **options
     )
     return out
 
 
-def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """out [T, H, V]."""
+def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor, whole: bool, scale: float) -> Tensor:
+    """out [T, H, V]. ``whole``: cu_seqlens is known to end at T."""
     r, k, v, w, u = (x.contiguous() for x in (r, k, v, w, u))
     if not len(v):
         return torch.empty_like(v)
     with torch.cuda.device_of(v):
-        return _outputs(r, k, v, w, u, cu_seqlens, _states(k, v, w, cu_seqlens), scale)
+        return _outputs(r, k, v, w, u, cu_seqlens, whole, _states(k, v, w, cu_seqlens), scale)
 
 
 def backward(
-    grad: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor, scale: float, needs: Sequence[bool]
+    grad: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, cu_seqlens: Tensor, whole: bool, scale: float,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, k, v, w and u; [0] where ``needs`` says no."""
     r, k, v, w, u, grad = (x.contiguous() for x in (r, k, v, w, u, grad if scale == 1 else grad * scale))
     (T, H, K), S, options = k.shape, len(cu_seqlens) - 1, _options(v, k.shape[2])
-    dr, dk, dv, dw, du = (torch.empty_like(x) if need else x.new_empty(0) for x, need in zip((r, k, v, w, u), needs, strict=True))
+    dr, dk, dv, dw, du = (_new(x, whole) if need else x.new_empty(0) for x, need in zip((r, k, v, w, u), needs, strict=True))
     slots = T // options["CHUNK"] + S
     # Slots without a chunk add nothing.
     parts = torch.zeros(slots if needs[4] else 0, H, K, dtype=torch.float32, device=u.device)
@@ -272,11 +281,11 @@ def backward(
             states = _states(k, v, w, cu_seqlens) if needs[0] or needs[3] else None
             adjoint = _states(r, grad, w, cu_seqlens) if needs[1] or needs[2] or needs[3] else None
             if needs[2] and adjoint is not None:
-                dv = _outputs(k, r, grad, w, u, cu_seqlens, adjoint, 1.0)
+                dv = _outputs(k, r, grad, w, u, cu_seqlens, whole, adjoint, 1.0)
             if any(output is not None for output in outputs):
                 levels = options["CHUNK"].bit_length() - 1
                 options["BLOCK_V"] = min(options["BLOCK_V"], 64 if options["PRECISION"] == "tf32" else 32)
                 _backward_kernel[(slots, H, triton.cdiv(K, options["BLOCK_K"]))](
-                    grad, r, k, v, w, u, cu_seqlens, states, adjoint, *outputs, S, H, K, v.shape[2], LEVELS=levels, **options
+                    grad, r, k, v, w, u, cu_seqlens, states, adjoint, *outputs, S, T, H, K, v.shape[2], LEVELS=levels, **options
                 )
     return dr, dk, dv, dw, parts.sum(0).to(u.dtype) if needs[4] else du

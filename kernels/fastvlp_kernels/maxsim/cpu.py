@@ -125,8 +125,6 @@ def forward(
     """x_to_y and y_to_x [M, N]; a direction that is not wanted has no elements."""
     t = _Tiles(x, y, cu_x, cu_y, dtype)
     M, N = len(t.x.order), len(t.y.order)
-    if max_seqlen_x is not None and M and int(t.x.lengths[0]) > max_seqlen_x:
-        raise ValueError(f"maxsim: max_seqlen_x={max_seqlen_x}, but x has a segment of {int(t.x.lengths[0])} tokens")
     x_to_y, y_to_x = (t.x.features.new_zeros((M, N) if wanted else (0, 0)) for wanted in (to_y, to_x))
     highest = t.y.features.new_empty(len(t.y.features) if to_x else 0)  # over the part so far of a segment of x that tiles cut
     for X in t.x.plan.tiles:

@@ -1,13 +1,12 @@
 """``maxsim``: late interaction between all pairs of segments, both directions from one product."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _backend, _check, _inputs
+from fastvlp_kernels import _check, _inputs, _op
+from fastvlp_kernels._ragged import check_longest, read_lengths, segment_starts
 
-from . import cpu, reference
+from . import reference
 
 NAME = "maxsim"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
@@ -15,12 +14,14 @@ REDUCE = ("mean", "sum")
 DIRECTIONS = ("both", "x_to_y", "y_to_x")
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}", mutates_args=())
+@_op.custom_op(NAME)
 def _forward(
     x: Tensor, y: Tensor, cu_x: Tensor, cu_y: Tensor, max_seqlen_x: int | None, mean: bool, to_y: bool, to_x: bool,
     dtype: torch.dtype, impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _module(impl).forward(x, y, cu_x, cu_y, max_seqlen_x, mean, to_y, to_x, dtype)
+    if cu_x.device.type == "cpu":
+        check_longest(NAME, "max_seqlen_x", max_seqlen_x, read_lengths(NAME, "cu_x", cu_x, "lengths", None))
+    return _op.module(__package__, impl).forward(x, y, cu_x, cu_y, max_seqlen_x, mean, to_y, to_x, dtype)
 
 
 @_forward.register_fake
@@ -30,12 +31,12 @@ def _(x, y, cu_x, cu_y, max_seqlen_x, mean, to_y, to_x, dtype, impl):
     return x_to_y, y_to_x
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}_backward", mutates_args=())
+@_op.custom_op(f"{NAME}_backward")
 def _backward(
     g_x_to_y: Tensor | None, g_y_to_x: Tensor | None, x: Tensor, y: Tensor, cu_x: Tensor, cu_y: Tensor, max_seqlen_x: int | None,
     mean: bool, dtype: torch.dtype, need_x: bool, need_y: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _module(impl).backward(g_x_to_y, g_y_to_x, x, y, cu_x, cu_y, max_seqlen_x, mean, dtype, need_x, need_y)
+    return _op.module(__package__, impl).backward(g_x_to_y, g_y_to_x, x, y, cu_x, cu_y, max_seqlen_x, mean, dtype, need_x, need_y)
 
 
 @_backward.register_fake
@@ -62,20 +63,7 @@ def _gradients(ctx, g_x_to_y: Tensor | None, g_y_to_x: Tensor | None):
     return dx, dy, *[None] * 8
 
 
-def _refuse(ctx, *_: Tensor):
-    raise RuntimeError(f"{NAME}: second derivatives are not available; use impl='reference' for them")
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-_backward.register_autograd(_refuse)
-
-
-def _module(impl: str) -> ModuleType:
-    if impl == "triton":
-        from . import triton
-
-        return triton
-    return cpu
+_op.differentiate(NAME, _forward, _backward, _setup, _gradients)
 
 
 def maxsim(
@@ -104,12 +92,13 @@ def maxsim(
 
     Args:
         x, y: [Tx, D] and [Ty, D] float32, bfloat16 or float16 (float64 with impl "cpu" and "reference"), any strides.
-        cu_x, cu_y: int32 [M+1] and [N+1], where each segment starts; the last entry is where the last one ends. Tokens after it
+        cu_x, cu_y: int32 or int64 [M+1] and [N+1], where each segment starts; the last entry is where the last one ends. Tokens after it
             belong to no segment and get no gradient. Checked for order on the CPU, not on other devices.
         reduce: "mean" or "sum" over the tokens of a segment.
         directions: "both", or one of "x_to_y", "y_to_x": the other is not computed.
         max_seqlen_x: the longest segment of x (``Packed.max_seqlen``). On GPUs it lets both passes work in waves of bounded memory;
-            without it they take about 8 (Tx N + Ty M) bytes for a moment. A value that is too small is an error.
+            without it they take about 8 (Tx N + Ty M) bytes for a moment. A value that is too small is an error where cu_x is on the
+            CPU, and elsewhere makes all results and gradients NaN.
         compute_dtype: what the features are rounded to for the products; None: autocast's dtype, else that of the features.
         impl: "triton", "cpu", "reference"; None takes the first that runs on the device.
 
@@ -120,18 +109,14 @@ def maxsim(
     Raises:
         TypeError: DTensors, dtypes that differ or are not allowed.
         ValueError: shapes, devices or offsets that do not fit, an unknown ``reduce``, ``directions`` or ``impl``.
-        RuntimeError: ``impl`` cannot run here; a second derivative is asked for.
+        RuntimeError: ``impl`` cannot run here; a second or a forward-mode derivative is asked for.
     """
-    _check_inputs(x, cu_x, y, cu_y, max_seqlen_x)
+    cu_x, cu_y = _check_inputs(x, cu_x, y, cu_y, max_seqlen_x)
     for name, value, allowed in (("reduce", reduce, REDUCE), ("directions", directions, DIRECTIONS)):
         if value not in allowed:
             raise ValueError(f"{NAME}: {name}={value!r} is unknown; allowed: {', '.join(map(repr, allowed))}")
     dtype = _inputs.product_dtype(NAME, x, compute_dtype)
-    chosen = _backend.choose(NAME, impl, x.device, IMPLEMENTATIONS)
-    if chosen == "triton" and dtype == torch.float64:
-        if impl == "triton":
-            raise RuntimeError(f"{NAME}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
-        chosen = "cpu"
+    chosen = _op.choose(NAME, impl, x.device, IMPLEMENTATIONS, (dtype,), (x, y))
     to_y, to_x = directions != "y_to_x", directions != "x_to_y"
     if chosen == "reference":
         x_to_y, y_to_x = reference.maxsim(x, y, cu_x, cu_y, reduce == "mean", dtype)
@@ -142,11 +127,9 @@ def maxsim(
     return x_to_y if to_y else y_to_x
 
 
-def _check_inputs(x: Tensor, cu_x: Tensor, y: Tensor, cu_y: Tensor, max_seqlen_x: int | None) -> None:
+def _check_inputs(x: Tensor, cu_x: Tensor, y: Tensor, cu_y: Tensor, max_seqlen_x: int | None) -> tuple[Tensor, Tensor]:
+    """The offsets as kernels read them."""
     _check.features(NAME, x, y)
     _check.plain_tensors(NAME, 3, x=x, cu_x=cu_x, cu_y=cu_y)
-    for name, cu in (("cu_x", cu_x), ("cu_y", cu_y)):
-        if cu.ndim != 1 or cu.shape[0] == 0 or cu.dtype != torch.int32:
-            raise ValueError(f"{NAME}: {name} is {cu.dtype} {tuple(cu.shape)}; it must be int32 [segments + 1]: 0, then where each ends")
-    if max_seqlen_x is not None and max_seqlen_x < 0:
-        raise ValueError(f"{NAME}: max_seqlen_x={max_seqlen_x}; it must be the length of the longest segment of x, or None")
+    check_longest(NAME, "max_seqlen_x", max_seqlen_x)
+    return segment_starts(NAME, "cu_x", cu_x).int(), segment_starts(NAME, "cu_y", cu_y).int()

@@ -181,7 +181,6 @@ def _waves(x: Tensor, cu_x: Tensor, y: _Side, tile: int, longest: int | None, li
     M, Tx = len(cu_x) - 1, len(x)
     count = M
     if longest is not None:
-        torch._assert_async((cu_x.diff() <= longest).all(), "maxsim: max_seqlen_x is less than the length of a segment of x")
         count = max(1, limit // (y.slots * longest + len(y.features) * (longest // tile + 2)))
     if longest is None or count >= M or count * longest >= Tx:
         yield slice(0, M), _side(x, cu_x, tile), None
@@ -191,6 +190,13 @@ def _waves(x: Tensor, cu_x: Tensor, y: _Side, tile: int, longest: int | None, li
         cu = cu_x[first : segments.stop + 1]
         rows = cu[0] + torch.arange((segments.stop - first) * longest, device=x.device)
         yield segments, _side(x.index_select(0, rows.clamp(max=Tx - 1)), cu - cu[0], tile), rows
+
+
+def _unless_longer(cu_x: Tensor, longest: int | None) -> Tensor | float:
+    """1, or NaN where a segment is longer than ``longest``, which would leave tokens out of waves unseen."""
+    if longest is None or len(cu_x) < 2:
+        return 1.0
+    return torch.where(cu_x.diff().amax() > longest, torch.nan, 1.0)
 
 
 def _tiles(a: _Side, y: _Side, to_y: bool, to_x: bool, places: bool, options: dict[str, int]) -> list[Tensor | None]:
@@ -232,7 +238,8 @@ def forward(
                         maxima, over.cu, along.cu, out[segments], len(along.cu) - 1, len(along.features), *strides,
                         MEAN=mean, TILE=over.tile, BLOCK=128, num_warps=1,
                     )  # fmt: skip
-    return x_to_y, y_to_x
+        valid = _unless_longer(cu_x, max_seqlen_x)
+    return x_to_y.mul_(valid), y_to_x.mul_(valid)
 
 
 def _coefficients(g: Tensor | None, lengths: Tensor | None) -> Tensor | None:
@@ -256,7 +263,7 @@ def backward(
         return dx[:Tx], dy
     g_row = _coefficients(g_x_to_y, cu_x.diff()[:, None] if mean else None)
     g_col = _coefficients(g_y_to_x, cu_y.diff() if mean else None)
-    norm = _norm([g for g in (g_row, g_col) if g is not None], dtype)
+    norm = _norm([g for g in (g_row, g_col) if g is not None], dtype) * _unless_longer(cu_x, max_seqlen_x)
     g_row, g_col = (None if g is None else g / norm for g in (g_row, g_col))
     total_y = torch.zeros((Ty, D) if need_y else 0, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):

@@ -4,10 +4,9 @@ import importlib
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-NAMES = ("flash-attn", "xformers", "varlen", "flex", "sdpa")
+NAMES = ("flash-attn", "xformers")
 LONG = 1024  # tokens of a segment from which flash-attn's asynchronous pipelines are expected to beat the loop of our Triton kernel
 WIDEST = 128  # features of a head; wider ones leave flash-attn small tiles
 Lengths = Callable[[], tuple[Tensor, Tensor]]
@@ -25,19 +24,10 @@ def packed_attention(
     reason = unable(name, q, v, key_size, key_bias, prefix_len, causal, with_mass)
     if reason:
         _refuse(name, reason)
-    if name == "flex":
-        return _flex(q, k, v, cu_q, cu_k, key_size, key_bias, prefix_len, causal, scale)
-    if name == "sdpa":
-        return _sdpa(q, k, v, *lengths(), key_size, key_bias, prefix_len, causal, scale)
     if name == "xformers":
         return _xformers(q, k, v, *lengths(), causal, scale)
     longest = (q.shape[0] if max_q is None else max_q, k.shape[0] if max_k is None else max_k)
-    starts = (cu_q.int(), cu_k.int())
-    if name == "varlen":
-        attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        window, grouped = (-1, 0) if causal else (-1, -1), q.shape[1] != k.shape[1]
-        return attend(q, k, v, *starts, *longest, scale=scale, window_size=window, **({"enable_gqa": True} if grouped else {}))
-    return _flash(q, k, v, *starts, *longest, causal, scale)
+    return _flash(q, k, v, cu_q.int(), cu_k.int(), *longest, causal, scale)
 
 
 def unable(
@@ -47,8 +37,6 @@ def unable(
     """What the backend ``name`` cannot do of what is asked for; an empty string when it can do everything."""
     if with_mass:
         return "does not return the mass of keys (return_key_mass)"
-    if name in ("flex", "sdpa"):
-        return ""
     given = {"key_size": key_size is not None, "key_bias": key_bias is not None, "prefix_len": causal and prefix_len is not None}
     for option, used in given.items():
         if used:
@@ -57,7 +45,7 @@ def unable(
         return f"does not compute in {q.dtype}; cast q, k and v to bfloat16 or float16"
     if q.shape[2] > 256:
         return f"takes heads of at most 256 features, not {q.shape[2]}"
-    if name in ("flash-attn", "varlen") and q.shape[2] != v.shape[2]:
+    if name == "flash-attn" and q.shape[2] != v.shape[2]:
         return f"needs values as wide as keys, and they have {v.shape[2]} and {q.shape[2]} features"
     return ""
 
@@ -73,9 +61,8 @@ def preferred(
     * heads are at most WIDEST features wide, in bfloat16 or float16, and there are no sizes, biases or prefixes, and no mass;
     * gradients need not be deterministic (its dQ is summed by atomics), and no compiler traces.
 
-    The others are never first: xformers and sdpa need the lengths on the host, and repeat heads or pad; flex makes its mask in every
-    call; varlen is flash-attn's kernel behind arguments that have changed between versions of PyTorch. All of this is reasoned from how
-    the kernels work, and unmeasured: none has run on a GPU here.
+    xformers is never first: it needs the lengths on the host, and repeats heads. All of this is reasoned from how the kernels work, and
+    unmeasured: none has run on a GPU here.
     """
     ours = ("triton", "cpu", "reference")
     free = not (torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled())
@@ -117,82 +104,3 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor, lengths_k: Ten
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, scale=scale)[0]
-
-
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, key_size: Tensor | None, key_bias: Tensor | None,
-    prefix_len: Tensor | None, causal: bool, scale: float,
-) -> Tensor:
-    """Compiled on CUDA devices; on CPUs eager, where PyTorch gives it no backward."""
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, key_bias)):
-        _refuse("flex", "has no backward on CPUs")
-    flex = importlib.import_module("torch.nn.attention.flex_attention")
-    place_q, place_k = (torch.arange(x.shape[0], device=q.device) for x in (q, k))
-    owner_q = torch.searchsorted(cu_q[1:].long(), place_q, right=True)
-    owner_k = torch.searchsorted(cu_k[1:].long(), place_k, right=True)
-    place_k = place_k - cu_k.long()[owner_k]
-    # Behind the last key that a query sees.
-    limit = place_q - cu_q.long()[owner_q] + 1 + (cu_k.diff() - cu_q.diff()).long()[owner_q]
-    if prefix_len is not None:
-        limit = limit.maximum(prefix_len[owner_q])
-    log_size = None if key_size is None else key_size.float().log()
-
-    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = owner_q[i] == owner_k[j]
-        if causal:
-            seen = seen & (place_k[j] < limit[i])
-        return seen if key_size is None else seen & (key_size[j] > 0)
-
-    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if log_size is not None:
-            s = s + log_size[j]
-        if key_bias is not None:
-            s = s + (key_bias[j] if key_bias.ndim == 1 else key_bias[h, j])
-        return s
-
-    blocks = flex.create_block_mask(mask, None, None, q.shape[0], k.shape[0], device=q.device)
-    attend = torch.compile(flex.flex_attention) if q.device.type == "cuda" else flex.flex_attention
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    modify = None if key_size is None and key_bias is None else score
-    out = attend(q, k, v, score_mod=modify, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor, lengths_k: Tensor, key_size: Tensor | None, key_bias: Tensor | None,
-    prefix_len: Tensor | None, causal: bool, scale: float,
-) -> Tensor:
-    """PyTorch's attention over segments padded to the longest."""
-    if q.shape[0] == 0 or k.shape[0] == 0:
-        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lengths_q, lengths_k = lengths_q.to(q.device), lengths_k.to(q.device)
-    n, m = (torch.arange(int(x.max()), device=q.device) for x in (lengths_q, lengths_k))
-    real_q, real_k = n < lengths_q[:, None], m < lengths_k[:, None]
-
-    def pad(x: Tensor, real: Tensor) -> Tensor:
-        return x.new_zeros(*real.shape, *x.shape[1:]).masked_scatter(real.unflatten(1, (-1, *[1] * (x.ndim - 1))), x)
-
-    seen = real_k[:, None, None]
-    terms = None
-    if key_size is not None:
-        sizes = pad(key_size.float(), real_k)
-        seen = seen & (sizes > 0)[:, None, None]
-        terms = torch.where(sizes > 0, sizes, 1).log()[:, None, None]
-    if key_bias is not None:
-        biases = pad(torch.atleast_2d(key_bias).t(), real_k).transpose(1, 2)[:, :, None]
-        seen = seen & ~biases.detach().isneginf()
-        biases = torch.where(seen, biases, 0)
-        terms = biases if terms is None else terms + biases
-    if causal:
-        limit = n + 1 + (lengths_k - lengths_q)[:, None]
-        if prefix_len is not None:
-            limit = limit.maximum(prefix_len[:, None])
-        seen = seen & (m < limit[:, None, :, None])
-    # A query that sees nothing attends to everything, and is set to 0 below.
-    some = seen.any(3, keepdim=True)
-    mask = seen | ~some
-    if terms is not None:
-        mask = torch.where(mask, terms.to(q.dtype), -torch.inf)
-    q, k, v = (pad(x, real).transpose(1, 2) for x, real in ((q, real_q), (k, real_k), (v, real_k)))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return torch.where(some, out, 0).transpose(1, 2)[real_q]

@@ -34,7 +34,7 @@ def forward(
     prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [Tq, H, e], lse [Tq * H] in the order of the runs (where the fused kernel makes and needs it, else 0), mass [Tk] or [0]."""
-    runs, order = _plan(q, k, lengths_q, lengths_k)
+    runs, order = _plan(q, lengths_q, lengths_k)
     x = _arrange(_Inputs(q, k, v, _bias(key_size, key_bias, k), prefix_len, causal, scale), order)
     outs, lses, masses = [], [], []
     for run in runs:
@@ -63,7 +63,7 @@ def backward(
     key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and key_bias; [0] where ``needs`` says no."""
-    runs, order = _plan(q, k, lengths_q, lengths_k)
+    runs, order = _plan(q, lengths_q, lengths_k)
     x = _arrange(_Inputs(q, k, v, _bias(key_size, key_bias, k), prefix_len, causal, scale), order)
     grad = grad.contiguous()
     if order is not None:
@@ -96,14 +96,9 @@ def backward(
     return dq, dk, dv, dbias
 
 
-def _plan(q: Tensor, k: Tensor, lengths_q: Tensor, lengths_k: Tensor) -> tuple[tuple[Run, ...], Order | None]:
+def _plan(q: Tensor, lengths_q: Tensor, lengths_k: Tensor) -> tuple[tuple[Run, ...], Order | None]:
     counts = tuple(lengths_q.tolist())
     runs, order = plan(counts, counts if lengths_k is lengths_q else tuple(lengths_k.tolist()))
-    ends = (runs[-1].queries.stop, runs[-1].keys.stop) if runs else (0, 0)
-    if ends != (q.shape[0], k.shape[0]):
-        raise ValueError(
-            f"packed_attention: the segments hold {ends[0]} queries and {ends[1]} keys, but q has {q.shape[0]} rows and k has {k.shape[0]}"
-        )
     return runs, order if order is None else Order(*(index.to(q.device) for index in order))
 
 
@@ -149,8 +144,12 @@ def _operands(x: _Inputs, run: Run) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _flashes(x: _Inputs, run: Run) -> bool:
-    """Whether PyTorch's fused attention for CPUs computes this run: it aligns causality at the start and takes no bias beside it."""
-    masked = x.causal and (x.prefix_len is not None or run.n != run.m or x.bias is not None)
+    """Whether PyTorch's fused attention for CPUs computes this run.
+
+    It aligns causality at the start, takes no bias beside it, and hides keys before it scales their scores, where a scale of 0 or less
+    would show them again.
+    """
+    masked = x.causal and (x.prefix_len is not None or run.n != run.m or x.bias is not None or x.scale <= 0)
     biased = x.bias is not None and x.bias.dtype != x.q.dtype
     dense_rows = all(t.stride(2) == 1 for t in (x.q, x.k, x.v))
     return not (masked or biased) and dense_rows and x.q.device.type == "cpu" and min(run.n, run.m) > 0 and x.q.shape[2] == x.v.shape[2]

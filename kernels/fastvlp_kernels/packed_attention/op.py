@@ -5,12 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _backend, _check
+from fastvlp_kernels import _check, _op
 from fastvlp_kernels._inputs import product_dtype, sum_dtype
-from fastvlp_kernels._ragged import read_lengths
+from fastvlp_kernels._ragged import check_lengths, check_longest, read_lengths, segment_starts
 
 from . import backends, cpu, dropout, reference
 
+NAME = "packed_attention"
 IMPLEMENTATIONS = ("triton", "cpu", "reference", *backends.NAMES)
 
 
@@ -19,16 +20,16 @@ def _forward(
     key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool, impl: str,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if impl == "triton":
-        from . import triton
+    known = _known(cu_seqlens_q, lengths, lengths_k)
+    if known or impl == "cpu":
+        host = _lengths(q, k, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, max_seqlen_q, max_seqlen_k)
+        if impl == "cpu":
+            return cpu.forward(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale, with_mass)
+    starts = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _op.module(__package__, impl).forward(q, k, v, *starts, key_size, key_bias, prefix_len, causal, scale, with_mass, known)
 
-        longest = (max_seqlen_q, max_seqlen_k)
-        return triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, key_size, key_bias, prefix_len, causal, scale, with_mass)
-    host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
-    return cpu.forward(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale, with_mass)
 
-
-_packed_attention = torch.library.custom_op("fastvlp::packed_attention", _forward, mutates_args=())
+_packed_attention = _op.custom_op(NAME)(_forward)
 
 
 @_packed_attention.register_fake
@@ -44,17 +45,15 @@ def _gradients(
     lengths: Tensor | None, lengths_k: Tensor | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None,
     causal: bool, scale: float, needs: list[bool], impl: str, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if impl == "triton":
-        from . import triton_backward
-
-        saved = (grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return triton_backward.backward(*saved, key_size, key_bias, prefix_len, causal, scale, needs)
-    if lengths is None or lengths_k is None:
-        lengths, lengths_k = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
-    return cpu.backward(grad, q, k, v, out, lse, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, needs)
+    if impl == "cpu":
+        host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
+        return cpu.backward(grad, q, k, v, out, lse, *host, key_size, key_bias, prefix_len, causal, scale, needs)
+    saved = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_size, key_bias, prefix_len)
+    known = _known(cu_seqlens_q, lengths, lengths_k)
+    return _op.module(__package__, "triton_backward").backward(grad, *saved, causal, scale, needs, known)
 
 
-_packed_attention_backward = torch.library.custom_op("fastvlp::packed_attention_backward", _gradients, mutates_args=())
+_packed_attention_backward = _op.custom_op(f"{NAME}_backward")(_gradients)
 
 
 @_packed_attention_backward.register_fake
@@ -80,12 +79,9 @@ def _backward(ctx, grad, *_):
 
 
 def _untraced(x: Tensor) -> bool:
+    """Whether nothing on the CPU needs what ``custom_op`` does."""
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return type(x) is Tensor and x.device.type == "cpu" and not transformed
-
-
-def _refuse(ctx, *_):
-    raise RuntimeError("packed_attention: second derivatives are not available; use impl='reference' for them")
+    return type(x) is Tensor and x.device.type == "cpu" and not transformed and not torch.is_autocast_enabled("cpu")
 
 
 class _Direct(torch.autograd.Function):
@@ -100,16 +96,35 @@ class _Direct(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-_packed_attention.register_autograd(_backward, setup_context=_setup)
-_packed_attention_backward.register_autograd(_refuse)
+_op.differentiate(NAME, _packed_attention, _packed_attention_backward, _setup, _backward)
+
+
+def _known(cu_q: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> bool:
+    """Whether the host can tell the lengths without asking a device."""
+    return cu_q.device.type == "cpu" or (lengths is not None and lengths_k is not None)
 
 
 def _host(cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> tuple[Tensor, Tensor]:
     """The lengths on the CPU, read from the device where the caller did not give them."""
-    host = read_lengths("packed_attention", "cu_seqlens_q", cu_q, "lengths", lengths)
+    host = read_lengths(NAME, "cu_seqlens_q", cu_q, "lengths", lengths)
     if cu_k is cu_q and (lengths_k is None or lengths_k is lengths):
         return host, host
-    return host, read_lengths("packed_attention", "cu_seqlens_k", cu_k, "lengths_k", lengths_k)
+    return host, read_lengths(NAME, "cu_seqlens_k", cu_k, "lengths_k", lengths_k)
+
+
+def _lengths(
+    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None, max_q: int | None,
+    max_k: int | None,
+) -> tuple[Tensor, Tensor]:
+    """``_host``, refused where they do not sum to the rows of q and k, or are longer than the longest."""
+    host = _host(cu_q, cu_k, lengths, lengths_k)
+    queries, keys = (int(counts.sum()) for counts in host)
+    if (queries, keys) != (q.shape[0], k.shape[0]):
+        rows = f"q has {q.shape[0]} rows and k has {k.shape[0]}"
+        raise ValueError(f"{NAME}: the segments hold {queries} queries and {keys} keys, but {rows}")
+    check_longest(NAME, "max_seqlen_q", max_q, host[0])
+    check_longest(NAME, "max_seqlen_k", max_k, host[1])
+    return host
 
 
 def packed_attention(
@@ -142,8 +157,8 @@ def packed_attention(
         q: [Tq, H, d]. k: [Tk, Hkv, d]. v: [Tk, Hkv, e]. Hkv divides H: query head h reads key head h // (H / Hkv).
         cu_seqlens_q: int32 or int64 [S+1], where each segment starts in q. cu_seqlens_k: the same in k and v; None: that of q.
         max_seqlen_q, max_seqlen_k: the longest segments (``Packed.max_seqlen``). On GPUs they let short segments run in one pass; None:
-            nothing is known of them. max_seqlen_k None with cu_seqlens_k None: that of q. A segment that is longer gets NaN, or its
-            right values.
+            nothing is known of them. max_seqlen_k None with cu_seqlens_k None: that of q. A segment that is longer is refused where the
+            host knows the lengths, and elsewhere gets NaN, or its right values.
         key_size: [Tk], how many tokens a key stands for (proportional attention, ToMe); has no gradient. 0 hides a key;
             below 0, which nobody checks, is no size.
         key_bias: [Tk] or [H, Tk], has a gradient. -inf hides a key.
@@ -154,25 +169,25 @@ def packed_attention(
             then padded and attended by PyTorch's own kernels, whatever ``FASTVLP_IMPL`` says; only impl=None, and no mass.
         return_key_mass: also return the mass of each key, its probabilities summed over queries and heads: float32 [Tk], no gradient.
         lengths, lengths_k: integers [S] on the CPU, what cu_seqlens_q and cu_seqlens_k say (``Packed.lengths``). Without them impl
-            "cpu", "reference", "xformers" and "sdpa" read them from cu_seqlens, which on a CUDA device costs a synchronisation.
-            "triton" never asks; there cu_seqlens must end at Tq and Tk, which nobody checks.
+            "cpu", "reference" and "xformers" read them from cu_seqlens, which on a CUDA device costs a synchronisation. "triton" never
+            asks: it cuts segments at Tq and Tk, and gives 0 to rows behind the last one.
         impl: "triton", "cpu", "reference"; None takes the first that runs on the device (float64: never Triton), and on CUDA devices
             flash-attn, where that is installed, for segments of 1,024 tokens and more that it can compute (``backends.preferred``).
-            "flash-attn", "xformers", "varlen" (torch.nn.attention.varlen), "flex" (FlexAttention) and "sdpa" (padded) are others'
-            kernels; what one of them cannot compute it refuses by name. The environment variable FASTVLP_IMPL names one too.
+            "flash-attn" and "xformers" are others' kernels; what one of them cannot compute it refuses by name. The environment
+            variable FASTVLP_IMPL names one too.
 
     Returns:
         out: [Tq, H, e] in the dtype of q, 0 for a query that sees no key; with ``return_key_mass`` (out, mass).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or the bias is one for pairs of query and key.
-        RuntimeError: ``impl`` cannot run here, or cannot compute this; a second derivative is asked for.
+        RuntimeError: ``impl`` cannot run here, or cannot compute this; a second or a forward-mode derivative is asked for.
     """
-    _check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_size, key_bias, prefix_len, lengths, lengths_k)
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None and longest < 0:
-            raise ValueError(f"packed_attention: {name}={longest}; it must be the length of the longest segment, or None")
-    dtype = product_dtype("packed_attention", q, None)
+    given = (cu_seqlens_q, cu_seqlens_k, key_size, key_bias, prefix_len, lengths, lengths_k)
+    cu_seqlens_q, cu_seqlens_k = _check_inputs(q, k, v, *given)
+    prefix_len = None if prefix_len is None else prefix_len.contiguous()
+    max_seqlen_q, max_seqlen_k = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
+    dtype = product_dtype(NAME, q, None)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if cu_seqlens_k is None:
         cu_seqlens_k, lengths_k = cu_seqlens_q, lengths
@@ -188,18 +203,14 @@ def packed_attention(
         return dropout.packed_attention(q, k, v, host_q, host_k, key_size, key_bias, prefix_len, causal, scale, dropout_p)
     lengths_and_longest = (lengths, lengths_k, max_seqlen_q, max_seqlen_k)
     order = backends.preferred(q, k, v, *lengths_and_longest, key_size, key_bias, prefix_len, causal, return_key_mass)
-    chosen = _backend.choose("packed_attention", impl, q.device, order)
-    if chosen == "triton" and q.dtype == torch.float64:
-        if impl == "triton":
-            raise RuntimeError("packed_attention: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
-        chosen = "cpu"
+    chosen = _op.choose(NAME, impl, q.device, order, (q.dtype,), (q, k, v, key_bias))
     if chosen in backends.NAMES:
         return backends.packed_attention(
             chosen, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             lambda: _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k), key_size, key_bias, prefix_len, causal, scale, return_key_mass,
         )  # fmt: skip
     if chosen == "reference":
-        host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
+        host = _lengths(q, k, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, max_seqlen_q, max_seqlen_k)
         out, mass = reference.packed_attention(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale)
     else:
         run = _Direct.apply if chosen == "cpu" and _untraced(q) else torch.ops.fastvlp.packed_attention
@@ -210,11 +221,20 @@ def packed_attention(
     return (out, mass) if return_key_mass else out
 
 
+def _longest(name: str, longest: int | Tensor | None) -> int | None:
+    """flash-attn's callers hand over tensors too; under a compiler a tensor says nothing."""
+    if isinstance(longest, Tensor):
+        longest = None if torch.compiler.is_compiling() else int(longest)
+    check_longest(NAME, name, longest)
+    return longest
+
+
 def _check_inputs(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, key_size: Tensor | None, key_bias: Tensor | None,
     prefix_len: Tensor | None, lengths: Tensor | None, lengths_k: Tensor | None,
-) -> None:
-    op = "packed_attention"
+) -> tuple[Tensor, Tensor | None]:
+    """The starts of segments as kernels read them."""
+    op = NAME
     _check.plain_tensors(
         op, 4, q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_size=key_size, key_bias=key_bias, prefix_len=prefix_len
     )
@@ -229,10 +249,9 @@ def _check_inputs(
         raise TypeError(f"{op}: q is {q.dtype}, k is {k.dtype} and v is {v.dtype}; cast them to one dtype")
     if any(x.dtype not in _check.FLOATS for x in (q, k, v)):
         raise TypeError(f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; allowed: float32, bfloat16, float16, float64")
-    segments = cu_q.shape[0] - 1 if cu_q.ndim == 1 else -1
-    for name, index in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        if index is not None and (index.ndim != 1 or index.shape[0] == 0 or index.dtype not in (torch.int32, torch.int64)):
-            raise ValueError(f"{op}: {name} is {index.dtype} {tuple(index.shape)}; it must be int32 [S+1]: 0, then where each segment ends")
+    cu_q = segment_starts(op, "cu_seqlens_q", cu_q)
+    cu_k = None if cu_k is None else segment_starts(op, "cu_seqlens_k", cu_k)
+    segments = cu_q.shape[0] - 1
     if cu_k is not None and cu_k.shape != cu_q.shape:
         raise ValueError(f"{op}: cu_seqlens_q describes {segments} segments and cu_seqlens_k {cu_k.shape[0] - 1}; every segment needs both")
     if cu_k is None and k.shape[0] != q.shape[0]:
@@ -241,9 +260,7 @@ def _check_inputs(
         raise ValueError(f"{op}: the segments hold 0 queries and 0 keys, but q has {q.shape[0]} rows and k has {k.shape[0]}")
     _check.vector(op, "prefix_len", prefix_len, segments, integer=True)
     for name, counts in (("lengths", lengths), ("lengths_k", lengths_k)):
-        _check.vector(op, name, counts, segments, integer=True)
-        if counts is not None and counts.device.type != "cpu":
-            raise ValueError(f"{op}: {name} is on {counts.device}; it is for the host and must be on the CPU (Packed.lengths is)")
+        check_lengths(op, name, counts, segments)
     if key_size is not None:
         if key_size.shape != (k.shape[0],):
             raise ValueError(f"{op}: key_size has shape {tuple(key_size.shape)}; it must have shape ({k.shape[0]},)")
@@ -256,3 +273,4 @@ def _check_inputs(
         )
     if key_bias is not None and not key_bias.is_floating_point():
         raise TypeError(f"{op}: key_bias is {key_bias.dtype}; it must be floating point (a mask: 0 and -inf)")
+    return cu_q, cu_k

@@ -1,7 +1,7 @@
 """Packed attention on GPUs, backward and the mass of keys: no atomics, every element has one program that owns it.
 
 ``_query_kernel`` makes dQ and the rows' sums of P * dP, then ``_key_kernel``, whose programs own a tile of keys, their dK, dV and bias
-gradients (or their mass). Of short segments ``triton_short_backward`` makes all in one program.
+gradients (or their mass). Of short segments ``triton_short`` makes all in one program.
 """
 
 import torch
@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import precision, upcast
-from . import triton_short_backward
-from .triton import LOG2E, Side, fill, key_options, key_terms, limits, operands, padded, rows_of, span, store, tile, tile_of
-from .triton_short import stacking
+from .._triton import precision, span, upcast
+from . import triton_short
+from .triton_tile import LOG2E, Side, fill, key_options, key_terms, limits, new, operands, padded, rows_of, store, tile, tile_of
 
 
 def query_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int]:
@@ -20,8 +19,8 @@ def query_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> d
     if dtype == torch.float32:
         return {"BLOCK_M": rows_of(queries.typical, 32), "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
     wide, rows = width > 64, rows_of(queries.typical, 64)
-    columns = rows_of(keys.typical, 64 if wide or rows < 64 else 32)
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8 if wide and rows * columns == 4096 else 4, "num_stages": 2}
+    columns = rows_of(keys.typical, 64 if rows < 64 else 32)
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8 if wide and rows == 64 and columns == 32 else 4, "num_stages": 2}
 
 
 def key_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int]:
@@ -188,7 +187,7 @@ def key_mass(
         tiles, blocks, search = keys.tiles(options["BLOCK_N"])
         with torch.cuda.device_of(q):
             _key_kernel[(tiles * k.shape[1],)](
-                None, qs, ks, None, lse, None, queries.cu.contiguous(), keys.cu.contiguous(), size, bias, prefix_len,
+                None, qs, ks, None, lse, None, queries.cu, keys.cu, size, bias, prefix_len,
                 None, None, None, mass, queries.segments, Tq, Tk, H, H // k.shape[1], blocks, scale, bias_stride,
                 0, qs.stride(0), ks.stride(0), 0, 0, qs.stride(1), ks.stride(1), 0, CAUSAL=causal, SEARCH=search, ALIGN=align,
                 PRECISION=precision(), UPCAST=upcast(), D=D, E=D, BLOCK_D=padded(D), BLOCK_E=padded(D), **options,
@@ -199,31 +198,28 @@ def key_mass(
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int | None,
     max_k: int | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float,
-    needs: list[bool],
+    needs: list[bool], whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and key_bias; [0] where ``needs`` says no."""
+    """Gradients of q, k, v and key_bias; [0] where ``needs`` says no. ``whole``: cu_q and cu_k are known to end at Tq and Tk."""
     (Tq, H, D), E, Tk = q.shape, v.shape[2], k.shape[0]
     queries, keys = Side(cu_q, Tq, max_q), Side(cu_k, Tk, max_k)
-    dq, dk, dv = (x.new_empty(x.shape if need else 0) for x, need in zip((q, k, v), needs, strict=False))
-    dbias = torch.empty((H, Tk) if needs[3] else 0, dtype=torch.float32, device=q.device)
+    dq, dk, dv = (new(x, whole, *(x.shape if need else (0,))) for x, need in zip((q, k, v), needs, strict=False))
+    dbias = new(q, whole, *((H, Tk) if needs[3] else (0,)), dtype=torch.float32)
     if queries.segments and Tq + Tk:
         (gs, qs, ks, vs), align = operands(grad, q, k, v)
         size, bias, bias_stride = key_options(k, key_size, key_bias)
-        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
         through_scores = needs[0] or needs[1] or needs[3]
         made = (dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, dbias if needs[3] else None)
         terms = (scale, bias_stride, *(x.stride(axis) for axis in (0, 1) for x in (gs, qs, ks, vs)))
         fixed = {"CAUSAL": causal, "ALIGN": align, "PRECISION": precision(), "UPCAST": upcast(),
                  "D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}  # fmt: skip
         sizes = (queries.segments, Tq, Tk, H, H // k.shape[1])
-        short = triton_short_backward.config(q.dtype, max(D, E), queries, keys) if through_scores else None
+        short = triton_short.backward_config(q.dtype, max(D, E), queries, keys) if through_scores else None
         with torch.cuda.device_of(q):
             if short is not None:
-                known = stacking(queries, keys)
-                programs = triton.cdiv(Tq, known[1]) if short["STACK"] else queries.segments
-                triton_short_backward._short_backward_kernel[(programs * k.shape[1],)](
-                    gs, qs, ks, vs, lse, cu_q, cu_k, size, bias, prefix_len, *made, *sizes, *known, *terms, **fixed, **short,
-                )  # fmt: skip
+                triton_short._short_backward_kernel[(queries.segments * k.shape[1],)](
+                    gs, qs, ks, vs, lse, cu_q, cu_k, size, bias, prefix_len, *made, *sizes[1:], *terms, **fixed, **short
+                )
             else:
                 delta = torch.empty(H * Tq if through_scores else 0, dtype=torch.float32, device=q.device)
                 if through_scores:

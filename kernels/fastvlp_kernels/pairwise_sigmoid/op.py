@@ -1,15 +1,14 @@
 """``pairwise_sigmoid``: the loss of SigLIP over all pairs, its gradients made in the same sweep as its value."""
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _backend, _check, _inputs
+from fastvlp_kernels import _check, _inputs, _op
 
-from . import cpu, reference
+from . import reference
 
 NAME = "pairwise_sigmoid"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
@@ -30,7 +29,7 @@ class SigmoidSweep(NamedTuple):
     col_weight: Tensor
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}", mutates_args=())
+@_op.custom_op(NAME)
 def _forward(
     x: Tensor,
     y: Tensor,
@@ -49,7 +48,7 @@ def _forward(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    made = _module(impl).forward(
+    made = _op.module(__package__, impl).forward(
         x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, exclude, offset, dtype, needs
     )
     return made if factor == 1 else tuple(tensor.mul_(factor) for tensor in made)
@@ -63,7 +62,7 @@ def _(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, co
     return x.new_empty((), dtype=accumulate), *gradients
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}_backward", mutates_args=())
+@_op.custom_op(f"{NAME}_backward")
 def _backward(grad: Tensor, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     # The loss is a sum: only its upstream gradient brings float16 into range, so the one rounding comes after the scaling.
     scaled = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
@@ -101,20 +100,7 @@ def _scale(ctx, grad: Tensor | None, *_: Tensor):
     return tuple(result)
 
 
-def _refuse(ctx, *_: Tensor):
-    raise RuntimeError(f"{NAME}: second derivatives are not available; use impl='reference' for them")
-
-
-_forward.register_autograd(_scale, setup_context=_setup)
-_backward.register_autograd(_refuse)
-
-
-def _module(impl: str) -> ModuleType:
-    if impl == "triton":
-        from . import triton
-
-        return triton
-    return cpu
+_op.differentiate(NAME, _forward, _backward, _setup, _scale)
 
 
 def sigmoid_forward(
@@ -146,7 +132,7 @@ def sigmoid_forward(
     """
     needs = [*needs, *[False] * (8 - len(needs))]
     args = _arguments(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, ids, offset, compute_dtype)
-    chosen = _choose(impl, x, args[-1], IMPLEMENTATIONS[:2])
+    chosen = _op.choose(NAME, impl, x.device, IMPLEMENTATIONS[:2], args[-1:], args[:8])
     return SigmoidSweep(*torch.ops.fastvlp.pairwise_sigmoid(*args, 1.0, needs, chosen))
 
 
@@ -195,22 +181,13 @@ def pairwise_sigmoid(
     Raises:
         TypeError: DTensors, dtypes that differ or are not allowed.
         ValueError: shapes or devices that do not fit, an unknown ``ids`` or ``impl``.
-        RuntimeError: ``impl`` cannot run here; a second derivative is asked for.
+        RuntimeError: ``impl`` cannot run here; a second or a forward-mode derivative is asked for.
     """
     args = _arguments(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, ids, offset, compute_dtype)
-    chosen = _choose(impl, x, args[-1], IMPLEMENTATIONS)
+    chosen = _op.choose(NAME, impl, x.device, IMPLEMENTATIONS, args[-1:], args[:8])
     if chosen == "reference":
         return reference.pairwise_sigmoid(*args) * factor
     return torch.ops.fastvlp.pairwise_sigmoid(*args, factor, _inputs.needs_grad(*args[:8]), chosen)[0]
-
-
-def _choose(impl: str | None, x: Tensor, dtype: torch.dtype, implementations: Sequence[str]) -> str:
-    chosen = _backend.choose(NAME, impl, x.device, implementations)
-    if chosen == "triton" and dtype == torch.float64:
-        if impl == "triton":
-            raise RuntimeError(f"{NAME}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
-        return "cpu"
-    return chosen
 
 
 def _arguments(x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, ids, offset, compute_dtype) -> tuple:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import descriptors, dot_tile, grouped_tile, multiply_add, operand, precision, processors, same_ids, source, upcast
+from .._triton import dot_tile, grouped_tile, multiply_tile, operand, places, precision, processors, same_ids, upcast
 
 # Tiles along a side of a wave: at most 4608 rows and columns of 16-bit coefficients, 41 MB.
 WAVE_TILES = range(16, 37)
@@ -136,12 +136,10 @@ def _add_product(
     i_m, i_d = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP)
     offs_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    acc = multiply_add(acc, a_ptr, stride_am, stride_ak, b_ptr, stride_b, offs_m, offs_d, K, D, BLOCK_K, UPCAST)
+    acc = multiply_tile(a_ptr, stride_am, stride_ak, b_ptr, stride_b, offs_m, offs_d, K, D, BLOCK_K, UPCAST)
     inside = (offs_m < M)[:, None] & (offs_d < D)[None, :]
-    p_out = out_ptr + offs_m[:, None] * D + offs_d[None, :]
-    acc += tl.load(p_out, mask=inside, other=0.0)
-    tl.store(p_out, acc, mask=inside)
+    p_out = out_ptr + (i_m.to(tl.int64) * BLOCK_M * D + i_d * BLOCK_D) + places(D, BLOCK_M, BLOCK_D)
+    tl.store(p_out, acc + tl.load(p_out, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -149,7 +147,12 @@ def _products_kernel(
     G_ptr, x_ptr, y_ptr, dx_ptr, dy_ptr, M, N, D, stride_G, stride_x, stride_y,
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, D] += G y and dy [N, D] += G^T x in one launch, so that the tiles of both fill the chip together."""
+    """dx [M, D] += G y and dy [N, D] += G^T x in one launch, so that the tiles of both fill the chip together.
+
+    M and N are not 0. Of two loops that might not turn, ptxas could not tell the accumulators apart, and would wait for every product.
+    """
+    tl.assume(M > 0)
+    tl.assume(N > 0)
     pid = tl.program_id(0)
     programs_x = tl.cdiv(M, BLOCK_M) * tl.cdiv(D, BLOCK_D) if dx_ptr is not None else 0
     if pid < programs_x:
@@ -201,8 +204,7 @@ def forward(
     vectors = weighted or any(v is not None for v in (row_bias, col_bias, row_ids))
     x, y = operand(x, dtype), operand(y, dtype)
     options, product_options = config(dtype, vectors), product_config()
-    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
-    tma = descriptors(x, y)
+    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
 
     def new(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape if wanted else 0, dtype=dtype, device=x.device)
@@ -238,7 +240,7 @@ def forward(
                 of_rows = [None if v is None else v[rows] for v in (row_bias, row_weight, row_ids)]
                 of_cols = [None if v is None else v[cols] for v in (col_bias, col_weight, col_ids)]
                 _logits_kernel[(tiles_m * tiles_n,)](
-                    *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y[cols], BLOCK_N, BLOCK_K, tma),
+                    x[rows], x.stride(0), y[cols], y.stride(0),
                     scale, bias, *(v for pair in zip(of_rows, of_cols, strict=True) for v in pair),
                     loss[part], dscale[part] if make_g else None, dbias[part] if make_g else None, G if features else None, *partials,
                     m, n, x.shape[1], 0 if offset is None else offset + i - j, wave_n,

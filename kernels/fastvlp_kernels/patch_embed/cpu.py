@@ -1,5 +1,6 @@
 """Patches gathered, normalised and multiplied in chunks that stay in the cache; plain torch, any device."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -35,8 +36,14 @@ def locate(images: Tensor, keep: Tensor | None, total: int, patch_size: int) -> 
 
 
 def per_value(channels: Sequence[float], patch_size: int, like: Tensor) -> Tensor:
-    """One number for each of the channels -> one for each of the 3 P P values of a patch."""
-    return torch.tensor(channels, dtype=like.dtype, device=like.device).repeat(patch_size**2)
+    """One number for each of the channels -> one for each of the 3 P P values of a patch; not to be written to."""
+    return _per_value(tuple(channels), patch_size, like.device, like.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _per_value(channels: tuple[float, ...], patch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Made once for each device: a copy from the host's usual memory would wait for the device in every step.
+    return torch.tensor(channels, dtype=dtype, device=device).repeat(patch_size**2)
 
 
 def _chunks(pixels: Tensor, where: Tensor, patch_size: int, centre: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -1,72 +1,74 @@
 """``patch_embed``: pixels of ragged images to tokens, with normalisation, positions and dropping in one pass."""
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _backend, _check, _inputs
+from fastvlp_kernels import _check, _inputs, _op
 from fastvlp_kernels._inputs import sum_dtype
 from fastvlp_kernels.packed import Packed
 
-from . import cpu, positions, reference
+from . import positions, reference
 
 NAME = "patch_embed"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}", mutates_args=())
+@_op.custom_op(NAME)
 def _embed(
     pixels: Tensor, sizes: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None,
     grid: Tensor | None, patch_size: int, mean: list[float], std: list[float], rotary: float | None, total: int, dtype: torch.dtype,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_values(pixels, sizes, keep, rows, cols, patch_size)
     shapes, cells = _shapes(sizes // patch_size)
-    patches = (sizes // patch_size).prod(1)
+    patches, S = (sizes // patch_size).prod(1), len(sizes)
     images = torch.stack((_before(patches), _before(3 * sizes.prod(1)), sizes[:, 1] // patch_size, cells))
-    module, device = _module(impl), pixels.device
-    where, pos = module.locate(images.to(device, non_blocking=True), None if keep is None else keep.to(device), total, patch_size)
+    module = _op.module(__package__, impl)
+    numbers = _upload(torch.cat((images.flatten(), patches.sum(0, keepdim=True), *([] if keep is None else [keep]))), pixels.device)
+    images, kept = numbers[: 4 * S].view(4, S), None if keep is None else numbers[4 * S + 1 :]
+    where, pos = module.locate(images, kept, total, patch_size)
+    starts = torch.cat((images[0], numbers[4 * S : 4 * S + 1]))
+    starts = (starts if kept is None else torch.searchsorted(kept, starts)).int()
     tables = [] if rows is None or cols is None else [(pos[:, 1], rows), (pos[:, 2], cols)]
     stored = [_stored(pixels, values) for values in (mean, std)]
-    with torch.autocast(device.type, enabled=False):  # dtypes are decided; autocast would round sums
-        if grid is not None:
-            tables = [(where[:, 2], positions.resize(grid, shapes, sum_dtype(dtype)))]
-        turn = None if rotary is None else (pos, _turns(rotary, sizes, patch_size, weight, sum_dtype(dtype)))
-        return module.forward(pixels, where, weight, bias, tables, turn, patch_size, *stored, dtype), pos, where
+    if grid is not None:
+        tables = [(where[:, 2], positions.resize(grid, shapes, sum_dtype(dtype)))]
+    turn = None if rotary is None else (pos, _turns(rotary, sizes, patch_size, weight, sum_dtype(dtype)))
+    return module.forward(pixels, where, weight, bias, tables, turn, patch_size, *stored, dtype), pos, where, starts
 
 
 @_embed.register_fake
 def _(pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, mean, std, rotary, total, dtype, impl):
     pos, where = (weight.new_empty((total, 3), dtype=kind) for kind in (torch.int32, torch.int64))
-    return weight.new_empty((total, weight.shape[0]), dtype=dtype), pos, where
+    starts = weight.new_empty(sizes.shape[0] + 1, dtype=torch.int32)
+    return weight.new_empty((total, weight.shape[0]), dtype=dtype), pos, where, starts
 
 
-@torch.library.custom_op(f"fastvlp::{NAME}_backward", mutates_args=())
+@_op.custom_op(f"{NAME}_backward")
 def _embed_backward(
     grad: Tensor, pixels: Tensor, sizes: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None,
     grid: Tensor | None, pos: Tensor, where: Tensor, patch_size: int, mean: list[float], std: list[float], rotary: float | None,
     needs: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    module, acc = _module(impl), sum_dtype(grad.dtype)
+    module, acc = _op.module(__package__, impl), sum_dtype(grad.dtype)
     grad = grad.contiguous()
     results = [weight.new_empty(0, dtype=dtype) for dtype in _dtypes(weight, bias, rows, cols, grid)]
-    with torch.autocast(grad.device.type, enabled=False):
-        if rotary is not None:
-            grad = module.rotate(grad, pos, _turns(rotary, sizes, patch_size, weight, acc, back=True))
-        if needs[0]:
-            stored = [_stored(pixels, values) for values in (mean, std)]
-            results[0] = module.weight_backward(grad, pixels, where, weight, patch_size, *stored)
-        if needs[1]:
-            results[1] = grad.sum(0, dtype=acc).to(results[1].dtype)
-        for i, table in ((2, rows), (3, cols)):
-            if table is not None and needs[i]:
-                results[i] = module.table_backward(grad, pos[:, i - 1], table.shape[0], acc).to(table.dtype)
-        if grid is not None and needs[4]:
-            shapes, _ = _shapes(sizes // patch_size)
-            cells = module.table_backward(grad, where[:, 2], sum(m * n for m, n in shapes), acc)
-            results[4] = positions.resize_backward(cells, grid, shapes).to(grid.dtype)
+    if rotary is not None:
+        grad = module.rotate(grad, pos, _turns(rotary, sizes, patch_size, weight, acc, back=True))
+    if needs[0]:
+        stored = [_stored(pixels, values) for values in (mean, std)]
+        results[0] = module.weight_backward(grad, pixels, where, weight, patch_size, *stored)
+    if needs[1]:
+        results[1] = grad.sum(0, dtype=acc).to(results[1].dtype)
+    for i, table in ((2, rows), (3, cols)):
+        if table is not None and needs[i]:
+            results[i] = module.table_backward(grad, pos[:, i - 1], table.shape[0], acc).to(table.dtype)
+    if grid is not None and needs[4]:
+        shapes, _ = _shapes(sizes // patch_size)
+        cells = module.table_backward(grad, where[:, 2], sum(m * n for m, n in shapes), acc)
+        results[4] = positions.resize_backward(cells, grid, shapes).to(grid.dtype)
     return results[0], results[1], results[2], results[3], results[4]
 
 
@@ -81,7 +83,7 @@ def _(grad, pixels, sizes, weight, bias, rows, cols, grid, pos, where, patch_siz
 
 def _setup(ctx, inputs, output) -> None:
     pixels, sizes, _, weight, bias, rows, cols, grid, ctx.patch_size, ctx.mean, ctx.std, ctx.rotary, _, _, ctx.impl = inputs
-    ctx.save_for_backward(pixels, sizes, weight, bias, rows, cols, grid, *output[1:])
+    ctx.save_for_backward(pixels, sizes, weight, bias, rows, cols, grid, *output[1:3])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -92,20 +94,7 @@ def _backward(ctx, grad, *_):
     return None, None, None, *(r if need else None for r, need in zip(results, needs, strict=True)), *[None] * 7
 
 
-def _refuse(ctx, *_):
-    raise RuntimeError(f"{NAME}: second derivatives are not available; use impl='reference' for them")
-
-
-_embed.register_autograd(_backward, setup_context=_setup)
-_embed_backward.register_autograd(_refuse)
-
-
-def _module(impl: str) -> ModuleType:
-    if impl == "triton":
-        from . import triton
-
-        return triton
-    return cpu
+_op.differentiate(NAME, _embed, _embed_backward, _setup, _backward)
 
 
 def _dtypes(weight: Tensor, *others: Tensor | None) -> list[torch.dtype]:
@@ -118,7 +107,12 @@ def _stored(pixels: Tensor, values: Sequence[float]) -> list[float]:
 
 def _turns(rotary: float, sizes: Tensor, patch_size: int, weight: Tensor, dtype: torch.dtype, back: bool = False) -> Tensor:
     places = int(sizes.max()) // patch_size if len(sizes) else 0
-    return positions.turns(rotary, places, weight.shape[0], back).to(weight.device, dtype)
+    return positions.turns(rotary, places, weight.shape[0], back, weight.device, dtype)
+
+
+def _upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory, so that the host does not wait for the device."""
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 def _before(counts: Tensor) -> Tensor:
@@ -171,7 +165,7 @@ def patch_embed(
 
     Raises:
         ValueError, TypeError: shapes, sizes, dtypes or devices do not fit; pixels that need a gradient.
-        RuntimeError: ``impl`` cannot run here; a second derivative is asked for.
+        RuntimeError: ``impl`` cannot run here; a second or a forward-mode derivative is asked for.
     """
     sizes, keep = _host("sizes", sizes), None if keep is None else _host("keep", keep)
     rows, cols, grid = _tables(positions)
@@ -186,11 +180,7 @@ def patch_embed(
         )
     rotary = None if rotary is None else float(rotary)
     dtype = _inputs.product_dtype(NAME, weight, None)
-    chosen = _backend.choose(NAME, impl, pixels.device, IMPLEMENTATIONS)
-    if chosen == "triton" and torch.float64 in (dtype, pixels.dtype):
-        if impl == "triton":
-            raise RuntimeError(f"{NAME}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
-        chosen = "cpu"
+    chosen = _op.choose(NAME, impl, pixels.device, IMPLEMENTATIONS, (dtype, pixels.dtype), (pixels, weight, bias, rows, cols, grid))
     total = pixels.shape[0] // (3 * patch_size**2) if keep is None else keep.shape[0]
     if chosen == "reference":
         _check_values(pixels, sizes, keep, rows, cols, patch_size)
@@ -198,12 +188,13 @@ def patch_embed(
             pixels, sizes.tolist(), keep, weight, bias, rows, cols, grid, patch_size, shift, scale, rotary, dtype
         )
     else:
-        x, pos, _ = torch.ops.fastvlp.patch_embed(
+        x, pos, _, starts = torch.ops.fastvlp.patch_embed(
             pixels, sizes, keep, weight, bias, rows, cols, grid, patch_size, shift, scale, rotary, total, dtype, chosen
         )
     patches = (sizes // patch_size).prod(1)
     lengths = patches if keep is None else torch.searchsorted(keep, torch.stack((_before(patches), patches.cumsum(0)))).diff(dim=0)[0]
-    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(pixels.device, torch.int32, non_blocking=True)
+    if chosen == "reference":
+        starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(pixels.device, torch.int32)
     longest = total if torch.compiler.is_compiling() else int(lengths.max()) if len(lengths) else 0
     return Packed(x, starts, lengths, total, longest, pos=pos)
 
@@ -212,7 +203,7 @@ def _host(name: str, numbers: Tensor) -> Tensor:
     _check.plain_tensors(NAME, **{name: numbers})
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise TypeError(f"{NAME}: {name} is {numbers.dtype}; it must be an integer tensor")
-    return numbers.detach().to("cpu", torch.int64)
+    return numbers.detach().to("cpu", torch.int64).contiguous()
 
 
 def _tables(positions: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -1,27 +1,27 @@
 """``segment_pool``: the mean or the maximum of the tokens of each segment."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _backend, _check
+from fastvlp_kernels import _check, _op
 from fastvlp_kernels._inputs import sum_dtype
-from fastvlp_kernels._ragged import check_segments, host_lengths
+from fastvlp_kernels._ragged import check_segments, host_lengths, known_lengths
 
 from . import cpu, reference
 
+NAME = "segment_pool"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
 MODES = ("mean", "max")
 
 
-@torch.library.custom_op("fastvlp::segment_pool", mutates_args=())
+@_op.custom_op(NAME)
 def _pool(
     x: Tensor, cu_seqlens: Tensor, lengths: Tensor | None, mode: str, weight: Tensor | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "triton":
-        return _triton().forward(x, cu_seqlens, mode, weight)
-    return cpu.forward(x, cu_seqlens, host_lengths("segment_pool", cu_seqlens, lengths, x.shape[0]), mode, weight)
+        known_lengths(NAME, cu_seqlens, lengths, x.shape[0])
+        return _op.module(__package__, impl).forward(x, cu_seqlens, mode, weight)
+    return cpu.forward(x, cu_seqlens, host_lengths(NAME, cu_seqlens, lengths, x.shape[0]), mode, weight)
 
 
 @_pool.register_fake
@@ -31,7 +31,7 @@ def _(x, cu_seqlens, lengths, mode, weight, impl):
     return x.new_empty(S, C), x.new_empty(S, dtype=sum_dtype(x.dtype)), first
 
 
-@torch.library.custom_op("fastvlp::segment_pool_backward", mutates_args=())
+@_op.custom_op(f"{NAME}_backward")
 def _pool_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, out: Tensor, total: Tensor, first: Tensor, cu_seqlens: Tensor, mode: str,
     needs: list[bool], impl: str,
@@ -40,7 +40,7 @@ def _pool_backward(
         # Row T takes the gradients of empty segments.
         dx = grad.new_zeros(x.shape[0] + 1, x.shape[1])
         return dx.scatter_(0, torch.where(first < 0, x.shape[0], first), grad)[:-1].clone(), total.new_empty(0)
-    return (_triton() if impl == "triton" else cpu).mean_backward(grad, x, weight, out, total, cu_seqlens, needs)
+    return _op.module(__package__, impl).mean_backward(grad, x, weight, out, total, cu_seqlens, needs)
 
 
 @_pool_backward.register_fake
@@ -61,18 +61,7 @@ def _backward(ctx, grad, *_):
     return dx if needs[0] else None, None, None, None, dweight if needs[1] else None, None
 
 
-def _refuse(ctx, *_):
-    raise RuntimeError("segment_pool: second derivatives are not available; use impl='reference' for them")
-
-
-_pool.register_autograd(_backward, setup_context=_setup)
-_pool_backward.register_autograd(_refuse)
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
+_op.differentiate(NAME, _pool, _pool_backward, _setup, _backward)
 
 
 def segment_pool(
@@ -91,7 +80,8 @@ def segment_pool(
 
     Args:
         x: [T, C] float32, bfloat16, float16 or float64.
-        cu_seqlens: int32 or int64 [S+1]: where each segment starts, then T.
+        cu_seqlens: int32 or int64 [S+1]: where each segment starts, then T. Where only a device knows that it ends before T, the tokens
+            behind belong to no segment and get no gradient; segments are cut at T.
         mode: "mean": sum_i w_i x_i / sum_i w_i (0 where the weights sum to 0), or "max".
         weight: [T], for "mean": the sizes of merged tokens, or 0 to leave tokens out. None: 1 each.
         lengths: integers [S] on the CPU, what cu_seqlens says (``Packed.lengths``); of use where "cpu" or "reference" computes on
@@ -103,10 +93,10 @@ def segment_pool(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, an unknown mode, weights for a maximum.
-        RuntimeError: ``impl`` cannot run here; a second derivative is asked for.
+        RuntimeError: ``impl`` cannot run here; a second or a forward-mode derivative is asked for.
     """
-    op = "segment_pool"
-    check_segments(op, "x", x, cu_seqlens, lengths)
+    op = NAME
+    cu_seqlens = check_segments(op, "x", x, cu_seqlens, lengths)
     if x.ndim != 2 or x.dtype not in _check.FLOATS:
         raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}; it must be [tokens, width] in float32, bfloat16, float16 or float64")
     if mode not in MODES:
@@ -116,11 +106,7 @@ def segment_pool(
         _check.vector(op, "weight", weight, x.shape[0])
         if mode == "max":
             raise ValueError(f"{op}: got weights for a maximum; they are for mode='mean'")
-    chosen = _backend.choose(op, impl, x.device, IMPLEMENTATIONS)
-    if chosen == "triton" and x.dtype == torch.float64:
-        if impl == "triton":
-            raise RuntimeError(f"{op}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu'")
-        chosen = "cpu"
+    chosen = _op.choose(op, impl, x.device, IMPLEMENTATIONS, (x.dtype,), (x, weight))
     if chosen == "reference":
         return reference.segment_pool(x, host_lengths(op, cu_seqlens, lengths, x.shape[0]).tolist(), mode, weight)
     return torch.ops.fastvlp.segment_pool(x, cu_seqlens, lengths, mode, weight, chosen)[0]

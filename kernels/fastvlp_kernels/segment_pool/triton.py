@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import span
+
 PROGRAMS = 4  # per segment in backward
 
 
@@ -16,14 +18,14 @@ def config(width: int) -> dict[str, int]:
     return {"BLOCK_N": 16, "BLOCK_C": block, "num_warps": 4, "num_stages": 2}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _pool_kernel(
-    x_ptr, weight_ptr, cu_ptr, out_ptr, total_ptr, first_ptr, C, stride, MAX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr, weight_ptr, cu_ptr, out_ptr, total_ptr, first_ptr, T, C, stride, MAX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """out [S, C]; for means total [S], the sums of the weights; for maxima first [S, C], the first token that has it, or -1."""
     segment = tl.program_id(0).to(tl.int64)
-    start = tl.load(cu_ptr + segment).to(tl.int64)
-    n = (tl.load(cu_ptr + segment + 1) - start).to(tl.int32)
+    start, n = span(cu_ptr, segment, T)
+    start = start.to(tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = cols < C
     best = tl.full((BLOCK_C,), float("-inf"), tl.float32)
@@ -62,21 +64,27 @@ def _pool_kernel(
     tl.store(out_ptr + segment * C + cols, acc.to(out_ptr.dtype.element_ty), mask=in_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _mean_backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, out_ptr, total_ptr, cu_ptr, dx_ptr, dweight_ptr, C, stride_grad, stride,
+    grad_ptr, x_ptr, weight_ptr, out_ptr, total_ptr, cu_ptr, dx_ptr, dweight_ptr, T, C, stride_grad, stride,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx [T, C] and dweight [T]; a program takes every num_programs-th block of its segment's tokens."""
+    """dx [T, C] and dweight [T]; a program takes every num_programs-th block of its segment's tokens.
+
+    The tokens behind the last segment have gradient 0, which its programs write.
+    """
     segment = tl.program_id(0).to(tl.int64)
-    start = tl.load(cu_ptr + segment).to(tl.int64)
-    n = (tl.load(cu_ptr + segment + 1) - start).to(tl.int32)
+    start, n = span(cu_ptr, segment, T)
+    last = n
+    if segment == tl.num_programs(0) - 1:
+        last = T - start
+    start = start.to(tl.int64)
     total = tl.load(total_ptr + segment)
     share = tl.where(total == 0, 0.0, 1 / total)
-    for done in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+    for done in range(tl.program_id(1) * BLOCK_N, last, tl.num_programs(1) * BLOCK_N):
         offs = done + tl.arange(0, BLOCK_N)
         tokens = start + offs
-        scale = tl.zeros((BLOCK_N,), tl.float32) + share
+        scale = tl.where(offs < n, share, 0.0)
         if weight_ptr is not None:
             scale *= tl.load(weight_ptr + tokens, mask=offs < n, other=0.0).to(tl.float32)
         dot = tl.zeros((BLOCK_N,), tl.float32)
@@ -85,14 +93,16 @@ def _mean_backward_kernel(
             inside = (offs < n)[:, None] & (cols < C)[None, :]
             g = tl.load(grad_ptr + segment * stride_grad + cols, mask=cols < C, other=0.0).to(tl.float32)
             if dx_ptr is not None:
-                dx = scale[:, None] * g[None, :]
-                tl.store(dx_ptr + tokens[:, None] * C + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+                dx = tl.where((offs < n)[:, None], scale[:, None] * g[None, :], 0.0)
+                written = (offs < last)[:, None] & (cols < C)[None, :]
+                tl.store(dx_ptr + tokens[:, None] * C + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=written)
             if dweight_ptr is not None:
                 x = tl.load(x_ptr + tokens[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
                 mean = tl.load(out_ptr + segment * C + cols, mask=cols < C, other=0.0).to(tl.float32)
                 dot += tl.sum((x - mean[None, :]) * g[None, :], 1)
         if dweight_ptr is not None:
-            tl.store(dweight_ptr + tokens, (dot * share).to(dweight_ptr.dtype.element_ty), mask=offs < n)
+            dweight = tl.where(offs < n, dot * share, 0.0)
+            tl.store(dweight_ptr + tokens, dweight.to(dweight_ptr.dtype.element_ty), mask=offs < last)
 
 
 def forward(x: Tensor, cu_seqlens: Tensor, mode: str, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +114,7 @@ def forward(x: Tensor, cu_seqlens: Tensor, mode: str, weight: Tensor | None) -> 
     if S:
         grid = (S, max(1, triton.cdiv(C, options["BLOCK_C"])))
         with torch.cuda.device_of(x):
-            _pool_kernel[grid](x, weight, cu_seqlens, out, total, first, C, x.stride(0), MAX=mode == "max", **options)
+            _pool_kernel[grid](x, weight, cu_seqlens, out, total, first, len(x), C, x.stride(0), MAX=mode == "max", **options)
     return out, total, first
 
 
@@ -120,6 +130,6 @@ def mean_backward(
         with torch.cuda.device_of(x):
             _mean_backward_kernel[(S, PROGRAMS)](
                 grad, x, weight, out, total, cu_seqlens, dx if needs[0] else None, dweight if needs[1] else None,
-                x.shape[1], grad.stride(0), x.stride(0), **options,
+                len(x), x.shape[1], grad.stride(0), x.stride(0), **options,
             )  # fmt: skip
     return dx, dweight

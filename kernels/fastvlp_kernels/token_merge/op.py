@@ -1,13 +1,11 @@
 """``merge_plan``: bipartite soft matching of tokens inside each segment (ToMe), and the operators that merge by its plan."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _backend, _check
+from fastvlp_kernels import _check, _op
 from fastvlp_kernels._inputs import sum_dtype
-from fastvlp_kernels._ragged import check_number, check_protected, check_segments, counted, host_lengths
+from fastvlp_kernels._ragged import check_protected, check_segments, counted, host_lengths, number_of_tokens
 
 from . import cpu, reference
 from .plan import MergePlan
@@ -16,7 +14,7 @@ IMPLEMENTATIONS = ("triton", "cpu", "reference")
 NO_GHOST, NEW_GHOST, OLD_GHOST = 0, 1, 2
 
 
-@torch.library.custom_op("fastvlp::token_match", mutates_args=())
+@_op.custom_op("token_match")
 def _match(
     metric: Tensor, cu_seqlens: Tensor, lengths: Tensor | None, r: float, share: bool, each: Tensor | None, threshold: float | None,
     protected: int, keep_order: bool, ghost: int, rows: int, impl: str,
@@ -30,7 +28,8 @@ def _match(
             raise ValueError(f"merge_plan: total is {rows}; the result has {needed} rows, pass that or leave total out")
     if impl == "triton":
         longest = int(lengths.max()) if len(lengths) else 0
-        return _triton().match(metric, cu_seqlens, longest, r, share, each, threshold, protected, keep_order, ghost, rows)
+        match = _op.module(__package__, impl).match
+        return match(metric, cu_seqlens, longest, r, share, each, threshold, protected, keep_order, ghost, rows)
     if impl == "reference":
         found = reference.match(metric, lengths.tolist(), most.tolist(), threshold, protected, keep_order, rows)
         source, order, starts, merged = (torch.tensor(part, dtype=torch.int64, device=device) for part in found)
@@ -75,11 +74,11 @@ def _starts(lengths: Tensor, ghost: int, rows: int) -> Tensor:
     return torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
 
 
-@torch.library.custom_op("fastvlp::token_merge", mutates_args=())
+@_op.custom_op("token_merge")
 def _merge(
     x: Tensor, size: Tensor | None, source: Tensor, order: Tensor, starts: Tensor, mode: str, impl: str
 ) -> tuple[Tensor, Tensor]:
-    return _module(impl).merge(x, size, order, starts, mode)
+    return _op.module(__package__, impl).merge(x, size, order, starts, mode)
 
 
 @_merge.register_fake
@@ -88,12 +87,12 @@ def _(x, size, source, order, starts, mode, impl):
     return x.new_empty(rows, x.shape[1]), x.new_empty(rows, dtype=torch.float32 if size is None else sum_dtype(size.dtype))
 
 
-@torch.library.custom_op("fastvlp::token_merge_backward", mutates_args=())
+@_op.custom_op("token_merge_backward")
 def _merge_backward(
     grad: Tensor, grad_size: Tensor, x: Tensor, size: Tensor | None, out: Tensor, size_out: Tensor, source: Tensor, order: Tensor,
     starts: Tensor, mode: str, needs: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _module(impl).merge_backward(grad, grad_size, x, size, out, size_out, source, order, starts, mode, needs)
+    return _op.module(__package__, impl).merge_backward(grad, grad_size, x, size, out, size_out, source, order, starts, mode, needs)
 
 
 @_merge_backward.register_fake
@@ -116,15 +115,10 @@ def _backward(ctx, grad, grad_size):
     return dx if needs[0] else None, dsize if needs[1] else None, None, None, None, None, None
 
 
-def _refuse(ctx, *_):
-    raise RuntimeError("MergePlan.merge: second derivatives are not available; use impl='reference' for them")
+_op.differentiate("MergePlan.merge", _merge, _merge_backward, _setup, _backward)
 
 
-_merge.register_autograd(_backward, setup_context=_setup)
-_merge_backward.register_autograd(_refuse)
-
-
-@torch.library.custom_op("fastvlp::token_unmerge", mutates_args=())
+@_op.custom_op("token_unmerge")
 def _unmerge(x: Tensor, source: Tensor, order: Tensor, starts: Tensor, impl: str) -> Tensor:
     return x.index_select(0, source)
 
@@ -144,16 +138,6 @@ def _backward_unmerge(ctx, grad):
 
 
 _unmerge.register_autograd(_backward_unmerge, setup_context=_setup_unmerge)
-
-
-def _triton() -> ModuleType:
-    from . import triton
-
-    return triton
-
-
-def _module(impl: str) -> ModuleType:
-    return _triton() if impl == "triton" else cpu
 
 
 @torch.no_grad()
@@ -179,8 +163,8 @@ def merge_plan(
     Args:
         metric: [T, d], what is compared: in ToMe the keys, averaged over the heads.
         cu_seqlens: int32 or int64 [S+1]: where each segment starts, then T.
-        r: how many tokens each segment loses: a count, or a share below 1 of its length, rounded down; or a tensor [S] of counts
-            (integers) or shares (floating point). Never more than it has tokens of even place outside the protected prefix; none
+        r: how many tokens each segment loses: a count (int), or a share of its length (float, 0 to 1), rounded down; or a tensor [S] of
+            counts (integers) or shares (floating point). Never more than it has tokens of even place outside the protected prefix; none
             where no token of odd place lies outside.
         lengths: integers [S] on the CPU, what cu_seqlens says (``Packed.lengths``). Without them the lengths are read from
             cu_seqlens, which on a CUDA device costs a synchronisation.
@@ -202,26 +186,20 @@ def merge_plan(
         RuntimeError: ``impl`` cannot run here.
     """
     op = "merge_plan"
-    check_segments(op, "metric", metric, cu_seqlens, lengths)
+    cu_seqlens = check_segments(op, "metric", metric, cu_seqlens, lengths)
     segments = cu_seqlens.shape[0] - 1
-    check_number(op, "r", r, segments)
+    number, share, each = number_of_tokens(op, "r", r, segments)
     _check_options(op, metric, r, threshold, protected, ghost, segments)
-    each = r if isinstance(r, Tensor) else None
-    number = 0.0 if isinstance(r, Tensor) else float(r)
     known = threshold is None and (each is None or each.device.type == "cpu")
     kind = OLD_GHOST if ghost else NO_GHOST if known else NEW_GHOST
-    chosen = _backend.choose(op, impl, metric.device, IMPLEMENTATIONS)
-    if chosen == "triton" and metric.dtype == torch.float64:
-        if impl == "triton":
-            raise RuntimeError(f"{op}: impl='triton' compares float32, bfloat16 or float16, not float64; use impl='cpu'")
-        chosen = "cpu"
+    chosen = _op.choose(op, impl, metric.device, IMPLEMENTATIONS, (metric.dtype,))
     after = before = None
     if lengths is None and (known or cu_seqlens.device.type == "cpu"):
         lengths = cu_seqlens.cpu().diff()
     if lengths is not None:
         before = lengths.long()
     if known and before is not None:
-        most = _most(before, number, number < 1, each, threshold, protected, kind)
+        most = _most(before, number, share, each, threshold, protected, kind)
         after = _with_ghost(before - most, kind, metric.shape[0])
     rows = metric.shape[0]
     if kind == NO_GHOST and after is not None:
@@ -229,7 +207,7 @@ def merge_plan(
     elif total is not None and total != rows:
         raise ValueError(f"{op}: total is {total}; a result with a ghost segment has as many rows as the metric, {rows}")
     source, order, starts, cu_new = torch.ops.fastvlp.token_match(
-        metric.detach(), cu_seqlens, lengths, number, number < 1, each, threshold, protected, keep_order, kind, rows, chosen
+        metric.detach(), cu_seqlens, lengths, number, share, each, threshold, protected, keep_order, kind, rows, chosen
     )
     if after is None and cu_new.device.type == "cpu":
         after = cu_new.diff().long()

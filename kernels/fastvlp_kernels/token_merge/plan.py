@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _check
+from fastvlp_kernels import _check, _op
 from fastvlp_kernels.packed import Packed, check_segments_of
 
 from . import reference
@@ -54,9 +54,11 @@ class MergePlan:
 
         Raises:
             ValueError, TypeError: shapes or dtypes do not fit, an unknown mode.
-            RuntimeError: a second derivative is asked for.
+            RuntimeError: a second or a forward-mode derivative is asked for.
         """
         self._check(x, self.source.shape[0], "merge", size=size)
+        if self.impl != "reference":
+            _op.refuse_forward_mode("MergePlan.merge", x, size)
         if mode not in MODES:
             raise ValueError(f"MergePlan.merge: mode={mode!r} is unknown; allowed: {', '.join(MODES)}")
         if size is not None:
@@ -72,7 +74,7 @@ class MergePlan:
     def unmerge(self, x: Tensor) -> Tensor:
         """Give every token the row it went to: [total, ...] to [T, ...], differentiable."""
         self._check(x, self.total, "unmerge")
-        if self.impl == "reference":
+        if self.impl == "reference" or _op.has_tangent(x):
             return x[self.source]
         flat = x.reshape(x.shape[0], x.shape[1:].numel())
         impl = "cpu" if x.dtype == torch.float64 else self.impl

@@ -8,31 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvlp_kernels import _backend, _check
-from fastvlp_kernels._ragged import check_number, check_protected, check_segments, counted, host_lengths
+from fastvlp_kernels import _check, _op
+from fastvlp_kernels._ragged import check_protected, check_segments, counted, host_lengths, number_of_tokens
 from fastvlp_kernels.packed import Packed, check_segments_of
 
 from . import cpu, reference
 
+NAME = "token_select"
 IMPLEMENTATIONS = ("triton", "cpu", "cuda", "reference")  # "cuda" after one that always runs, so by name only: no GPU has timed it yet
 
 
-@torch.library.custom_op("fastvlp::token_select", mutates_args=())
+@_op.custom_op(NAME)
 def _select(
     scores: Tensor, cu_seqlens: Tensor, lengths: Tensor | None, keep: float, share: bool, each: Tensor | None, protected: int, total: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    lengths = host_lengths("token_select", cu_seqlens, lengths, scores.shape[0])
+    lengths = host_lengths(NAME, cu_seqlens, lengths, scores.shape[0])
     counts = _counts(lengths, keep, share, each, protected)
     if total != int(counts.sum()):
         raise ValueError(f"token_select: total is {total}; {int(counts.sum())} tokens are kept, pass that or leave total out")
     if impl in ("triton", "cuda"):
-        if impl == "triton":
-            from .triton import select
-        else:
-            from .cuda import select
         longest = int(lengths.max()) if len(lengths) else 0
-        return select(scores, cu_seqlens, longest, keep, share, each, protected, total)
+        return _op.module(__package__, impl).select(scores, cu_seqlens, longest, keep, share, each, protected, total)
     starts = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(scores.device, torch.int32)
     if impl == "reference":
         return reference.select(scores, lengths.tolist(), counts.tolist(), protected), starts
@@ -48,7 +45,7 @@ def _counts(lengths: Tensor, keep: float, share: bool, each: Tensor | None, prot
     return torch.minimum(counted(lengths, keep, share, each).clamp_min(protected), lengths)
 
 
-@torch.library.custom_op("fastvlp::token_take", mutates_args=())
+@_op.custom_op("token_take")
 def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
@@ -91,6 +88,8 @@ class TokenSelection:
         _check.plain_tensors("TokenSelection.take", index=self.index, x=x)
         if x.ndim == 0 or x.shape[0] != self.tokens:
             raise ValueError(f"TokenSelection.take: x has shape {tuple(x.shape)}; the selection is of {self.tokens} rows")
+        if _op.has_tangent(x):
+            return x.index_select(0, self.index)
         return torch.ops.fastvlp.token_take(x, self.index)
 
     def apply(self, packed: Packed) -> Packed:
@@ -143,21 +142,14 @@ def token_select(
         ValueError, TypeError: shapes, dtypes or devices do not fit; total is not what is kept.
         RuntimeError: ``impl`` cannot run here.
     """
-    op = "token_select"
-    check_segments(op, "scores", scores, cu_seqlens, lengths)
-    segments = cu_seqlens.shape[0] - 1
-    check_number(op, "keep", keep, segments)
+    op = NAME
+    cu_seqlens = check_segments(op, "scores", scores, cu_seqlens, lengths)
+    number, share, each = number_of_tokens(op, "keep", keep, cu_seqlens.shape[0] - 1)
     if scores.ndim != 1 or scores.dtype not in _check.FLOATS:
         raise ValueError(f"{op}: scores are {scores.dtype} {tuple(scores.shape)}; they must be [tokens], floating point")
     check_protected(op, protected)
-    each = keep.cpu() if isinstance(keep, Tensor) else None
-    number = 0.0 if isinstance(keep, Tensor) else float(keep)
-    share = isinstance(keep, float)
-    chosen = _backend.choose(op, impl, scores.device, IMPLEMENTATIONS)
-    if chosen in ("triton", "cuda") and scores.dtype == torch.float64:
-        if impl == chosen:
-            raise RuntimeError(f"{op}: impl={impl!r} compares float32, bfloat16 or float16, not float64; use impl='cpu'")
-        chosen = "cpu"
+    each = None if each is None else each.cpu()
+    chosen = _op.choose(op, impl, scores.device, IMPLEMENTATIONS, (scores.dtype,))
     host = (cu_seqlens.cpu().diff() if lengths is None else lengths).long()
     after = _counts(host, number, share, each, protected)
     total = int(after.sum()) if total is None else total

@@ -1,0 +1,1 @@
+from .op import linear_cross_entropy as linear_cross_entropy

@@ -1,0 +1,1 @@
+from .op import similarity_topk as similarity_topk
