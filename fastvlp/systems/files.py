@@ -157,11 +157,13 @@ def take_weights(system: System, path: str | os.PathLike[str]) -> str:
     if not (folder / WEIGHTS).is_file():
         raise ConfigError(f"run.start: {folder} holds no {WEIGHTS}; name a finished run or a model folder")
     theirs, mine = load_file(str(folder / WEIGHTS)), system.state_dict()
-    taken = {name: tensor for name, tensor in theirs.items() if name in mine and mine[name].shape == tensor.shape}
+    # A layer with an adapter keeps its weights one level down, which a run without adapters does not know.
+    named = {name.replace(".base_layer.", "."): name for name in mine}
+    taken = {named[name]: tensor for name, tensor in theirs.items() if name in named and mine[named[name]].shape == tensor.shape}
     if not taken:
         raise ConfigError(f"run.start: nothing in {folder / WEIGHTS} has the name and the shape of a part of this model")
     system.load_state_dict(taken, strict=False)
     fresh = sorted({name.partition(".")[0] for name in mine if name not in taken})
-    left = sorted({name.partition(".")[0] for name in theirs if name not in taken})
+    left = sorted({name.partition(".")[0] for name in theirs if named.get(name) not in taken})
     return (f"took {len(taken)} of {len(mine)} tensors from {folder}" + (f"; fresh in {', '.join(fresh)}" if fresh else "")
             + (f"; not used of theirs: {', '.join(left)}" if left else ""))
