@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch import distributed as dist
 
-from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+from fastvlp_kernels.similarity_logsumexp import logsumexp_results
 
 from .base import ContrastiveLoss
 from .gather import SoftmaxGather
@@ -76,8 +76,8 @@ class ClipLoss(ContrastiveLoss):
         self.stash_bytes = stash_bytes
 
     def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        row, column, positive = similarity_logsumexp(image, text, scale, offset=0, stash_bytes=self.stash_bytes)
-        return _with_bias(((row - positive) + (column - positive)).mean() / 2, bias)
+        found = logsumexp_results(image, text, scale, offset=0, stash_bytes=self.stash_bytes)
+        return _with_bias((found.row.minus(found.positive) + found.col.minus(found.positive)).mean() / 2, bias)
 
     def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
         function = SoftmaxGather if self.strategy == "gather" else SoftmaxRing

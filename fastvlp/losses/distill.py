@@ -9,13 +9,15 @@ from torch import Tensor
 
 from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
-from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+from fastvlp_kernels.similarity_logsumexp import LogSumExp, logsumexp_results
 
 from .base import Given
 from .clip import ClipLoss
 from .distill_ring import DistillRing
-from .gather import GatherRows, MergeColumns, gather_texts
+from .gather import GatherRows, gather_texts, merge_columns
 from .inputs import align, check
+
+Statistics = tuple[LogSumExp, LogSumExp, Tensor, Tensor, Tensor]
 
 
 class DistillClipLoss(ClipLoss):
@@ -81,8 +83,8 @@ class DistillClipLoss(ClipLoss):
         else:
             terms = self._alone_terms if batch.members.size == 1 else self._across_terms
             row, column, positive, of_row, of_column = terms(given, teacher, temperature)
-            contrastive = ((row - positive) + (column - positive)).sum() * (batch.factor / 2)
-            distill = ((row - of_row) + (column - of_column)).sum() * (batch.factor / 2)
+            contrastive = (row.minus(positive) + column.minus(positive)).sum() * (batch.factor / 2)
+            distill = (row.minus(of_row) + column.minus(of_column)).sum() * (batch.factor / 2)
         return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
 
     def _teacher(self, image: Tensor, text: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,28 +95,26 @@ class DistillClipLoss(ClipLoss):
         image, text = align(f"{self.name}, teacher", image, text)
         return image.detach(), text.detach()
 
-    def _alone_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> tuple[Tensor, ...]:
+    def _alone_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> Statistics:
         """Row and column log-sum-exps, positives, and the means of rows and of columns under the teacher's softmax; each [N]."""
         image, text, dtype = given.image.to(given.batch.sums), given.text.to(given.batch.sums), given.batch.dtype
-        row, column, positive = similarity_logsumexp(
-            image, text, given.scale, offset=0, compute_dtype=dtype, stash_bytes=self.stash_bytes
-        )
+        found = logsumexp_results(image, text, given.scale, offset=0, compute_dtype=dtype, stash_bytes=self.stash_bytes)
         of_row = _mean_similarity(image, text, given.scale, teacher[0], teacher[1], temperature, dtype)
         of_column = _mean_similarity(text, image, given.scale, teacher[1], teacher[0], temperature, dtype)
-        return row, column, positive, of_row, of_column
+        return found.row, found.col, found.positive, of_row, of_column
 
-    def _across_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> tuple[Tensor, ...]:
+    def _across_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> Statistics:
         """The same of this process's pairs, among those of all processes; each [b]."""
         batch = given.batch
         image, text = given.image.to(batch.sums), given.text.to(batch.sums)
         images, texts = (GatherRows.apply(rows, batch) for rows in (image, text))
         teacher_images, teacher_texts = (gather_texts(rows, batch).to(batch.sums) for rows in teacher)
         start = batch.start(batch.members.rank)
-        row, columns, positive = similarity_logsumexp(image, texts, given.scale, offset=start, compute_dtype=batch.dtype)
-        (column,) = MergeColumns.apply(columns[None], batch, False)
+        found = logsumexp_results(image, texts, given.scale, offset=start, compute_dtype=batch.dtype)
+        column = merge_columns(LogSumExp(*(part[None] for part in found.col)), batch)
         of_row = _mean_similarity(image, texts, given.scale, teacher[0], teacher_texts, temperature, batch.dtype)
         of_column = _mean_similarity(text, images, given.scale, teacher[1], teacher_images, temperature, batch.dtype)
-        return row, column, positive, of_row, of_column
+        return found.row, LogSumExp(column.reference[0], column.log[0]), found.positive, of_row, of_column
 
 
 def _mean_similarity(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlp_kernels._logsumexp import LogSumExp
+
 from .blocks import sigmoid_block, softmax_block, softmax_block_backward
 from .inputs import Batch
 from .once import no_second_derivatives
@@ -40,26 +42,33 @@ class GatherRows(torch.autograd.Function):
 
 
 class MergeColumns(torch.autograd.Function):
-    """This process's columns [K, n] of the log-sum-exps (or ``sums``) over processes of ``partial`` [K, N].
+    """This process's columns [K, n] of the log-sum-exps (or ``sums``) over processes of [K, N], as two tensors.
 
     A column's gradient goes to each process's part of it, times exp(part - log-sum-exp).
     """
 
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, batch: Batch, sums: bool) -> Tensor:
+    def forward(ctx: Any, reference: Tensor, log: Tensor, batch: Batch, sums: bool) -> tuple[Tensor, Tensor]:
         if sums:
-            whole, share = batch.members.sum(partial), torch.ones_like(partial[:, :1])
+            whole, share = LogSumExp(reference, batch.members.sum(log)), torch.ones_like(log[:, :1])
         else:
-            whole, share = batch.members.merge(partial)
+            whole, share = batch.members.merge(LogSumExp(reference, log))
         ctx.save_for_backward(share)
         ctx.batch = batch
-        return whole.split(batch.sizes, 1)[batch.members.rank].clone()
+        own, log = (part.split(batch.sizes, 1)[batch.members.rank].clone() for part in whole)
+        ctx.mark_non_differentiable(own)
+        return own, log
 
     @staticmethod
     @no_second_derivatives
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, _: Tensor, gradient: Tensor) -> tuple[None, Tensor, None, None]:
         (share,) = ctx.saved_tensors
-        return share * ctx.batch.members.gather_rows(gradient.T.contiguous(), ctx.batch.sizes).T, None, None
+        return None, share * ctx.batch.members.gather_rows(gradient.T.contiguous(), ctx.batch.sizes).T, None, None
+
+
+def merge_columns(partial: LogSumExp, batch: Batch, sums: bool = False) -> LogSumExp:
+    """See ``MergeColumns``."""
+    return LogSumExp(*MergeColumns.apply(*partial, batch, sums))
 
 
 class SoftmaxGather(torch.autograd.Function):
@@ -72,20 +81,21 @@ class SoftmaxGather(torch.autograd.Function):
         image, texts = image.to(batch.dtype), gather_texts(text, batch)
         row, column, positive = softmax_block(image, texts, scale, batch.start(rank))
         column = batch.members.logsumexp(column)
-        ctx.save_for_backward(image, texts, scale, row, column)
+        ctx.save_for_backward(image, texts, scale, *row, *column, positive)
         ctx.batch, ctx.trains = batch, trains
-        return ((row - positive) + (column.split(batch.sizes)[rank] - positive)).sum() * (batch.factor / 2)
+        return (row.minus(positive) + batch.own(column).minus(positive)).sum() * (batch.factor / 2)
 
     @staticmethod
     @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, texts, scale, row, column = ctx.saved_tensors
+        image, texts, scale, *statistics, positive = ctx.saved_tensors
+        row, column = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
         batch: Batch = ctx.batch
         rank = batch.members.rank
         weights = batch.members.gather(gradient * (batch.factor / 2))
         of_columns = torch.cat([weight.expand(size) for weight, size in zip(weights, batch.sizes, strict=True)])
         of_image, of_texts, of_scale = softmax_block_backward(
-            image, texts, scale, batch.start(rank), row, column, weights[rank].expand(len(row)), of_columns, ctx.trains
+            image, texts, scale, batch.start(rank), row, column, positive, weights[rank].expand(len(image)), of_columns, ctx.trains
         )
         if of_image is not None:
             of_image = of_image.to(ctx.dtypes[0])

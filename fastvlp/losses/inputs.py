@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvlp_kernels import _check
+from fastvlp_kernels._logsumexp import LogSumExp
 
 from .members import Members
 
@@ -41,6 +42,21 @@ class Batch:
     def start(self, rank: int) -> int:
         """The place of ``rank``'s first pair in the whole batch."""
         return sum(self.sizes[:rank])
+
+    def place(self, columns: Tensor, values: Tensor, owners: Sequence[int]) -> None:
+        """Write ``values`` [..., n], of the texts of ``owners``, into ``columns`` [..., N], of those of all members."""
+        parts = values.split([self.sizes[owner] for owner in owners], -1)
+        for owner, part in zip(owners, parts, strict=True):
+            columns.split(self.sizes, -1)[owner].copy_(part)
+
+    def take(self, columns: LogSumExp, owners: Sequence[int]) -> LogSumExp:
+        """Those of the texts of ``owners``."""
+        parts = [values.split(self.sizes, -1) for values in columns]
+        return LogSumExp(*(torch.cat([part[owner] for owner in owners], -1) for part in parts))
+
+    def own(self, columns: LogSumExp) -> LogSumExp:
+        """This member's part of log-sum-exps [..., N] of the texts of all members."""
+        return LogSumExp(*(values.split(self.sizes, -1)[self.members.rank] for values in columns))
 
     @property
     def factor(self) -> float:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fastvlp_kernels._logsumexp import LogSumExp, from_sums
+
 if dist.is_available():
     # Default arguments in it are the group that exists when it is imported, and keep that one connected beyond its destruction, so that
     # others wait for a process that has given up. The first custom operator imports it: here that is before there is a group.
@@ -116,18 +118,19 @@ class Members:
         dist.all_reduce(total, group=self.group)
         return total
 
-    def logsumexp(self, partial: Tensor) -> Tensor:
-        """The elementwise logsumexp over members of ``partial``: two reductions, a maximum and a sum. NaN stays NaN."""
+    def logsumexp(self, partial: LogSumExp) -> LogSumExp:
+        """The elementwise log-sum-exp over members: two reductions, a maximum and a sum in float64. NaN stays NaN."""
         return self.merge(partial)[0]
 
-    def merge(self, partial: Tensor) -> tuple[Tensor, Tensor]:
-        """The logsumexp over members, and the share that this member's ``partial`` has in it: exp(partial - logsumexp), 0 of nothing."""
-        largest = partial.clone()
+    def merge(self, partial: LogSumExp) -> tuple[LogSumExp, Tensor]:
+        """The log-sum-exp over members, and the share that this member's ``partial`` has in it: exp(partial - logsumexp), 0 of nothing."""
+        largest = partial.reference.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         largest.masked_fill_(largest == -torch.inf, 0.0)
-        part = torch.exp(partial - largest)
+        part = ((partial.reference.double() - largest.double()) + partial.log.double()).exp()
         total = self.sum(part)
-        return largest + total.log(), part / total.masked_fill(total == 0, 1.0)
+        share = part / total.masked_fill(total == 0, 1.0)
+        return from_sums(largest, total, largest.dtype), share.to(largest.dtype)
 
     def global_rank(self, rank: int) -> int:
         """The rank among all processes of the member ``rank``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp_kernels import _check, _inputs
-from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+from fastvlp_kernels.similarity_logsumexp import logsumexp_results, merge
 
 from .inputs import align, check
 from .queue import NegativeQueue
@@ -131,11 +131,11 @@ def _against_queue(
 ) -> Tensor:
     """One direction. The positive is left out of every sweep, so that no term cancels against another."""
     x, positives, kept = (operand(rows, how["compute_dtype"]) for rows in (features, keys.detach(), queue.features))
-    negatives = similarity_logsumexp(x, kept, scale, col_bias=queue.log_weight, **how)[0]
+    negatives = logsumexp_results(x, kept, scale, col_bias=queue.log_weight, **how).row
     if batch_negatives:
         places = torch.arange(len(x), device=x.device)
-        others, _, positive = similarity_logsumexp(x, positives, scale, row_ids=places, col_ids=places, offset=0, **how)
-        negatives = torch.logaddexp(negatives, others)
+        batch = logsumexp_results(x, positives, scale, row_ids=places, col_ids=places, offset=0, **how)
+        negatives, positive = merge(negatives, batch.row), batch.positive
     else:
         positive = scale * torch.linalg.vecdot(x, positives)
-    return softplus(negatives - positive).mean()
+    return softplus(negatives.minus(positive)).mean()

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastvlp_kernels import _check, _inputs
+from fastvlp_kernels.similarity_logsumexp import LogSumExp
 
-from .gather import MergeColumns
+from .gather import merge_columns
 from .inputs import align, check, tell_refusal
 from .members import Members
 from .queue import NegativeQueue
@@ -131,12 +132,14 @@ def contrastive_loss(
         more_images = shared_negatives(image_negatives, spread.image_negatives)
         images, texts, all_images, all_texts = spread_sides(image, text, bias, numbers, terms, shared, spread)
         mode = "sums" if averages else "both" if several else "exclude" if excludes else None
-        row, col, *positive = sweep(images, all_texts, None if several else spread.images.start(members.rank), mode)
-        of_texts = positive[-1]
+        found = sweep(images, all_texts, None if several else spread.images.start(members.rank), mode)
+        of_images, col, of_texts = found.row_positives, found.col, found.col_positives
+        if not several:
+            of_images = of_texts = LogSumExp(found.positive, torch.zeros_like(found.positive))
         if members.size > 1:
-            col = MergeColumns.apply(col, spread.texts, False)
-            of_texts = MergeColumns.apply(of_texts, spread.texts, averages) if several else of_texts
-        by_images = terms.direction(images, all_texts, row, positive[0], more_texts, weight[0], spread.images)
+            col = merge_columns(col, spread.texts)
+            of_texts = merge_columns(of_texts, spread.texts, averages) if several else of_texts
+        by_images = terms.direction(images, all_texts, found.row, of_images, more_texts, weight[0], spread.images)
         by_texts = terms.direction(texts, all_images, col, of_texts, more_images, weight[1], spread.texts)
         parts = zip([*how_much, *how_much], by_images + by_texts, strict=True)
         return sum((much / 2 * part for much, part in parts), factor.new_zeros(()))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
-from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+from fastvlp_kernels.similarity_logsumexp import logsumexp_results
 
 from .terms import operand, softplus
 
@@ -99,12 +99,12 @@ def proto_clip_loss(
         at = cluster.clamp_min(0)
         if teacher is None:
             # The positive is left out of the sum, so that no term of a confident feature cancels against another.
-            others = similarity_logsumexp(x, p, factor, row_ids=cluster, col_ids=torch.arange(K, device=x.device), **how)[0]
-            loss = softplus(others - factor * torch.linalg.vecdot(x, F.embedding(at, p)))
+            others = logsumexp_results(x, p, factor, row_ids=cluster, col_ids=torch.arange(K, device=x.device), **how).row
+            loss = softplus(others.minus(factor * torch.linalg.vecdot(x, F.embedding(at, p))))
         else:
             t = teacher.detach().to(sums)
             mean, _ = similarity_attend(t, t, p, _inputs.scalar(NAME, "teacher_scale", teacher_scale, x, sums).detach(), **how)
-            loss = similarity_logsumexp(x, p, factor, **how)[0] - factor * torch.linalg.vecdot(x, F.embedding(at, mean))
+            loss = logsumexp_results(x, p, factor, **how).row.minus(factor * torch.linalg.vecdot(x, F.embedding(at, mean)))
         return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
 
 

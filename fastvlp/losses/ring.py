@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlp_kernels._logsumexp import LogSumExp, merge
+
 from .blocks import sigmoid_block, softmax_block, softmax_block_backward
 from .inputs import Batch
 from .once import no_second_derivatives
@@ -52,39 +54,39 @@ class SoftmaxRing(torch.autograd.Function):
         rank = batch.members.rank
         ctx.dtypes = image.dtype, text.dtype
         image, text = image.to(batch.dtype), text.to(batch.dtype).contiguous()
-        row = image.new_full((len(image),), -torch.inf, dtype=batch.sums)
-        column, positive = row.new_empty(sum(batch.sizes)), torch.empty_like(row)
-        columns = column.split(batch.sizes)
+        rows: list[LogSumExp] = []
+        positives: list[Tensor] = []
+        columns = image.new_empty(2, sum(batch.sizes), dtype=batch.sums)
 
         def visit(block: Tensor, owners: list[int]) -> None:
             part, of_columns, of_pairs = softmax_block(image, block, scale, offset_of(batch, owners))
-            torch.logaddexp(row, part, out=row)
-            for owner, values in zip(owners, of_columns.split([batch.sizes[owner] for owner in owners]), strict=True):
-                columns[owner].copy_(values)
+            rows[:] = [merge(*rows, part)]
+            batch.place(columns, torch.stack(of_columns), owners)
             if rank in owners:
-                positive.copy_(of_pairs)
+                positives.append(of_pairs)
 
         held = tour(batch, text, 1, visit).held
-        column = batch.members.logsumexp(column)
-        ctx.save_for_backward(image, text, scale, row, column, *held)
+        (row,), (positive,) = rows, positives
+        column = batch.members.logsumexp(LogSumExp(*columns))
+        ctx.save_for_backward(image, text, scale, *row, *column, positive, *held)
         ctx.batch, ctx.trains = batch, trains
-        return ((row - positive) + (column.split(batch.sizes)[rank] - positive)).sum() * (batch.factor / 2)
+        return (row.minus(positive) + batch.own(column).minus(positive)).sum() * (batch.factor / 2)
 
     @staticmethod
     @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale, row, column, *held = ctx.saved_tensors
+        image, text, scale, *statistics, positive = ctx.saved_tensors[:8]
+        held = ctx.saved_tensors[8:]
+        row, column = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
         batch: Batch = ctx.batch
-        columns = column.split(batch.sizes)
         weights = batch.members.gather(gradient * (batch.factor / 2))
-        of_row = weights[batch.members.rank].expand(len(row))
+        of_row = weights[batch.members.rank].expand(len(image))
         totals = Totals(batch.sums)
 
         def visit(block: Tensor, owners: list[int]) -> Tensor | None:
             of_column = torch.cat([weights[owner].expand(batch.sizes[owner]) for owner in owners])
-            of_block_columns = torch.cat([columns[owner] for owner in owners])
             of_image, of_block, of_scale = softmax_block_backward(
-                image, block, scale, offset_of(batch, owners), row, of_block_columns, of_row, of_column, ctx.trains
+                image, block, scale, offset_of(batch, owners), row, batch.take(column, owners), positive, of_row, of_column, ctx.trains
             )
             totals.add(of_image, of_scale)
             return None if of_block is None else of_block.to(batch.sums)

@@ -9,6 +9,7 @@ import torch
 from batches import LOSSES, Batch, averaged, collect
 
 from fastvlp.losses import base, members, tour
+from fastvlp_kernels._logsumexp import LogSumExp, merge
 
 SECONDS = 60
 
@@ -30,7 +31,7 @@ class Threads(members.Members):
         return result
 
     def logsumexp(self, partial):
-        return self.gather(partial).logsumexp(0)
+        return merge(*(LogSumExp(*pair) for pair in self.gather(torch.stack(partial))))
 
     def control_device(self):
         return torch.device("cpu")

@@ -156,11 +156,11 @@ def test_a_group_of_one_is_one_process(processes):
 def work(rank, size, options):
     """Rows and columns of the sweeps, and the elements of the largest tensor, of forward and backward."""
     pairs, swept = 400, []
-    sweep = terms.similarity_logsumexp
+    sweep = terms.logsumexp_results
     image, text = (F.normalize(torch.randn(pairs, 24), dim=1).requires_grad_() for _ in range(2))
     with pytest.MonkeyPatch.context() as patch, forbid_large_tensors(10**9) as seen:
         patch.setattr(
-            terms, "similarity_logsumexp", lambda x, y, *rest, **more: (swept.append((len(x), len(y))), sweep(x, y, *rest, **more))[1]
+            terms, "logsumexp_results", lambda x, y, *rest, **more: (swept.append((len(x), len(y))), sweep(x, y, *rest, **more))[1]
         )
         contrastive_loss(image, text, 10.0, **options, group=dist.group.WORLD).backward()
     return swept, seen.largest
