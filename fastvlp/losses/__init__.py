@@ -1,12 +1,13 @@
 """Contrastive losses: drop-in for open_clip's, exact across processes, and without the batch x batch matrix."""
 
+from .across.gather_batch import gather_batch as gather_batch
+from .across.group import ALONE as ALONE
 from .clip import ClipLoss as ClipLoss
 from .cluster_distill import cluster_instance_loss as cluster_instance_loss
 from .coca import CoCaLoss as CoCaLoss
 from .distill import DistillClipLoss as DistillClipLoss
 from .dynamic_distill import dcd_loss as dcd_loss
 from .dynamic_distill import hard_candidates as hard_candidates
-from .everyone import gather_batch as gather_batch
 from .filip import filip_loss as filip_loss
 from .focal import focal_sigmoid_loss as focal_sigmoid_loss
 from .grouping import group_patches as group_patches

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch import distributed as dist
+from torch.nn import functional as F
 
 from fastvlp_kernels.similarity_logsumexp import logsumexp_results
 
-from .base import ContrastiveLoss
-from .gather import SoftmaxGather
-from .inputs import Batch
-from .ring import SoftmaxRing
+from .across.gather import SoftmaxGather
+from .across.group import Group
+from .across.ring import SoftmaxRing
+from .across.split_batch import SplitBatch
+from .autograd import apply
+from .drop_in import ContrastiveLoss, Given
+from .softmax_terms import symmetric_softmax
 
 
 class ClipLoss(ContrastiveLoss):
@@ -63,7 +67,7 @@ class ClipLoss(ContrastiveLoss):
         *,
         strategy: str = "gather",
         node_size: int | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
         stash_bytes: int = 0,
     ) -> None:
         super().__init__(rank, world_size, strategy, node_size, group)
@@ -75,13 +79,40 @@ class ClipLoss(ContrastiveLoss):
         self.use_horovod = use_horovod
         self.stash_bytes = stash_bytes
 
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """The places of the positives, as in open_clip: int64 [num_logits]; with ``local_loss`` those of this process's rows."""
+        members = self._members()
+        return torch.arange(num_logits, device=device) + (num_logits * members.rank if self.local_loss else 0)
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Similarities of images with texts and of texts with images, as in open_clip: of all processes, [N, N]; with ``local_loss``
+        those of this process's rows, [b, N]. The loss makes them only if a subclass overrides this method or ``get_ground_truth``.
+        """
+        images, texts = self._whole(image_features, text_features)
+        if self.local_loss:
+            found = logit_scale * image_features @ texts.T, logit_scale * text_features @ images.T
+        else:
+            logits = logit_scale * images @ texts.T
+            found = logits, logits.T
+        return found if logit_bias is None else (found[0] + logit_bias, found[1] + logit_bias)
+
+    def _from_logits(self, given: Given) -> Tensor:
+        if self.local_loss and len(set(given.batch.sizes)) > 1:
+            sizes = list(given.batch.sizes)
+            raise ValueError(f"{self.name}: local_loss=True with overridden methods needs equally many pairs on all processes, not {sizes}")
+        by_images, by_texts = self.get_logits(given.image, given.text, given.scale, logit_bias=given.bias)
+        labels = self.get_ground_truth(by_images.device, len(by_images))
+        return (F.cross_entropy(by_images, labels) + F.cross_entropy(by_texts, labels)) / 2
+
     def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         found = logsumexp_results(image, text, scale, offset=0, stash_bytes=self.stash_bytes)
-        return _with_bias((found.row.minus(found.positive) + found.col.minus(found.positive)).mean() / 2, bias)
+        return _with_bias(symmetric_softmax(found.row, found.col, found.positive, found.positive, 1 / len(image)), bias)
 
-    def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
+    def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: SplitBatch, trains: list[bool]) -> Tensor:
         function = SoftmaxGather if self.strategy == "gather" else SoftmaxRing
-        return _with_bias(function.apply(image, text, scale, batch, trains), bias)
+        return _with_bias(apply(function, image, text, scale, batch, trains), bias)
 
 
 def _with_bias(loss: Tensor, bias: Tensor | None) -> Tensor:

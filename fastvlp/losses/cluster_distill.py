@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fastvlp_kernels import _check, _inputs
 
+from .across.group import ALONE
 from .inputs import align, check
 from .objective import contrastive_loss
 from .proto import proto_clip_loss
-from .terms import operand
+from .softmax_terms import operand
 
 NAME = "cluster_instance_loss"
 
@@ -75,10 +76,11 @@ def cluster_instance_loss(
     how: dict[str, Any] = {"compute_dtype": dtype, "impl": impl}
     with torch.autocast(image.device.type, enabled=False):
         x, y = operand(image, dtype), operand(text, dtype)
-        loss = contrastive_loss(x, y, factor, stash_bytes=stash_bytes, **how)
+        loss = contrastive_loss(x, y, factor, stash_bytes=stash_bytes, group=ALONE, **how)
         if cluster:
             loss = loss + cluster * proto_clip_loss(x, prototypes, assignments, factor, **how)
         if instance:
             for own, teacher in ((x, teacher_image), (y, teacher_text)):
-                loss = loss + instance / 2 * contrastive_loss(own, teacher.detach().to(sums), factor, stash_bytes=stash_bytes, **how)
+                target = teacher.detach().to(sums)
+                loss = loss + instance / 2 * contrastive_loss(own, target, factor, stash_bytes=stash_bytes, group=ALONE, **how)
         return loss

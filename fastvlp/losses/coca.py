@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from fastvlp_kernels import _check, _inputs
 
+from .across.group import Group
 from .clip import ClipLoss
 
 
@@ -50,7 +50,7 @@ class CoCaLoss(ClipLoss):
         *,
         strategy: str = "gather",
         node_size: int | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
         stash_bytes: int = 0,
     ) -> None:
         super().__init__(
@@ -68,6 +68,10 @@ class CoCaLoss(ClipLoss):
         self.caption_loss_weight = caption_loss_weight
         self.clip_loss_weight = clip_loss_weight
         self.pad_id = pad_id
+
+    def _settings(self) -> dict[str, object]:
+        weights = {"caption_loss_weight": self.caption_loss_weight, "clip_loss_weight": self.clip_loss_weight, "pad_id": self.pad_id}
+        return super()._settings() | weights
 
     def forward(  # type: ignore[override]  # as in open_clip, a ClipLoss that is called with captions too
         self,

@@ -11,11 +11,13 @@ from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
 from fastvlp_kernels.similarity_logsumexp import LogSumExp, logsumexp_results
 
-from .base import Given
+from .across.distill_ring import DistillRing
+from .across.gather import GatherRows, gather_texts, merge_columns
+from .autograd import apply
 from .clip import ClipLoss
-from .distill_ring import DistillRing
-from .gather import GatherRows, gather_texts, merge_columns
+from .drop_in import Given
 from .inputs import align, check
+from .softmax_terms import symmetric_softmax
 
 Statistics = tuple[LogSumExp, LogSumExp, Tensor, Tensor, Tensor]
 
@@ -41,6 +43,8 @@ class DistillClipLoss(ClipLoss):
     """
 
     name = "DistillClipLoss"
+    hooks = ()
+    unused = ("get_logits", "get_ground_truth", "dist_loss")
 
     def forward(  # type: ignore[override]  # as in open_clip, a ClipLoss that is called with a teacher too
         self,
@@ -75,16 +79,17 @@ class DistillClipLoss(ClipLoss):
         except (TypeError, ValueError):
             self._tell_refusal(local_sizes)
             raise
-        given = self._given(image_features, text_features, logit_scale, None, local_sizes, teacher[0].shape[1])
+        width = {"width of the teacher's features": teacher[0].shape[1]}
+        given = self._given(image_features, text_features, logit_scale, None, local_sizes, **width)
         batch = given.batch
         teacher = teacher[0].to(batch.sums), teacher[1].to(batch.sums)
         if batch.members.size > 1 and self.strategy != "gather":
-            contrastive, distill = DistillRing.apply(given.image, given.text, given.scale, *teacher, temperature, batch, given.trains)
+            contrastive, distill = apply(DistillRing, given.image, given.text, given.scale, *teacher, temperature, batch, given.trains)
         else:
             terms = self._alone_terms if batch.members.size == 1 else self._across_terms
             row, column, positive, of_row, of_column = terms(given, teacher, temperature)
-            contrastive = (row.minus(positive) + column.minus(positive)).sum() * (batch.factor / 2)
-            distill = (row.minus(of_row) + column.minus(of_column)).sum() * (batch.factor / 2)
+            contrastive = symmetric_softmax(row, column, positive, positive, batch.factor)
+            distill = symmetric_softmax(row, column, of_row, of_column, batch.factor)
         return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
 
     def _teacher(self, image: Tensor, text: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +112,7 @@ class DistillClipLoss(ClipLoss):
         """The same of this process's pairs, among those of all processes; each [b]."""
         batch = given.batch
         image, text = given.image.to(batch.sums), given.text.to(batch.sums)
-        images, texts = (GatherRows.apply(rows, batch) for rows in (image, text))
+        images, texts = (apply(GatherRows, rows, batch) for rows in (image, text))
         teacher_images, teacher_texts = (gather_texts(rows, batch).to(batch.sums) for rows in teacher)
         start = batch.start(batch.members.rank)
         found = logsumexp_results(image, texts, given.scale, offset=start, compute_dtype=batch.dtype)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvlp_kernels import _check, _inputs
 
 from .inputs import align, check
-from .terms import operand, softplus
+from .softmax_terms import operand, softplus
 
 NAME = "dcd_loss"
 SCORES = 1 << 22  # of a teacher at a time

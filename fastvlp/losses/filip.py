@@ -13,7 +13,7 @@ from fastvlp_kernels.packed import Packed, check_packed
 from fastvlp_kernels.segment_pool import segment_pool
 
 from .inputs import align
-from .terms import softplus
+from .softmax_terms import softplus
 
 NAME = "filip_loss"
 

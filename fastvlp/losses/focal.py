@@ -9,7 +9,7 @@ from fastvlp_kernels import _inputs
 
 from .fused import fused_sum
 from .inputs import align, check
-from .terms import operand, softplus
+from .softmax_terms import operand, softplus
 
 NAME = "focal_sigmoid_loss"
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from fastvlp_kernels import _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
 
+from .across.group import ALONE
 from .inputs import align, check
 from .objective import contrastive_loss
-from .terms import operand
+from .softmax_terms import operand
 
 NAME = "light_clip_loss"
 
@@ -72,9 +73,9 @@ def light_clip_loss(
     sharpness = (factor if target_scale is None else _inputs.scalar(NAME, "target_scale", target_scale, image, sums)).detach()
     with torch.autocast(image.device.type, enabled=False):
         if not soft:
-            return contrastive_loss(image, text, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl)
+            return contrastive_loss(image, text, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl, group=ALONE)
         x, y = operand(image, dtype), operand(text, dtype)
-        loss = contrastive_loss(x, y, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl)
+        loss = contrastive_loss(x, y, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl, group=ALONE)
         places = torch.arange(len(x), device=x.device)
         for anchors, others in ((x, y), (y, x)):
             like = anchors.detach()

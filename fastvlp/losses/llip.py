@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvlp_kernels import _check, _inputs
+from fastvlp_kernels._op import refuse_forward_mode
 
-from .terms import SHORTEST
+from .softmax_terms import SHORTEST
 
 NAME = "llip_loss"
 LAYOUTS = {"keys": "MKHC", "values": "MKHE", "queries": "NHC", "output_projection": "FD", "text": "ND"}
@@ -71,6 +72,7 @@ def llip_loss(
     sums = _inputs.sum_dtype(dtype)
     scale, bias = (_inputs.scalar(NAME, name, value, keys, sums) for name, value in (("scale", scale), ("bias", bias)))
     inputs = (keys, values, queries, text, output_projection, scale, bias)
+    refuse_forward_mode(NAME, *inputs)
     return _forward(*inputs, float(temperature), dtype, _inputs.needs_grad(*inputs))[0]
 
 

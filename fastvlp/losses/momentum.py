@@ -13,13 +13,17 @@ from fastvlp_kernels.similarity_logsumexp import logsumexp_results, merge
 
 from .inputs import align, check
 from .queue import NegativeQueue
-from .terms import operand, softplus
+from .softmax_terms import operand, softplus
 
 NAME = "queue_contrastive_loss"
+NARROW = (torch.bfloat16, torch.float16)
 
 
 class MomentumEncoder(nn.Module):
     """A copy of an encoder that follows it: weights <- m * weights + (1 - m) * the encoder's (He et al. 2020, arXiv:1911.05722).
+
+    Averages of 16-bit weights are kept in float32, in buffers named ``average_0``, ... of the state dict: at m = 0.999 a step is smaller
+    than half a unit of theirs, and the copy would never move.
 
     Args:
         encoder: any module; it is copied, and the copy takes no gradient.
@@ -35,6 +39,9 @@ class MomentumEncoder(nn.Module):
             raise ValueError(f"MomentumEncoder: momentum={momentum}; it must be from 0 (a plain copy) to 1 (never moves)")
         self.momentum = momentum
         self.module = copy.deepcopy(encoder).requires_grad_(False)
+        for place, weight in enumerate(self.module.parameters()):
+            if weight.dtype in NARROW:
+                self.register_buffer(f"average_{place}", weight.detach().float())
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,15 +56,31 @@ class MomentumEncoder(nn.Module):
             ValueError: its parameters or buffers are not of the shapes and dtypes of the copy's.
         """
         for part in (nn.Module.parameters, nn.Module.buffers):
-            own, theirs = ([(tensor.shape, tensor.dtype) for tensor in part(module)] for module in (self.module, encoder))
-            if own != theirs:
+            own, other = ([(tensor.shape, tensor.dtype) for tensor in part(module)] for module in (self.module, encoder))
+            if own != other:
                 raise ValueError(
                     f"MomentumEncoder: update got a {type(encoder).__name__} whose {part.__name__} differ from the copy's in number, shape "
                     "or dtype; pass the encoder it was made of"
                 )
-        torch._foreach_lerp_(list(self.module.parameters()), list(encoder.parameters()), 1 - self.momentum)
+        weights = list(self.module.parameters())
+        averages = [getattr(self, f"average_{place}", weight) for place, weight in enumerate(weights)]
+        theirs = [new.to(old.dtype) for old, new in zip(averages, encoder.parameters(), strict=True)]
+        torch._foreach_lerp_(averages, theirs, 1 - self.momentum)
+        for weight, average in zip(weights, averages, strict=True):
+            if average is not weight:
+                weight.copy_(average)
         for kept, new in zip(self.module.buffers(), encoder.buffers(), strict=True):
             kept.copy_(new)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MomentumEncoder:
+        """As ``nn.Module``, with averages for weights that have become 16-bit, and in float32 whatever the weights are cast to."""
+        before = [self._buffers.get(f"average_{place}", weight.detach()) for place, weight in enumerate(self.module.parameters())]
+        super()._apply(fn, recurse)
+        for place, (weight, old) in enumerate(zip(self.module.parameters(), before, strict=True)):
+            self._buffers.pop(f"average_{place}", None)
+            if weight.dtype in NARROW and old is not None:
+                self.register_buffer(f"average_{place}", old.to(weight.device, torch.float32))
+        return self
 
 
 def queue_contrastive_loss(

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels.similarity_logsumexp import LogSumExp
 
-from .gather import merge_columns
-from .inputs import align, check, tell_refusal
-from .members import Members
+from .across.contrastive import SideBatches, gather_sides, shared_negatives
+from .across.gather import merge_columns
+from .across.group import Group, Members
+from .across.split_batch import tell_refusal
+from .inputs import align, check
 from .queue import NegativeQueue
-from .spread import Spread, shared_negatives, spread_sides
-from .terms import Sweep, Terms
+from .softmax_terms import Sweep, Terms
 
 NAME = "contrastive_loss"
 EQUAL_IDS = ("mean", "sum", "exclude")
@@ -41,7 +41,7 @@ def contrastive_loss(
     compute_dtype: torch.dtype | None = None,
     stash_bytes: int = 0,
     impl: str | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     """The symmetric softmax loss of images and texts, with what has been proposed on top of it; S is never stored.
 
@@ -96,7 +96,7 @@ def contrastive_loss(
         TypeError, ValueError: the inputs do not fit, or two keywords have no common meaning; the message says why. With ``group``, all
             processes raise when one refuses (the others a RuntimeError), or when their keywords, widths or dtypes differ.
     """
-    members = Members(None, 0, 1) if group is None else Members.of(NAME, group)
+    members = Members.of(NAME, group)
     several = ids is not None and equal_ids != "exclude"
     try:
         _check_options(ids is not None, equal_ids, label_smoothing, focal_gamma, tau_plus, log_weights is not None)
@@ -122,25 +122,27 @@ def contrastive_loss(
     excludes = not several and (ids is not None or focal_gamma > 0 or prior is not None)
     averages = several and equal_ids == "mean"
     shared = label_smoothing > 0 or prefixes is not None or text_negatives is not None or image_negatives is not None
-    present = [value is not None for value in (ids, tau_plus, *bias)]
-    keywords = equal_ids, label_smoothing, focal_gamma, sweep.prefixes, how_much, present
-    spread = Spread.of(NAME, members, image, text, (text_negatives, image_negatives), (factor, *bias), dtype, keywords)
+    given = {"weights": weights, "log_weights": log_weights, "ids": ids, "tau_plus": tau_plus if isinstance(tau_plus, Tensor) else None}
+    keywords: dict[str, object] = {f"presence of {name}": value is not None for name, value in given.items()}
+    keywords |= {"equal_ids": equal_ids, "label_smoothing": label_smoothing, "focal_gamma": focal_gamma, "prefixes": sweep.prefixes}
+    keywords |= {"prefix_weights": list(how_much), "tau_plus": None if isinstance(tau_plus, Tensor) else tau_plus}
+    batches = SideBatches.of(NAME, members, image, text, (text_negatives, image_negatives), (factor, *bias), dtype, keywords)
     terms = Terms(sweep, several, averages, excludes, label_smoothing, focal_gamma, prior)
 
     with torch.autocast(image.device.type, enabled=False):
-        more_texts = shared_negatives(text_negatives, spread.text_negatives)
-        more_images = shared_negatives(image_negatives, spread.image_negatives)
-        images, texts, all_images, all_texts = spread_sides(image, text, bias, numbers, terms, shared, spread)
+        more_texts = shared_negatives(text_negatives, batches.text_negatives)
+        more_images = shared_negatives(image_negatives, batches.image_negatives)
+        images, texts, all_images, all_texts = gather_sides(image, text, bias, numbers, terms, shared, batches)
         mode = "sums" if averages else "both" if several else "exclude" if excludes else None
-        found = sweep(images, all_texts, None if several else spread.images.start(members.rank), mode)
+        found = sweep(images, all_texts, None if several else batches.images.start(members.rank), mode)
         of_images, col, of_texts = found.row_positives, found.col, found.col_positives
         if not several:
             of_images = of_texts = LogSumExp(found.positive, torch.zeros_like(found.positive))
         if members.size > 1:
-            col = merge_columns(col, spread.texts)
-            of_texts = merge_columns(of_texts, spread.texts, averages) if several else of_texts
-        by_images = terms.direction(images, all_texts, found.row, of_images, more_texts, weight[0], spread.images)
-        by_texts = terms.direction(texts, all_images, col, of_texts, more_images, weight[1], spread.texts)
+            col = merge_columns(col, batches.texts)
+            of_texts = merge_columns(of_texts, batches.texts, averages) if several else of_texts
+        by_images = terms.direction(images, all_texts, found.row, of_images, more_texts, weight[0], batches.images)
+        by_texts = terms.direction(texts, all_images, col, of_texts, more_images, weight[1], batches.texts)
         parts = zip([*how_much, *how_much], by_images + by_texts, strict=True)
         return sum((much / 2 * part for much, part in parts), factor.new_zeros(()))
 

@@ -12,7 +12,7 @@ from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
 from fastvlp_kernels.similarity_logsumexp import logsumexp_results
 
-from .terms import operand, softplus
+from .softmax_terms import operand, softplus
 
 NAME = "proto_clip_loss"
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fastvlp_kernels import _inputs
 
+from .across.group import ALONE
 from .fused import fused_sum
 from .inputs import align, check
 from .objective import contrastive_loss
-from .terms import operand
+from .softmax_terms import operand
 
 NAME = "rank_clip_loss"
 
@@ -60,7 +61,7 @@ def rank_clip_loss(
     factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
     with torch.autocast(image.device.type, enabled=False):
         x, y = operand(image, dtype), operand(text, dtype)
-        loss = contrastive_loss(x, y, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl)
+        loss = contrastive_loss(x, y, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl, group=ALONE)
         for weight, pairs in ((in_modal, [(0, 0), (1, 1)]), (cross_modal, [(0, 1), (1, 0)])):
             if weight:
                 loss = loss + weight / len(x) ** 2 * fused_sum(_rank_alike, [x, y], pairs, factor, whole_rows=True)

@@ -10,8 +10,9 @@ from batches import ALL, LOSSES, Batch, node_size
 from processes import Failed
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
-from fastvlp.losses import ClipLoss, SigLipLoss, gather, ring
-from fastvlp.losses.members import Members, Transfer
+from fastvlp.losses import ClipLoss, SigLipLoss
+from fastvlp.losses.across import gather, ring
+from fastvlp.losses.across.group import Members, Transfer
 
 GOOD = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
 REFUSED = {

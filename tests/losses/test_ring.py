@@ -6,16 +6,16 @@ import pytest
 import torch
 from batches import LOSSES, Batch, averaged, gradients
 
-from fastvlp.losses import members, ring, tour
+from fastvlp.losses.across import circulate, group, ring
 from fastvlp_kernels._testing import forbid_large_tensors
 
 BLOCKS = ("softmax_block", "softmax_block_backward", "sigmoid_block")
 
 
-class Delayed(members.Transfer):
+class Delayed(group.Transfer):
     """A transfer that nobody can have before ``delay`` seconds have passed."""
 
-    def __init__(self, transfer: members.Transfer, delay: float) -> None:
+    def __init__(self, transfer: group.Transfer, delay: float) -> None:
         super().__init__(transfer._works, transfer._sent, transfer._received)
         transfer._works = []
         self.ready = time.perf_counter() + delay * bool(self._works)
@@ -36,8 +36,8 @@ def timed(rank, size, batch, hop, work):
         return block
 
     with pytest.MonkeyPatch.context() as patch:
-        start = members.Exchange.start
-        patch.setattr(members.Exchange, "start", lambda exchange: Delayed(start(exchange), hop))
+        start = group.Exchange.start
+        patch.setattr(group.Exchange, "start", lambda exchange: Delayed(start(exchange), hop))
         for name in BLOCKS:
             patch.setattr(ring, name, slow(getattr(ring, name)))
         torch.distributed.barrier()
@@ -110,9 +110,9 @@ def test_what_is_saved_is_one_block_and_one_number_per_column(processes, strateg
 def count_sends(rank, size, batch):
     """How many tensors this process sends inside its node of two, and to the other one."""
     to_node = []
-    send = tour.Exchange.send
+    send = circulate.Exchange.send
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tour.Exchange, "send", lambda exchange, tensor, to: (to_node.append(to // 2), send(exchange, tensor, to))[1])
+        patch.setattr(circulate.Exchange, "send", lambda exchange, tensor, to: (to_node.append(to // 2), send(exchange, tensor, to))[1])
         gradients(rank, size, batch)
     return to_node.count(rank // 2), len(to_node) - to_node.count(rank // 2)
 

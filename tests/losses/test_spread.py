@@ -7,7 +7,7 @@ from objectives import CASES, dense, differentiated, make
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from fastvlp.losses import contrastive_loss, terms
+from fastvlp.losses import contrastive_loss, softmax_terms
 from fastvlp_kernels._testing import assert_no_worse_than, forbid_large_tensors
 
 ROWS = {"image": 0, "text": 1, "text_negatives": 2, "image_negatives": 3}  # which of the sizes a tensor has
@@ -156,11 +156,11 @@ def test_a_group_of_one_is_one_process(processes):
 def work(rank, size, options):
     """Rows and columns of the sweeps, and the elements of the largest tensor, of forward and backward."""
     pairs, swept = 400, []
-    sweep = terms.logsumexp_results
+    sweep = softmax_terms.logsumexp_results
     image, text = (F.normalize(torch.randn(pairs, 24), dim=1).requires_grad_() for _ in range(2))
     with pytest.MonkeyPatch.context() as patch, forbid_large_tensors(10**9) as seen:
         patch.setattr(
-            terms, "logsumexp_results", lambda x, y, *rest, **more: (swept.append((len(x), len(y))), sweep(x, y, *rest, **more))[1]
+            softmax_terms, "logsumexp_results", lambda x, y, *rest, **more: (swept.append((len(x), len(y))), sweep(x, y, *rest, **more))[1]
         )
         contrastive_loss(image, text, 10.0, **options, group=dist.group.WORLD).backward()
     return swept, seen.largest

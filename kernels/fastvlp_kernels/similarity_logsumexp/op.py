@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .._backend import choose
 from .._inputs import needs_grad, product_dtype, scalar, sum_dtype
+from .._op import choose
 from . import cpu, reference
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
@@ -164,11 +164,7 @@ def _inputs(
 
 
 def _choose(impl: str | None, a: Inputs) -> str:
-    if a.dtype != torch.float64:
-        return choose(OP, impl, a.x.device, IMPLEMENTATIONS)
-    if impl == "triton":
-        raise RuntimeError(f"{OP}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu', on any device")
-    return choose(OP, impl, a.x.device, IMPLEMENTATIONS[1:])
+    return choose(OP, impl, a.x.device, IMPLEMENTATIONS, (a.dtype,), a[:7])
 
 
 def logsumexp_forward(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastvlp_kernels._inputs import sum_dtype
 from fastvlp_kernels.similarity_logsumexp import LogSumExp, Results, logsumexp, logsumexp_results, merge
 
-from .inputs import Batch
+from .across.split_batch import SplitBatch
 from .queue import NegativeQueue
 
 SHORTEST = 1e-12  # a prefix shorter than this is divided by this instead of its length
@@ -59,6 +59,11 @@ class Negatives(NamedTuple):
     lse: LogSumExp
     total: Tensor
     number: int | Tensor
+
+
+def symmetric_softmax(row: LogSumExp, column: LogSumExp, of_row: Tensor, of_column: Tensor, factor: float) -> Tensor:
+    """``factor`` / 2 times the cross-entropies of rows and of columns, from the means of S under their targets."""
+    return (row.minus(of_row) + column.minus(of_column)).sum() * (factor / 2)
 
 
 def operand(features: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,7 +186,7 @@ class Terms(NamedTuple):
         positive: LogSumExp,
         extra: Tensor | NegativeQueue | None,
         weight: Tensor | None,
-        batch: Batch,
+        batch: SplitBatch,
     ) -> list[Tensor]:
         """The mean over anchors of their losses, one for each prefix.
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import Batch
-from .members import Exchange, Transfer
+from .group import Exchange, Transfer
+from .split_batch import SplitBatch
 
 Visit = Callable[[Tensor, list[int]], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Toured:
+class Circulated:
     """Where a tour ended.
 
     Attributes:
@@ -44,7 +44,7 @@ class Toured:
 class Ring:
     """Who is where: nodes by their distance from this member's, against the direction in which the texts move."""
 
-    def __init__(self, batch: Batch, direction: int) -> None:
+    def __init__(self, batch: SplitBatch, direction: int) -> None:
         self.width = batch.node_size
         self.nodes = batch.members.size // self.width
         self.node, self.place = divmod(batch.members.rank, self.width)
@@ -73,7 +73,7 @@ class Ring:
         return like.new_empty(sum(self._sizes[rank] for rank in self.others(distance)), like.shape[1])
 
 
-def tour(batch: Batch, text: Tensor, direction: int, visit: Visit, held: Sequence[Tensor] = ()) -> Toured:
+def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, held: Sequence[Tensor] = ()) -> Circulated:
     """Call ``visit(block, owners)`` for all texts of the batch, each block of texts of the members ``owners`` while the next is on its way.
 
     Outward, the own texts come first, then the others of this node, then node by node. Back, with ``held`` of a tour in the other
@@ -147,7 +147,7 @@ def tour(batch: Batch, text: Tensor, direction: int, visit: Visit, held: Sequenc
         arrived = following if lag else hopped
         if arrived is not None:
             block = arrived
-    return Toured(own, transfer, (block, before) if lag else (block,))
+    return Circulated(own, transfer, (block, before) if lag else (block,))
 
 
 def summed(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

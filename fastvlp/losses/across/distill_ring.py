@@ -1,4 +1,4 @@
-"""The losses of a student with a teacher, of which each process holds a part of the texts at a time (:mod:`fastvlp.losses.tour`)."""
+"""The losses of a student with a teacher, of which each process holds a part of the texts at a time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 
 from fastvlp_kernels._logsumexp import LogSumExp, merge
 
+from ..autograd import no_second_derivatives
+from ..softmax_terms import symmetric_softmax
 from .blocks import Both, distill_block, distill_block_backward
-from .inputs import Batch
-from .once import no_second_derivatives
+from .circulate import circulate
 from .ring import Totals, offset_of
-from .tour import tour
+from .split_batch import SplitBatch
 
 
 class DistillRing(torch.autograd.Function):
-    """Both losses: a trip for the statistics, and one back for the gradients, as :class:`fastvlp.losses.ring.SoftmaxRing` makes them.
+    """Both losses: a trip for the statistics, and one back for the gradients, as ``SoftmaxRing`` makes them.
 
     A text travels with its teacher's. With T and T' the softmax of the teacher's similarities over rows and over columns, the averages
     sum_j T_ij text_j of a row merge from block to block by their log-sum-exps; of a column only <text_j, sum_i T'_ij image_i> is
@@ -27,7 +28,7 @@ class DistillRing(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, teacher_image: Tensor, teacher_text: Tensor, temperature: Tensor,
-        batch: Batch, trains: list[bool],
+        batch: SplitBatch, trains: list[bool],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         rank, members = batch.members.rank, batch.members
         ctx.dtypes = image.dtype, text.dtype
@@ -51,7 +52,7 @@ class DistillRing(torch.autograd.Function):
             if rank in owners:
                 positives.append(found.positive)
 
-        held = tour(batch, texts, 1, visit).held
+        held = circulate(batch, texts, 1, visit).held
         (row,), (positive,) = rows, positives
         column, share = members.merge(LogSumExp(columns[0:4:2], columns[1:4:2]))  # each [2, N]
         own = batch.own(column)
@@ -61,16 +62,15 @@ class DistillRing(torch.autograd.Function):
         ctx.save_for_backward(*images, texts, *scales, *statistics, positive, mean, (of_row + of_column).sum(), *held)
         ctx.batch, ctx.trains = batch, trains
         own = LogSumExp(own.reference[0], own.log[0])
-        contrastive = (row.student.minus(positive) + own.minus(positive)).sum()
-        distilled = (row.student.minus(scale * of_row) + own.minus(scale * of_column)).sum()
-        return contrastive * (batch.factor / 2), distilled * (batch.factor / 2)
+        contrastive = symmetric_softmax(row.student, own, positive, positive, batch.factor)
+        return contrastive, symmetric_softmax(row.student, own, scale * of_row, scale * of_column, batch.factor)
 
     @staticmethod
     @no_second_derivatives
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         image, teacher_image, texts, scale, temperature, *statistics, positive, mean, similarity = ctx.saved_tensors[:14]
         held = ctx.saved_tensors[14:]
-        batch: Batch = ctx.batch
+        batch: SplitBatch = ctx.batch
         student, teacher, column = (LogSumExp(*statistics[k : k + 2]) for k in (0, 2, 4))
         weights = batch.members.gather(torch.stack(gradients) * (batch.factor / 2))  # [W, 2]
         of_row = Both(*weights[batch.members.rank, :, None].expand(2, len(image)))
@@ -86,7 +86,7 @@ class DistillRing(torch.autograd.Function):
             totals.add(of_image, of_scale)
             return of_text
 
-        of_text = tour(batch, texts, -1, visit, held).gradient()
+        of_text = circulate(batch, texts, -1, visit, held).gradient()
         of_image, of_scale = totals.values
         if of_image is not None:
             of_image = (of_image - scale * of_row.teacher[:, None] * mean).to(ctx.dtypes[0])
@@ -95,7 +95,7 @@ class DistillRing(torch.autograd.Function):
         return of_image, None if of_text is None else of_text.to(ctx.dtypes[1]), of_scale, *[None] * 5
 
 
-def _both(block: Tensor, student: Tensor, batch: Batch) -> Both[Tensor]:
+def _both(block: Tensor, student: Tensor, batch: SplitBatch) -> Both[Tensor]:
     """The features of a block that travels, [n, D + E], in the dtype of sums."""
     width = student.shape[1]
     return Both(*(part.to(batch.sums) for part in block.split([width, block.shape[1] - width], 1)))

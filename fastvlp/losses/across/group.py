@@ -30,13 +30,15 @@ class Members:
     size: int
 
     @classmethod
-    def of(cls, loss: str, group: dist.ProcessGroup | None) -> Members:
-        """The members of ``group``; without one, those of the default process group, or this process alone where there is none.
+    def of(cls, loss: str, group: Group) -> Members:
+        """The members of ``group``; None: those of the default process group, or this process alone where there is none.
 
         Raises:
             ValueError: this process is not in ``group``.
             RuntimeError: a group was given, but torch.distributed is not running.
         """
+        if isinstance(group, Members):
+            return group
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
                 raise RuntimeError(f"{loss}: a group was given, but torch.distributed is not initialised; call init_process_group first")
@@ -135,6 +137,10 @@ class Members:
     def global_rank(self, rank: int) -> int:
         """The rank among all processes of the member ``rank``."""
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+ALONE = Members(None, 0, 1)
+Group = dist.ProcessGroup | Members | None  # the processes that share a batch; None: all; ALONE: this process, whatever others do
 
 
 class Exchange:

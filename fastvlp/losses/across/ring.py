@@ -1,4 +1,4 @@
-"""The losses of which each process holds a part of the texts at a time, as a plain ring or grouped by nodes (:mod:`fastvlp.losses.tour`).
+"""The losses of which each process holds a part of the texts at a time, as a plain ring or grouped by nodes.
 
 Every trip lasts as long as the larger of all block computations and all hops. Features travel in the dtype of the products, and so do
 gradients inside a node; between nodes they are sums that each node adds to, and travel in float32, since lower precision would round them
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastvlp_kernels._logsumexp import LogSumExp, merge
 
+from ..autograd import no_second_derivatives
+from ..softmax_terms import symmetric_softmax
 from .blocks import sigmoid_block, softmax_block, softmax_block_backward
-from .inputs import Batch
-from .once import no_second_derivatives
-from .tour import summed, tour
+from .circulate import circulate, summed
+from .split_batch import SplitBatch
 
 UNEQUAL = (
     "SigLipLoss strategy='ring' or 'grouped': the upstream gradient of the loss differs between processes; give all processes' losses the "
@@ -50,7 +51,7 @@ class SoftmaxRing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, batch: Batch, trains: list[bool]) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, batch: SplitBatch, trains: list[bool]) -> Tensor:
         rank = batch.members.rank
         ctx.dtypes = image.dtype, text.dtype
         image, text = image.to(batch.dtype), text.to(batch.dtype).contiguous()
@@ -65,12 +66,12 @@ class SoftmaxRing(torch.autograd.Function):
             if rank in owners:
                 positives.append(of_pairs)
 
-        held = tour(batch, text, 1, visit).held
+        held = circulate(batch, text, 1, visit).held
         (row,), (positive,) = rows, positives
         column = batch.members.logsumexp(LogSumExp(*columns))
         ctx.save_for_backward(image, text, scale, *row, *column, positive, *held)
         ctx.batch, ctx.trains = batch, trains
-        return (row.minus(positive) + batch.own(column).minus(positive)).sum() * (batch.factor / 2)
+        return symmetric_softmax(row, batch.own(column), positive, positive, batch.factor)
 
     @staticmethod
     @no_second_derivatives
@@ -78,7 +79,7 @@ class SoftmaxRing(torch.autograd.Function):
         image, text, scale, *statistics, positive = ctx.saved_tensors[:8]
         held = ctx.saved_tensors[8:]
         row, column = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
-        batch: Batch = ctx.batch
+        batch: SplitBatch = ctx.batch
         weights = batch.members.gather(gradient * (batch.factor / 2))
         of_row = weights[batch.members.rank].expand(len(image))
         totals = Totals(batch.sums)
@@ -91,7 +92,7 @@ class SoftmaxRing(torch.autograd.Function):
             totals.add(of_image, of_scale)
             return None if of_block is None else of_block.to(batch.sums)
 
-        of_text = tour(batch, text, -1, visit, held).gradient()
+        of_text = circulate(batch, text, -1, visit, held).gradient()
         of_image, of_scale = totals.values
         parts = (None if part is None else part.to(dtype) for part, dtype in zip((of_image, of_text), ctx.dtypes, strict=True))
         return *parts, of_scale, None, None
@@ -105,7 +106,7 @@ class SigmoidRing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: Batch, trains: list[bool]) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: SplitBatch, trains: list[bool]) -> Tensor:
         ctx.dtypes = image.dtype, text.dtype
         image, text = image.to(batch.dtype), text.to(batch.dtype).contiguous()
         totals = Totals(batch.sums)
@@ -115,7 +116,7 @@ class SigmoidRing(torch.autograd.Function):
             totals.add(loss, of_image, of_scale, of_bias)
             return of_block
 
-        toured = tour(batch, text, 1, visit)
+        toured = circulate(batch, text, 1, visit)
         loss, *gradients = totals.values
         ctx.save_for_backward(toured.own, *gradients)
         ctx.home, ctx.batch = toured.home, batch
@@ -126,7 +127,7 @@ class SigmoidRing(torch.autograd.Function):
     @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_text, of_image, of_scale, of_bias = ctx.saved_tensors
-        batch: Batch = ctx.batch
+        batch: SplitBatch = ctx.batch
         factor = gradient * batch.factor
         if of_text is not None:
             everyone = batch.members.gather(factor)
@@ -139,6 +140,6 @@ class SigmoidRing(torch.autograd.Function):
         return of_image, of_text, *scalars, None, None
 
 
-def offset_of(batch: Batch, owners: list[int]) -> int | None:
+def offset_of(batch: SplitBatch, owners: list[int]) -> int | None:
     """Where the pairs of a block with the own images are, which a tour visits by themselves."""
     return 0 if batch.members.rank in owners else None
