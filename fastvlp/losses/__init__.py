@@ -18,6 +18,7 @@ from .llip import llip_loss as llip_loss
 from .momentum import MomentumEncoder as MomentumEncoder
 from .momentum import queue_contrastive_loss as queue_contrastive_loss
 from .objective import contrastive_loss as contrastive_loss
+from .objective import multi_caption_loss as multi_caption_loss
 from .prolip import gaussian_kl as gaussian_kl
 from .prolip import inclusion_loss as inclusion_loss
 from .prolip import log_inclusion as log_inclusion

@@ -38,9 +38,8 @@ def cluster_instance_loss(
         contrastive_loss(image, text, scale) + cluster * proto_clip_loss(image, prototypes, assignments, scale)
         + instance / 2 * (contrastive_loss(image, teacher_image, scale) + contrastive_loss(text, teacher_text, scale))
 
-    After CLIP-CID (Yang et al. 2024, arXiv:2408.09441), which distils a large model's clusters and instances to a small one; the form of
-    the terms and their weights are this function's. To distil the similarities within a batch see :class:`DistillClipLoss`. Four sweeps;
-    nothing of N x N or N x K is stored.
+    After CLIP-CID (Yang et al. 2024, arXiv:2408.09441), which distils a large model's clusters and instances to a small one. There is no
+    public code: the form of the terms and their weights are this function's. Four sweeps; nothing of N x N or N x K is stored.
 
     Args:
         image, text: [N, D] of the student, row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).

@@ -120,8 +120,8 @@ class CoCaLoss(ClipLoss):
             raise TypeError(f"{self.name}: logits are {logits.dtype} and labels {labels.dtype}; they must be floating point and integers")
         if logits.ndim != 3 or logits.shape[:2] != labels.shape or logits.shape[:1] != image.shape[:1]:
             got = f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}"
-            raise ValueError(f"{self.name}: {got} for {len(image)} pairs; they must be [b, L, V] and [b, L], with b the number of pairs")
-        if labels.device.type == "cpu":
+            raise ValueError(f"{self.name}: {got} for {image.shape[0]} pairs; they must be [b, L, V] and [b, L], b the number of pairs")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = labels[(labels != self.pad_id) & ((labels < 0) | (labels >= logits.shape[2]))]
             if len(wrong):
                 raise ValueError(f"{self.name}: a label is {wrong[0]}; allowed: 0 to {logits.shape[2] - 1}, and pad_id, {self.pad_id}")

@@ -121,7 +121,7 @@ class ContrastiveLoss(nn.Module, ABC):
             scale = _inputs.scalar(self.name, "logit_scale", logit_scale, image, sums)
             bias = None if logit_bias is None else _inputs.scalar(self.name, "logit_bias", logit_bias, image, sums)
             node_size = members.node_size(self.name, self.node_size) if self.strategy == "grouped" else 1
-            sizes = None if local_sizes is None else told_sizes(self.name, local_sizes, members, len(image))
+            sizes = None if local_sizes is None else told_sizes(self.name, local_sizes, members, image.shape[0])
         except (TypeError, ValueError):
             self._tell_refusal(local_sizes)
             raise
@@ -131,13 +131,13 @@ class ContrastiveLoss(nn.Module, ABC):
             alike["presence of logit_bias"] = bias is not None
             call = repr(alike)
             if sizes is None or call not in self._agreed:
-                asked = tuple(count for (count,) in agree(self.name, members, [len(image)], alike))
+                asked = tuple(count for (count,) in agree(self.name, members, [image.shape[0]], alike))
                 if sizes is not None and sizes != asked:
                     raise ValueError(f"{self.name}: local_sizes is {list(sizes)}, but the processes have {list(asked)} pairs")
                 if sizes is not None:
                     self._agreed.add(call)
                 sizes = asked
-        return Given(image, text, scale, bias, SplitBatch(members, sizes or (len(image),), dtype, sums, node_size), trains)
+        return Given(image, text, scale, bias, SplitBatch(members, sizes or (image.shape[0],), dtype, sums, node_size), trains)
 
     def _tell_refusal(self, local_sizes: Sequence[int] | None) -> None:
         """Before an error of this process alone: let the others, which may be asking for its size, stop too."""

@@ -27,9 +27,9 @@ def check(loss: str, image: Tensor, text: Tensor, *, pairs: bool = True) -> None
             raise ValueError(f"{loss}: {name} has shape {tuple(tensor.shape)}; it must be a matrix [batch, width]")
     if image.shape[1] != text.shape[1] or image.shape[1] == 0:
         raise ValueError(f"{loss}: images have {image.shape[1]} features and texts {text.shape[1]}; project both towers to one width")
-    if pairs and len(image) != len(text):
-        raise ValueError(f"{loss}: {len(image)} images but {len(text)} texts; row i of both must be the same pair")
-    if 0 in (len(image), len(text)):
+    if pairs and image.shape[0] != text.shape[0]:
+        raise ValueError(f"{loss}: {image.shape[0]} images but {text.shape[0]} texts; row i of both must be the same pair")
+    if 0 in (image.shape[0], text.shape[0]):
         raise ValueError(f"{loss}: the batch is empty; every process needs at least one pair (drop the last batch, or repeat a sample)")
 
 

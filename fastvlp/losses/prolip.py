@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid
 from .inputs import align, check
 
 NAME = "prolip_loss"
+RELEASED_WEIGHT = math.exp(-10)  # of distances, in the authors' code
 
 
 def prolip_loss(
@@ -66,7 +69,7 @@ def prolip_loss(
     )  # fmt: skip
 
 
-def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor) -> Tensor:
+def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor, *, released: bool = False) -> Tensor:
     """How much the first Gaussians p lie inside the second ones q: log of the integral of p^2 q over that of p q^2, by feature.
 
     Positive where p is inside of q, negative where q is inside of p, 0 where neither is. The features are independent, so the sum over
@@ -78,6 +81,7 @@ def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_varia
 
     Args:
         mean, log_variance: [..., D] of p, and mean_of, log_variance_of: [..., D] of q, all of one shape, floating point.
+        released: as in the authors' code: log(v / u) whole instead of half of it, and the term with the distance times e^-10.
 
     Returns:
         [..., D], float32 (float64 if one of them is float64).
@@ -90,20 +94,22 @@ def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_varia
     wider = log_variance_of - log_variance
     t = torch.tanh(wider / 2)
     apart = (mean - mean_of).square() * torch.exp(-torch.logaddexp(log_variance, log_variance_of))
-    return wider / 2 - torch.atanh(t / 3) + 4 * t * apart / (9 - t.square())
+    share, weight = (1.0, RELEASED_WEIGHT) if released else (0.5, 1.0)
+    return share * wider - torch.atanh(t / 3) + weight * 4 * t * apart / (9 - t.square())
 
 
 def inclusion_loss(
-    mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor, scale: float = 1.0, *, by_feature: bool = False
-) -> Tensor:
+    mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor, scale: float = 1.0, *, by_feature: bool = False,
+    released: bool = False,
+) -> Tensor:  # fmt: skip
     """The mean of softplus(-scale * h), which asks the first Gaussians to lie inside the second ones.
 
     ProLIP asks it of images in their texts, and of whole inputs in their masked ones. h is the log ratio of the joint densities
     (``log_inclusion`` summed over features) and the mean is over rows; with ``by_feature`` each feature has its own h and the mean is over
-    all of them, as in the authors' code, which also takes log(v / u) whole instead of half of it and multiplies distances by e^-10.
+    all of them. The authors train with ``inclusion_loss(..., scale=1000.0, by_feature=True, released=True)``.
 
     Args:
-        mean, log_variance, mean_of, log_variance_of: [B, D], see ``log_inclusion``. scale: positive.
+        mean, log_variance, mean_of, log_variance_of: [B, D], and released: see ``log_inclusion``. scale: positive.
 
     Returns:
         A 0-d tensor, float32 (float64 if one of the inputs is float64).
@@ -113,7 +119,7 @@ def inclusion_loss(
     """
     if not scale > 0:
         raise ValueError(f"inclusion_loss: scale={scale}; it must be positive (to ask for the opposite, swap the two Gaussians)")
-    h = log_inclusion(mean, log_variance, mean_of, log_variance_of)
+    h = log_inclusion(mean, log_variance, mean_of, log_variance_of, released=released)
     return -F.logsigmoid(scale * (h if by_feature else h.sum(-1))).mean()
 
 

@@ -24,28 +24,20 @@ class SigLipLoss(ContrastiveLoss):
     With S = logit_scale * image_features @ text_features.T + logit_bias over the N pairs of the whole batch, and z_ij = 1 for i = j and
     -1 otherwise, the loss is 1/N * sum_ij softplus(-z_ij * S_ij). S is never stored; loss and gradients come from one sweep over it.
 
-    Takes the arguments and the call of ``open_clip.SigLipLoss`` 3.3. Where it differs:
+    Takes the arguments and the call of ``open_clip.SigLipLoss`` 3.3, and ``chunk_size``. Where it differs:
 
-    * The mean over processes of the returned losses is the loss of the whole batch, and once DDP has averaged, every gradient
-      (features, logit_scale, logit_bias) is that of one process with the whole batch; also for local batches of different sizes.
-    * Memory does not grow with the number of processes (``strategy="ring"``); open_clip keeps the logits of all blocks.
+    * Across processes it is exact, as :class:`ClipLoss`; memory does not grow with their number (``strategy="ring"``).
     * ``cache_labels``, ``dist_impl`` and ``chunk_size`` change nothing: no labels or logits are kept, and ``strategy`` says what travels.
-      open_clip's "reduce" and "gather" compute the own block twice.
-    * Where torch.distributed runs, the batch is that of ``group``, also when ``rank`` and ``world_size`` are left out; for a loss of this
-      process alone, give it a group of one process.
+    * A subclass may override ``get_logits`` and ``get_ground_truth`` (strategy "gather"); its loss is then dense.
 
     Args:
         cache_labels, dist_impl, chunk_size: see above; dist_impl is None, "bidir", "shift", "reduce" or "gather".
-        rank, world_size: of this process, in the group or in the world; checked against the group if given.
-        strategy: "gather": the texts of all processes at once, memory O(N * D). "ring": block after block from neighbour to neighbour,
-            the next one in flight while this one is computed, memory O(b * D) for b local pairs. "grouped": a ring of nodes, as in
-            :class:`ClipLoss`. With both, all processes must give their losses the same weight.
-        node_size: for "grouped", as in :class:`ClipLoss`.
-        group: the processes that share a batch; None: all. When it is a part of the processes that DDP averages over, the objective
-            is the mean over groups, each with the weight of its number of processes.
+        rank, world_size, node_size, group: as in :class:`ClipLoss`.
+        strategy: as there. With "ring" and "grouped" all processes must give their losses the same weight.
 
     Raises:
-        ValueError: ``strategy`` or ``dist_impl`` is unknown, or ``node_size`` does not go with the strategy.
+        ValueError: ``strategy`` or ``dist_impl`` is unknown, or ``node_size`` does not go with the strategy. TypeError: a
+            subclass overrides what this strategy does not call.
     """
 
     name = "SigLipLoss"
@@ -93,7 +85,10 @@ class SigLipLoss(ContrastiveLoss):
         return -F.logsigmoid(labels * logits).sum() / len(logits)
 
     def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return pairwise_sigmoid(image, text, scale, 0.0 if bias is None else bias, offset=0, factor=1 / len(image))
+        bias = scale.new_zeros(()) if bias is None else bias
+        if torch.compiler.is_compiling():  # a number that follows from the batch would be a constant of the graph
+            return pairwise_sigmoid(image, text, scale, bias, offset=0) / image.shape[0]
+        return pairwise_sigmoid(image, text, scale, bias, offset=0, factor=1 / image.shape[0])
 
     def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: SplitBatch, trains: list[bool]) -> Tensor:
         function = SigmoidGather if self.strategy == "gather" else SigmoidRing

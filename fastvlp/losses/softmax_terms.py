@@ -213,7 +213,7 @@ class Terms(NamedTuple):
         if self.excludes:
             margin = lse.minus(positive)
             if self.tau_plus is not None and same is not None and others.groups is not None:
-                count = len(others.groups) - same + (0 if negatives is None else negatives.number)
+                count = others.groups.shape[0] - same + (0 if negatives is None else negatives.number)
                 margin = debias(margin, positive.value(), count, self.tau_plus, self.sweep.scale)
             loss = softplus(margin)
         else:
@@ -231,7 +231,7 @@ class Terms(NamedTuple):
 
     def _uniform(self, anchors: Side, others: Side, positive: Tensor, same: Tensor | None, negatives: Negatives | None) -> Tensor:
         """The mean of S over the candidates of each anchor, [K, M]."""
-        count: int | Tensor = len(others.features)
+        count: int | Tensor = others.features.shape[0]
         total = total_similarity(anchors, others, self.sweep, count)
         if others.bias is not None:
             total = total + others.bias.sum()

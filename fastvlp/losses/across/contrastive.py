@@ -45,7 +45,8 @@ class SideBatches:
         Raises:
             RuntimeError, ValueError: another member refused its input, or the members differ.
         """
-        sizes = [len(image), len(text), *(len(extra) if isinstance(extra, Tensor) and extra.ndim == 2 else 0 for extra in negatives)]
+        shared = [extra.shape[0] if isinstance(extra, Tensor) and extra.ndim == 2 else 0 for extra in negatives]
+        sizes = [image.shape[0], text.shape[0], *shared]
         everyone = [sizes]
         if members.size > 1:
             tensors = [extra for extra in negatives if isinstance(extra, Tensor)]

@@ -131,16 +131,16 @@ def _inputs(
     """Checked inputs: the scalar as a tensor, biases in the dtype of sums, ids in int64."""
     _check.features(OP, x, y)
     _check.plain_tensors(OP, 2, x=x, v=v, row_bias=row_bias, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids)
-    if len(x) == 0 or len(y) == 0:
-        raise ValueError(f"{OP}: x has {len(x)} rows and y has {len(y)}; each must have at least 1")
-    if v.ndim != 2 or len(v) != len(y) or v.shape[1] == 0:
-        raise ValueError(f"{OP}: v has shape {tuple(v.shape)}; it must be [{len(y)}, width], a row of values for each row of y")
+    if x.shape[0] == 0 or y.shape[0] == 0:
+        raise ValueError(f"{OP}: x has {x.shape[0]} rows and y has {y.shape[0]}; each must have at least 1")
+    if v.ndim != 2 or len(v) != y.shape[0] or v.shape[1] == 0:
+        raise ValueError(f"{OP}: v has shape {tuple(v.shape)}; it must be [{y.shape[0]}, width], a row of values for each row of y")
     if v.dtype != x.dtype:
         raise TypeError(f"{OP}: v is {v.dtype} and x is {x.dtype}; cast one of them")
-    _check.vector(OP, "row_bias", row_bias, len(x))
-    _check.vector(OP, "col_bias", col_bias, len(y))
-    _check.vector(OP, "row_ids", row_ids, len(x), integer=True)
-    _check.vector(OP, "col_ids", col_ids, len(y), integer=True)
+    _check.vector(OP, "row_bias", row_bias, x.shape[0])
+    _check.vector(OP, "col_bias", col_bias, y.shape[0])
+    _check.vector(OP, "row_ids", row_ids, x.shape[0], integer=True)
+    _check.vector(OP, "col_ids", col_ids, y.shape[0], integer=True)
     if ids not in IDS:
         raise ValueError(f"{OP}: ids={ids!r} is unknown; allowed: {', '.join(IDS)}")
     if (row_ids is None) != (col_ids is None):

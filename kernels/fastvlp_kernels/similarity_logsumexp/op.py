@@ -141,13 +141,13 @@ def _inputs(
     _check.features(OP, x, y)
     rows, cols = {"row_bias": row_bias, "row_scale": row_scale}, {"col_bias": col_bias, "col_scale": col_scale}
     _check.plain_tensors(OP, x=x, **rows, **cols, row_ids=row_ids, col_ids=col_ids)
-    for vectors, length in ((rows, len(x)), (cols, len(y))):
+    for vectors, length in ((rows, x.shape[0]), (cols, y.shape[0])):
         if length == 0:
-            raise ValueError(f"{OP}: x has {len(x)} rows and y has {len(y)}; each must have at least 1")
+            raise ValueError(f"{OP}: x has {x.shape[0]} rows and y has {y.shape[0]}; each must have at least 1")
         for name, vector in vectors.items():
             _check.vector(OP, name, vector, length)
-    _check.vector(OP, "row_ids", row_ids, len(x), integer=True)
-    _check.vector(OP, "col_ids", col_ids, len(y), integer=True)
+    _check.vector(OP, "row_ids", row_ids, x.shape[0], integer=True)
+    _check.vector(OP, "col_ids", col_ids, y.shape[0], integer=True)
     if ids not in IDS:
         raise ValueError(f"{OP}: ids={ids!r} is unknown; allowed: {', '.join(IDS)}")
     if (row_ids is None) != (col_ids is None):
@@ -333,7 +333,7 @@ def _by_prefix(
     widths, K, D = list(prefixes), len(prefixes), x.shape[1]
     if not widths or widths != sorted(set(widths)) or widths[0] < 1 or widths[-1] != D:
         raise ValueError(f"{OP}: prefixes={widths}; they must increase strictly from at least 1 to the width of the features, {D}")
-    for name, factors, length in (("row_scale", row_scale, len(x)), ("col_scale", col_scale, len(y))):
+    for name, factors, length in (("row_scale", row_scale, x.shape[0]), ("col_scale", col_scale, y.shape[0])):
         if factors is not None and factors.shape != (K, length):
             raise ValueError(f"{OP}: {name} has shape {tuple(factors.shape)}; with {K} prefixes it must have shape ({K}, {length})")
     rest["compute_dtype"] = product_dtype(OP, x, rest["compute_dtype"])
