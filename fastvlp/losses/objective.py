@@ -54,8 +54,8 @@ def contrastive_loss(
     * ``ids``: pairs of equal id are all positive, and image and text counts may differ. ``equal_ids="mean"``: the mean over an anchor's
       positives of -log p (UniCL, Yang et al. 2022, arXiv:2204.03610; SupCon's L_out, Khosla et al. 2020, arXiv:2004.11362); for DreamLIP
       and FLAME, whose captions are no candidates for one another, see :func:`multi_caption_loss`. "sum": -log of the sum of their p
-      (MIL-NCE, Miech et al. 2020, arXiv:1912.06430). "exclude": the pairs stay (i, i), and others of equal id are no negatives. An anchor without a
-      positive has no loss and does not count.
+      (MIL-NCE, Miech et al. 2020, arXiv:1912.06430). "exclude": the pairs stay (i, i), and others of equal id are no negatives. An anchor
+      without a positive has no loss and does not count.
     * ``label_smoothing``: e. The target is (1 - e) times the positives plus e times uniform over the anchor's candidates.
     * ``focal_gamma``: g. An anchor's loss is (1 - p)^g * -log p (Lin et al. 2017, arXiv:1708.02002), p the softmax's; on the sigmoid of
       each pair see :func:`focal_sigmoid_loss`.
