@@ -6,12 +6,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastvlp.integrations import accelerate as accelerate
-    from fastvlp.models import load as load
+    from fastvlp.systems.files import load as load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from fastvlp.models import load
+        from fastvlp.systems.files import load
 
         return load
     if name == "accelerate":

@@ -1,9 +1,14 @@
-"""Frozen dataclasses from plain mappings: every wrong key, type or value is named, with what is allowed."""
+"""Frozen dataclasses from plain mappings: every wrong key, type or value is named, with what is allowed.
+
+Values are what JSON gives, or the texts of a YAML file or a command line: a text becomes what the annotation says, so that a name such as
+010 stays a name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -38,7 +43,7 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
         return cls(**given)
     except ConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from error
 
 
@@ -61,12 +66,12 @@ def unknown(key: str, allowed: Sequence[str], path: str = "") -> str:
 
 
 def convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as the annotated type ``hint``: scalars, ``Literal``, unions, tuples, string-keyed dicts and dataclasses."""
+    """``value`` as the annotated type ``hint``: scalars, ``Literal``, unions, tuples, string-keyed mappings and dataclasses."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
+        if type(None) in arguments and is_null(value):
             return None
         return _first_that_fits([argument for argument in arguments if argument is not type(None)], value, path, type(None) in arguments)
     if origin is typing.Literal:
@@ -77,13 +82,40 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(map(str, arguments))}{hint}")
     if origin is tuple:
         return _tuple(arguments, value, path)
-    if origin is dict:
+    if origin in (list, Sequence):
+        return _tuple((arguments[0], ...), value, path)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} is {value!r}; a mapping is needed")
+            raise ConfigError(f"{path} is {value!r}; a mapping is needed, written {{name: value}}")
         return {str(key): convert(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, path)
     return _scalar(hint, value, path)
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value is, or is written as, nothing."""
+    return value is None or value in ("null", "~", "None", "none")
+
+
+def plain(value: Any) -> Any:
+    """A text without an annotation as the number, truth value or nothing that it spells (YAML 1.2's core), inside lists and mappings too."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    if is_null(value):
+        return None
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
 
 
 def _first_that_fits(hints: Sequence[Any], value: Any, path: str, none_too: bool) -> Any:
@@ -93,7 +125,8 @@ def _first_that_fits(hints: Sequence[Any], value: Any, path: str, none_too: bool
             return convert(hint, value, path)
         except ConfigError as error:
             errors.append(str(error))
-    raise ConfigError(errors[0] + (" (or null)" if none_too else ""))
+    best = errors[-1] if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value) else errors[0]
+    raise ConfigError(best + (" (or null)" if none_too else ""))
 
 
 def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -110,15 +143,20 @@ def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    if hint is bool and isinstance(value, bool):
-        return value
+    if hint is bool and (isinstance(value, bool) or value in ("true", "false")):
+        return value is True or value == "true"
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     if hint in (int, float) and not isinstance(value, bool):
+        if hint is int and isinstance(value, str):
+            try:
+                return int(value)
+            except ValueError:
+                pass  # 1e3 is a whole number, too
         try:
-            number = float(value)  # YAML 1.1 reads 1e-3 as a text
-        except (TypeError, ValueError):
+            number = float(value.replace(".nan", "nan").replace(".inf", "inf") if isinstance(value, str) else value)
+        except (TypeError, ValueError, OverflowError):
             number = None
-        if number is not None and (hint is float or number.is_integer()):
-            return hint(value) if hint is int and isinstance(value, int) else hint(number)
+        if number is not None and (hint is float or (math.isfinite(number) and number.is_integer())):
+            return value if hint is int and isinstance(value, int) else hint(number)
     raise ConfigError(f"{path} is {value!r}; {names.get(hint, getattr(hint, '__name__', str(hint)))} is needed")

@@ -141,7 +141,7 @@ def _train(options: argparse.Namespace) -> int:
         train(config)
     except (ConfigError, CheckpointError, FileNotFoundError) as error:
         return _fail(error, 2)
-    except TrainingError as error:
+    except (TrainingError, OSError, RuntimeError) as error:
         return _fail(error, 1)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
@@ -229,11 +229,11 @@ def _recipe(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from fastvlp.recipes import DEFAULT_RECIPE, recipe_names, summary
+    from fastvlp import config
 
-    for name in recipe_names():
-        print(name + (" (default)" if name == DEFAULT_RECIPE else ""))
-        print("".join(f"    {line}\n" for line in summary(name).splitlines()), end="")
+    for name in config.names():
+        print(name + (" (default)" if name == config.DEFAULT else ""))
+        print(f"    {' '.join((config.function(name).__doc__ or '').split())}")
     return 0
 
 

@@ -1,300 +1,273 @@
-"""What a training run is told: frozen sections, YAML recipes, and ``key=value`` changes on the command line.
+"""Recipes by name, changed by dotted keys, as plain values and back.
 
-    config = load("mini", ["run.name=first", "optim.lr=1e-3"])
+    recipe = load("clip", ["run.name=first", "optim.lr=1e-3", "model.image.width=256"])
 
-A recipe is a YAML file with the sections of ``Config``; what it leaves out keeps the defaults below. Every length of time is counted
-in steps or samples, never in seconds, so that a resumed run is the same run.
+A recipe is a Python function that returns a ``Recipe``: ``recipe()``, ``paper()`` or another one in a file of ``fastvlp.systems`` or of
+one's own. Its ``model`` is a ``fiddle.Config``: a constructor call that is not made yet. A YAML file is a list of changes on a recipe.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from fastvlp._schema import ConfigError, build, keys, unknown
-from fastvlp.models import ModelConfig
-from fastvlp.recipes import DEFAULT_RECIPE, recipe_path
+import fiddle as fdl
+from torch import nn
 
+from fastvlp._schema import ConfigError, build, convert, keys, plain, unknown
+from fastvlp.recipe import Recipe
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Where a run lives and how it starts.
-
-    Attributes:
-        name, dir: results go to ``dir/name``. seed: of initialisation, data order and augmentation.
-        device: "auto" is CUDA where there is one, else the CPU.
-        resume: "auto" continues from the run's last checkpoint if there is one, "none" starts over, a path continues from there.
-        log: loggers besides log.jsonl: tensorboard, wandb.
-    """
-
-    name: str = "run"
-    dir: str = "runs"
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    resume: str = "auto"
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.name or self.name in (".", "..") or "/" in self.name:
-            raise ValueError(f"name is {self.name!r}; a folder name without slashes is needed (the folder above it is run.dir)")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
+DEFAULT = "clip"
+ALIASES = {"mini": "clip"}  # the name of the default recipe before there were systems
+_own_files: set[str] = set()  # modules of recipe files that were named on the command line
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which pairs are trained on.
+def names() -> list[str]:
+    """The systems that ship with a recipe."""
+    import fastvlp.systems as systems
 
-    Attributes:
-        train: shards: paths, globs, brace ranges {0000..0003}, or mini:train for the data set that ships.
-        tokenizer: "mini", "clip", or the path of a tokenizer.json.
-        batch_size: pairs per step over all processes; this defines the contrastive objective. workers: loading processes per process.
-        max_captions: a sample's caption is drawn from its first so many (null: from all).
-    """
-
-    train: tuple[str, ...] = ("mini:train",)
-    tokenizer: str = "mini"
-    batch_size: int = 256
-    workers: int = 1
-    max_captions: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.train:
-            raise ValueError("train is empty; name at least one shard, glob or mini:train")
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size is {self.batch_size}; a contrastive batch needs at least 2 pairs")
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}; 0 loads in the training process itself")
-        if self.max_captions is not None and self.max_captions < 1:
-            raise ValueError(f"max_captions is {self.max_captions}; it is at least 1, or null for all")
+    return sorted(module.name for module in pkgutil.iter_modules(systems.__path__)
+                  if module.name != "system" and hasattr(importlib.import_module(f"fastvlp.systems.{module.name}"), "recipe"))
 
 
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """The objective and how it crosses processes (``fastvlp.losses``).
-
-    Attributes:
-        strategy: "gather", "ring" or "grouped"; ``fastvlp plan`` says which is the fastest and what fits.
-        node_size: for "grouped": processes that share fast links; null: those of a machine.
-    """
-
-    name: Literal["clip", "siglip"] = "clip"
-    strategy: Literal["gather", "ring", "grouped"] = "gather"
-    node_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.node_size is not None and (self.strategy != "grouped" or self.node_size < 1):
-            raise ValueError(f"node_size is {self.node_size} and strategy is {self.strategy}; it is at least 1, and for grouped alone")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW. Norms, biases, scalars and embeddings do not decay; grad_clip bounds the norm of the whole gradient (null: no bound)."""
-
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.2
-    grad_clip: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (self.lr >= 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr is {self.lr}; a finite number, not negative, is needed")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {list(self.betas)}; both must be at least 0 and below 1")
-        if self.eps <= 0 or self.weight_decay < 0:
-            raise ValueError(f"eps is {self.eps} and weight_decay is {self.weight_decay}; eps must be positive, weight_decay not negative")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ValueError(f"grad_clip is {self.grad_clip}; it must be positive, or null for none")
-
-
-@dataclasses.dataclass(frozen=True)
-class StageConfig:
-    """One stretch of training, up to the fraction ``until`` of all steps; the other fields are those of ``fastvlp.data.Stage``."""
-
-    until: float = 1.0
-    image_size: int = 64
-    keep: float = 1.0
-    augment: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.until <= 1:
-            raise ValueError(f"until is {self.until}; a fraction of all steps, above 0 and at most 1, is needed")
-        if self.image_size < 1 or not 0 < self.keep <= 1 or not 0 <= self.augment <= 4:
-            raise ValueError(f"image_size is {self.image_size}, keep is {self.keep}, augment is {self.augment}; "
-                             "allowed: image_size from 1, keep above 0 up to 1, augment from 0 to 4")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-    """How long, and how the learning rate and the pictures change.
-
-    Attributes:
-        steps or samples: the length of training; exactly one of the two is set. Samples are rounded up to whole batches.
-        warmup: steps of linear rise; a half cosine follows, down to ``final_lr`` times the peak.
-        stages: resolution and token stages in order; the last one reaches 1.0.
-    """
-
-    steps: int | None = None
-    samples: int | None = None
-    warmup: int = 0
-    final_lr: float = 0.0
-    stages: tuple[StageConfig, ...] = (StageConfig(),)
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.samples is None):
-            raise ValueError(f"steps is {self.steps} and samples is {self.samples}; exactly one of them is needed (the other null)")
-        if min(x for x in (self.steps, self.samples) if x is not None) < 1:
-            raise ValueError("steps (or samples) must be at least 1")
-        if self.warmup < 0 or not 0 <= self.final_lr <= 1:
-            raise ValueError(f"warmup is {self.warmup} and final_lr is {self.final_lr}; warmup counts steps, final_lr is a fraction of lr")
-        ends = [stage.until for stage in self.stages]
-        if not ends or ends != sorted(set(ends)) or ends[-1] != 1:
-            raise ValueError(f"the stages end at {ends}; rising fractions are needed, the last one 1.0")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How a step is computed, and what is kept.
-
-    Attributes:
-        amp: "auto" is bf16 on CUDA and none on the CPU.
-        image_tokens, text_tokens: most tokens of one micro-batch of images or captions; null: the whole batch at once. The loss always
-            sees the whole batch (GradCache).
-        ema: decay of the averaged weights that are evaluated and exported; null: none.
-        checkpoint_every: steps between checkpoints (0: only at the end). keep: how many stay.
-        max_nonfinite: this many non-finite losses in a row stop the run.
-        log_every: steps between lines of log.jsonl. print_every: seconds between lines on the screen when it is no terminal.
-    """
-
-    amp: Literal["auto", "none", "bf16", "fp16"] = "auto"
-    image_tokens: int | None = None
-    text_tokens: int | None = None
-    ema: float | None = None
-    checkpoint_every: int = 200
-    keep: int = 2
-    max_nonfinite: int = 10
-    log_every: int = 1
-    print_every: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("image_tokens", "text_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; a number of tokens, or null for no limit, is needed")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; a decay between 0 and 1 (0.999, say), or null for none, is needed")
-        if self.checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every is {self.checkpoint_every}; a number of steps is needed, 0 for only at the end")
-        for name in ("keep", "max_nonfinite", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """What is measured at the end, and every ``every`` steps before it (0: only at the end). Without shards a measure is left out.
-
-    Attributes:
-        zero_shot: shards whose samples carry a class. classes: a file of class names (see ``fastvlp eval --help``).
-        templates: sentences with {} for the class name. retrieval: shards of pairs; also the source of the contact sheet.
-    """
-
-    zero_shot: tuple[str, ...] = ()
-    classes: str | None = None
-    templates: tuple[str, ...] = ("{}",)
-    retrieval: tuple[str, ...] = ()
-    every: int = 0
-    batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        if self.zero_shot and self.classes is None:
-            raise ValueError("zero_shot is set and classes is not; name the file of class names, or set zero_shot=[]")
-        if any("{}" not in template for template in self.templates) or not self.templates:
-            raise ValueError(f"templates is {list(self.templates)}; each needs {{}} where the class name goes")
-        if self.every < 0 or self.batch_size < 1:
-            raise ValueError(f"every is {self.every} and batch_size is {self.batch_size}; every counts steps, batch_size is at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that ``fastvlp.train.train`` needs."""
-
-    schedule: ScheduleConfig
-    run: RunConfig = RunConfig()
-    data: DataConfig = DataConfig()
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-
-    @property
-    def steps(self) -> int:
-        """Length of training in steps."""
-        if self.schedule.steps is not None:
-            return self.schedule.steps
-        return math.ceil((self.schedule.samples or 0) / self.data.batch_size)
-
-
-def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a recipe with changes.
+def load(recipe: str | None = None, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe with changes.
 
     Args:
-        recipe: name of a recipe that ships, or the path of a YAML file; None is the default recipe.
-        overrides: changes such as "optim.lr=1e-3" or "schedule.stages.0.keep=0.5"; values are YAML.
+        recipe: NAME, NAME:FUNCTION, FILE.py, FILE.py:FUNCTION (the function is ``recipe`` where it is not named), or a YAML file: changes on
+            the recipe that its key ``recipe`` names (the default one without). None is the default recipe.
+        changes: such as "optim.lr=1e-3" or "schedule.stages.0.keep=0.5"; lists are written [a, b], mappings {a: b}.
 
     Raises:
-        ConfigError: for a recipe that does not exist, or a key or value that is not allowed.
+        ConfigError: for a recipe that does not exist, a file that does not import, or a key or value that is not allowed.
     """
-    path = recipe_path(recipe or DEFAULT_RECIPE)
-    values = _yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path} holds no sections; it needs the keys {', '.join(keys(Config))}")
-    for override in overrides:
-        key, separator, text = override.partition("=")
+    recipe = recipe or DEFAULT
+    if Path(recipe).suffix in (".yaml", ".yml"):
+        return _from_yaml(Path(recipe), changes)
+    made = function(recipe)()
+    if not isinstance(made, Recipe):
+        raise ConfigError(f"{recipe} returns {type(made).__name__}; a recipe returns fastvlp.recipe.Recipe(model=..., schedule=..., ...)")
+    if made.run.name == "run":
+        name = recipe.removesuffix(":recipe").replace("/", "-").replace(":", "-").replace(".py", "").strip("-.")
+        made = dataclasses.replace(made, run=dataclasses.replace(made.run, name=name))
+    return change(made, changes)
+
+
+def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """A copy of a recipe with ``key=value`` changes."""
+    if not changes:
+        return recipe
+    values = to_dict(recipe)
+    for line in changes:
+        key, separator, text = line.partition("=")
         if not separator:
-            raise ConfigError(f"{override!r} is no change; write key=value, for example optim.lr=1e-3")
-        _check_key(key)
-        values = _set(values, key.split("."), _yaml(text, override), key)
+            raise ConfigError(f"{line!r} is no change; write key=value, for example optim.lr=1e-3")
+        _check_section(key, values)
+        values = _set(values, key.split("."), _value(text, line), key)
+        other = {"schedule.steps": "samples", "schedule.samples": "steps"}.get(key)
+        if other is not None and text != "null" and not any(line.startswith(f"schedule.{other}=") for line in changes):
+            values["schedule"] = {**values["schedule"], other: None}  # whichever of the two is given counts
     return from_dict(values)
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """The configuration that nested mappings describe; the inverse of ``to_dict``."""
-    config: Config = build(Config, values)
-    return config
+def function(recipe: str) -> Callable[[], Recipe]:
+    """The function that a name such as ``coca:paper`` or ``mine.py:small`` stands for."""
+    place, _, name = recipe.rpartition(":") if ":" in recipe else (recipe, "", "recipe")
+    module = _file(Path(place)) if place.endswith(".py") else _system(place)
+    made = getattr(module, name, None)
+    if not callable(made):
+        known = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not n.startswith("_")
+                 and not inspect.signature(f).parameters]
+        raise ConfigError(f"{place} has no recipe {name}; it has {', '.join(known) or 'none: write def recipe() -> Recipe'}")
+    return typing.cast(Callable[[], Recipe], made)
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested dicts and lists that YAML and JSON can hold."""
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+def _system(name: str) -> ModuleType:
+    known = names()
+    name = ALIASES.get(name, name).replace("-", "_")
+    if name in known:
+        return importlib.import_module(f"fastvlp.systems.{name}")
+    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, or the path of a Python or YAML file"
+    raise ConfigError(f"unknown recipe {name}; {hint}")
 
-    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+def _file(path: Path) -> ModuleType:
+    """A recipe file as a module of the name of the file, so that checkpoints can name its classes."""
+    if not path.is_file():
+        raise ConfigError(f"recipe {path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # anything may happen in a stranger's file; it must be one sentence
+        del sys.modules[path.stem]
+        raise ConfigError(f"recipe {path} does not import: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    _own_files.add(path.stem)
+    return module
 
 
-def differences(one: Config, other: Config) -> list[str]:
+def _from_yaml(path: Path, changes: Sequence[str]) -> Recipe:
+    if not path.is_file():
+        raise ConfigError(f"recipe {path}: there is no such file")
+    values = _yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} holds no sections; it needs keys such as {', '.join(keys(Recipe))}")
+    values = dict(values)
+    merged = to_dict(load(values.pop("recipe", None)))
+    merged["run"]["name"] = path.stem
+    for key, value in _sections(values):
+        _check_section(key, merged)
+        merged = _set(merged, key.split("."), value, key)
+    return change(from_dict(merged), changes)
+
+
+def _sections(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The changes that a YAML file means: sections merge, what is inside them is replaced."""
+    for section, inside in values.items():
+        if isinstance(inside, Mapping) and inside:
+            yield from ((f"{section}.{key}", value) for key, value in inside.items())
+        else:
+            yield str(section), inside
+
+
+def _value(text: str, line: str) -> Any:
+    """What stands behind the = of a change: a list, a mapping, or the text as it was typed (010, 1:30, *.tar, {00..01}.tar)."""
+    return _yaml(text, line) if text[:1] in ("[", "{", '"', "'") and not re.match(r"\{\d+\.\.", text) else text
+
+
+def _yaml(text: str, source: str) -> Any:
+    """YAML whose scalars stay texts: what they mean is for the annotation of their key to say."""
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ConfigError("recipes need PyYAML, which is not installed: pip install 'fastvlp[train]'") from error
+    try:
+        return yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Nested dicts and lists that YAML and JSON can hold; calls that are not made yet are {"make": "module:name", ...}."""
+    return typing.cast(dict[str, Any], {field.name: _plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)})
+
+
+def _plain(value: Any, named: bool = False) -> Any:
+    if isinstance(value, fdl.Buildable):
+        make = fdl.get_callable(value)
+        return {"make": f"{make.__module__}:{make.__qualname__}", **{name: _plain(item, True) for name, item in value.__arguments__.items()}}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        named = named or kind.__module__ == "fastvlp.data.fields" or kind.__module__ in _own_files
+        head = {"make": f"{kind.__module__}:{kind.__qualname__}"} if named else {}
+        return {**head, **{field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item, named) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that nested mappings describe; the inverse of ``to_dict``."""
+    rest = {key: value for key, value in values.items() if key != "model"}
+    model = spec(values.get("model"), "model")
+    data = rest.get("data")
+    if isinstance(data, Mapping) and isinstance(data.get("fields"), Mapping):
+        rest["data"] = {**data, "fields": {name: _field(value, f"data.fields.{name}") for name, value in data["fields"].items()}}
+        sources = rest["data"].get("train")
+        if isinstance(sources, list) and any(isinstance(one, Mapping) for one in sources):
+            rest["data"]["train"] = [_source(one, f"data.train.{i}") for i, one in enumerate(sources)]
+    made: Recipe = build(Recipe, {"model": model, **rest})
+    return made
+
+
+def _source(values: Any, path: str) -> Any:
+    if isinstance(values, Mapping) and isinstance(values.get("fields"), Mapping):
+        return {**values, "fields": {name: _field(value, f"{path}.fields.{name}") for name, value in values["fields"].items()}}
+    return values
+
+
+def _field(values: Any, path: str) -> Any:
+    """A field of a batch: a small dataclass of ``fastvlp.data.fields`` or of the recipe's own file."""
+    if not isinstance(values, Mapping) or "make" not in values:
+        raise ConfigError(f"{path} is {values!r}; a field is needed, written {{make: 'fastvlp.data.fields:Image', ...}}")
+    kind = _find(values["make"], path, ("fastvlp.data.fields",))
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise ConfigError(f"{path}: {values['make']} is no field")
+    inside = {key: _field(value, f"{path}.{key}") if isinstance(value, Mapping) and "make" in value else value
+              for key, value in values.items() if key != "make"}
+    return build(kind, inside, path)
+
+
+def spec(values: Any, path: str) -> fdl.Config:
+    """The constructor call that a mapping with the key ``make`` describes, typed by the signature.
+
+    Only modules of ``fastvlp.systems``, ``towers`` and ``layers``, of ``torch.nn`` and of recipe files named on the command line can be made,
+    since the mapping may come from a stranger's model.json.
+    """
+    if not isinstance(values, Mapping) or "make" not in values:
+        raise ConfigError(f"{path} is {values!r}; a call is needed, written {{make: 'fastvlp.systems.clip:Clip', ...}}")
+    make = _find(values["make"], path, ("fastvlp.systems", "fastvlp.towers", "fastvlp.layers", "torch.nn"))
+    if not (isinstance(make, type) and issubclass(make, nn.Module)) and not getattr(make, "makes_module", False):
+        raise ConfigError(f"{path}: {values['make']} makes no module")
+    signature = inspect.signature(make)
+    hints = typing.get_type_hints(make.__init__ if isinstance(make, type) else make)  # type: ignore[misc]
+    arguments = {}
+    for name, value in values.items():
+        if name == "make":
+            continue
+        if name not in signature.parameters:
+            raise ConfigError(unknown(str(name), list(signature.parameters), path))
+        arguments[name] = _argument(hints.get(name, Any), value, f"{path}.{name}")
+    return fdl.Config(make, **arguments)
+
+
+def _argument(hint: Any, value: Any, path: str) -> Any:
+    if isinstance(value, Mapping) and "make" in value:
+        return spec(value, path)
+    if isinstance(value, Mapping) and any(isinstance(item, Mapping) and "make" in item for item in value.values()):
+        return {name: _argument(Any, item, f"{path}.{name}") for name, item in value.items()}
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping) and "make" in item for item in value):
+        return [_argument(Any, item, f"{path}.{i}") for i, item in enumerate(value)]
+    if isinstance(hint, type) and issubclass(hint, nn.Module):
+        raise ConfigError(f"{path} is {value!r}; a call that makes a {hint.__name__} is needed, written {{make: 'module:name', ...}}")
+    return plain(value) if hint is Any else convert(hint, value, path)
+
+
+def _find(make: Any, path: str, packages: Sequence[str]) -> Any:
+    module, _, name = str(make).partition(":")
+    if not any(module == package or module.startswith(f"{package}.") for package in packages) and module not in _own_files:
+        raise ConfigError(f"{path}: {make} is outside of {', '.join(packages)}; name the recipe's own file on the command line")
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{path}: there is no {make}") from error
+    return found
+
+
+def differences(one: Recipe, other: Recipe) -> list[str]:
     """Dotted keys whose values differ, as "key: one -> other"."""
     left, right = dict(_leaves(to_dict(one))), dict(_leaves(to_dict(other)))
     return [f"{key}: {left.get(key)} -> {right.get(key)}" for key in {**left, **right} if left.get(key) != right.get(key)]
 
 
-def dump(config: Config) -> str:
-    """The whole configuration as YAML."""
-    import yaml
-
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    items = value.items() if isinstance(value, dict) and value else enumerate(value) if isinstance(value, list) and value else None
     if items is None:
         yield path, value
         return
@@ -302,21 +275,13 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(item, f"{path}.{key}" if path else str(key))
 
 
-def _yaml(text: str, source: str) -> Any:
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ConfigError("recipes need PyYAML, which is not installed: pip install 'fastvlp[train]'") from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
-
-
 def _set(values: Any, path: list[str], new: Any, key: str) -> Any:
-    """``values`` with one nested entry changed; lists are entered by number, a list's end may be extended by one."""
+    """``values`` with one nested entry changed; lists are entered by number, a list's end may be extended by one.
+
+    A mapping that replaces a call makes the same thing unless it says otherwise.
+    """
     if not path:
-        return new
+        return {"make": values["make"], **new} if isinstance(new, Mapping) and isinstance(values, Mapping) and "make" in values else new
     if isinstance(values, list):
         if not path[0].isdigit() or int(path[0]) > len(values):
             raise ConfigError(f"{key}: {path[0]} is no place in a list of {len(values)}; 0 to {len(values)} are allowed")
@@ -330,28 +295,21 @@ def _set(values: Any, path: list[str], new: Any, key: str) -> Any:
     return values
 
 
-def _check_key(key: str) -> None:
-    """Refuse a dotted key that leads nowhere; suggests across sections, so that ``lr`` finds ``optim.lr``."""
-    known = list(_paths(Config))
-    if any(key == path or key.startswith(f"{path}.") for path in known if path not in keys(Config)) or key in keys(Config):
+def _check_section(key: str, values: Mapping[str, Any]) -> None:
+    """Refuse a key of no section; suggests across sections, so that ``lr`` finds ``optim.lr``."""
+    section = key.partition(".")[0]
+    if section in keys(Recipe):
         return
+    known = [path for path, _ in _leaves(dict(values))]
     same_name = [path for path in known if path.rpartition(".")[2] == key.rpartition(".")[2]]
     near = same_name or difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if near:
         raise ConfigError(f"unknown key {key}; did you mean {' or '.join(near[:3])}?")
-    section, _, rest = key.partition(".")
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    if rest and section in fields:
-        inside = [path[len(section) + 1:] for path in known if path.startswith(f"{section}.")]
-        raise ConfigError(unknown(rest, inside, section))
-    raise ConfigError(unknown(section, keys(Config)))
+    raise ConfigError(unknown(section, keys(Recipe)))
 
 
-def _paths(cls: type, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a dataclass, sections included."""
-    hints = typing.get_type_hints(cls)
-    for name in keys(cls):
-        yield prefix + name
-        hint = next((h for h in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(h)), None)
-        if hint is not None and typing.get_origin(hints[name]) is not tuple:
-            yield from _paths(typing.cast(type, hint), f"{prefix}{name}.")
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)

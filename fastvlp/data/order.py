@@ -9,14 +9,23 @@ import numpy as np
 from fastvlp.data.patches import mix
 from fastvlp.data.shards import Index
 
+OTHER = 2  # which of a place's random words draws another sample
+
 
 @dataclass(frozen=True)
 class Picks:
-    """n consecutive places of the stream: int64 [n] number of the shard and of the sample in it, uint64 [n] randomness of the place."""
+    """n consecutive places of the stream.
+
+    Attributes:
+        shard, member: int64 [n], number of the shard and of the sample in it. seeds: uint64 [n], randomness of the place.
+        other: int64 [n, 2], shard and member of another sample of the same window, each of them as likely (the sample itself where it
+            is alone).
+    """
 
     shard: np.ndarray
     member: np.ndarray
     seeds: np.ndarray
+    other: np.ndarray
 
 
 class Order:
@@ -47,9 +56,29 @@ class Order:
             high = min(low + n, self._size)
             shard, member = self._permuted()
             place = np.arange(first, first + high - low) - self._epoch_begin
-            pieces.append(Picks(shard[low:high], member[low:high], mix(np.repeat(self._word(), high - low), place)))
+            seeds = mix(np.repeat(self._word(), high - low), place)
+            ahead = mix(seeds, np.array([OTHER])) % np.uint64(max(1, self._size - 1)) + np.uint64(1)
+            other = (np.arange(low, high) + ahead.astype(np.int64)) % self._size
+            pieces.append(Picks(shard[low:high], member[low:high], seeds, np.stack([shard[other], member[other]], 1)))
             first, n = first + high - low, n - (high - low)
-        return Picks(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("shard", "member", "seeds")))
+        return Picks(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("shard", "member", "seeds", "other")))
+
+    def require(self, n: int) -> None:
+        """Refuse a set of fewer than n samples, of which a batch of n would hold some twice; headers are read up to the nth sample.
+
+        Raises:
+            RuntimeError: there is no usable sample in any shard. ValueError: there are fewer than n.
+        """
+        found = 0
+        for number in range(len(self.index.paths)):
+            found += self.index.count(number)
+            if found >= n:
+                return
+        if found == 0:
+            raise RuntimeError(self._nothing())
+        more = f" and {len(self.index.paths) - 1} others" if len(self.index.paths) > 1 else ""
+        raise ValueError(f"a batch of {n} is larger than its data: {self.index.paths[0]}{more} holds {found} usable samples, and one that "
+                         f"comes twice is its own negative; lower the batch size to at most {found}")
 
     def _rewind(self) -> None:
         self._epoch, self._epoch_begin = -1, 0
@@ -63,7 +92,7 @@ class Order:
         self._size, self._window, self._table = 0, [], None
         if not self._waiting:
             if self._epoch >= 0 and self._begin == self._epoch_begin:
-                raise RuntimeError(f"none of the {len(self.index.paths)} shards holds a usable sample (an image and a caption of one name)")
+                raise RuntimeError(self._nothing())
             self._epoch += 1
             self._epoch_begin = self._begin
             count = len(self.index.paths)
@@ -82,6 +111,9 @@ class Order:
             permutation = words.argsort(kind="stable")
             self._table = shard[permutation], member[permutation]
         return self._table
+
+    def _nothing(self) -> str:
+        return f"none of the {len(self.index.paths)} shards holds a usable sample (an image and a caption of one name)"
 
     def _word(self) -> np.uint64:
         """Randomness of the epoch."""

@@ -19,7 +19,7 @@ def pack_images(images: Sequence[Tensor], patch_size: int, keep: float = 1.0,
         images: S tensors [h, w, 3] on the CPU, of one dtype (uint8 usually), h and w multiples of ``patch_size``.
         keep: fraction of each picture's patches to keep, rounded to the nearest number, at least one (patch dropout, NaViT / FLIP).
         generator: source of the random subset; None uses torch's global one.
-        seeds: int64 [S], instead of a generator: each picture's subset depends on its own seed alone (``Batch.seeds``).
+        seeds: int64 [S], instead of a generator: each picture's subset depends on its own seed alone.
 
     Returns:
         Packed on the CPU with x [T, P*P*3] in the images' dtype, each patch row-major (row, column, channel), and pos int32 [T, 3] =
@@ -34,26 +34,35 @@ def pack_images(images: Sequence[Tensor], patch_size: int, keep: float = 1.0,
     for i, image in enumerate(images):
         if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] % p or image.shape[1] % p or not image.numel():
             raise ValueError(f"pack_images: image {i} has shape {tuple(image.shape)}; it must be [h, w, 3] with h and w multiples of {p}")
+    if seeds is not None and len(seeds) != len(images):
+        raise ValueError(f"pack_images: seeds has shape {tuple(seeds.shape)} for {len(images)} images; one seed per image is needed")
+    return pack_pixels([image.numpy() for image in images], p, keep, seeds.numpy() if seeds is not None else generator)
+
+
+def pack_pixels(images: Sequence[np.ndarray], patch_size: int, keep: float = 1.0,
+                random: np.ndarray | torch.Generator | np.random.Generator | None = None) -> Packed:
+    """``pack_images`` of arrays that are known to fit the grid; ``random`` is a generator or the seeds [S]."""
+    p = patch_size
     columns = np.array([image.shape[1] // p for image in images], dtype=np.int64)
     patches = np.array([image.shape[0] // p for image in images], dtype=np.int64) * columns
     starts = np.concatenate([[0], patches.cumsum()])
-    x = np.empty((starts[-1], p * p * 3), dtype=images[0].numpy().dtype if images else np.uint8)
+    x = np.empty((starts[-1], p * p * 3), dtype=images[0].dtype if images else np.uint8)
     for image, start, end in zip(images, starts.tolist(), starts[1:].tolist(), strict=False):
         height, width, _ = image.shape
-        grid = image.numpy().reshape(height // p, p, width // p, p * 3).transpose(0, 2, 1, 3)
+        grid = image.reshape(height // p, p, width // p, p * 3).transpose(0, 2, 1, 3)
         x[start:end].reshape(height // p, width // p, p, p * 3)[:] = grid
     segment = np.repeat(np.arange(len(images)), patches)
     lengths = patches
     if keep < 1:
         lengths = np.maximum(1, (patches * keep + 0.5).astype(np.int64))
-        order = (segment + _scores(patches, starts, generator, seeds)).argsort(kind="stable")  # random order inside each picture
+        order = (segment + _scores(patches, starts, random)).argsort(kind="stable")  # random order inside each picture
         kept = np.sort(order[np.arange(starts[-1]) - starts[segment] < lengths[segment]])
         x, segment = x.take(kept, axis=0), segment[kept]
     else:
         kept = np.arange(starts[-1])
     inside = kept - starts[segment]
     pos = np.stack([np.zeros_like(inside), inside // columns[segment], inside % columns[segment]], 1).astype(np.int32)
-    return _packed(torch.from_numpy(x), torch.from_numpy(lengths), torch.from_numpy(pos))
+    return Packed.of(torch.from_numpy(x), torch.from_numpy(lengths), pos=torch.from_numpy(pos))
 
 
 def pack_texts(texts: Sequence[Tensor]) -> Packed:
@@ -62,27 +71,18 @@ def pack_texts(texts: Sequence[Tensor]) -> Packed:
     x = torch.cat(list(texts)) if texts else torch.empty(0, dtype=torch.int64)
     pos = torch.full((len(x), 3), -1, dtype=torch.int32)
     pos[:, 0] = torch.arange(len(x)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return _packed(x, lengths, pos)
+    return Packed.of(x, lengths, pos=pos)
 
 
-def _packed(x: Tensor, lengths: Tensor, pos: Tensor) -> Packed:
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    return Packed(x=x, cu_seqlens=cu_seqlens, lengths=lengths, total=len(x), max_seqlen=int(lengths.max()) if len(lengths) else 0, pos=pos)
-
-
-def _scores(patches: np.ndarray, starts: np.ndarray, generator: torch.Generator | np.random.Generator | None,
-            seeds: Tensor | None) -> np.ndarray:
+def _scores(patches: np.ndarray, starts: np.ndarray, random: np.ndarray | torch.Generator | np.random.Generator | None) -> np.ndarray:
     """One random number in [0, 1) for every patch of every picture: float64 [sum of patches]."""
     total = int(starts[-1])
-    if seeds is not None:
-        if seeds.shape != patches.shape:
-            raise ValueError(f"pack_images: seeds has shape {tuple(seeds.shape)} for {len(patches)} images; one seed per image is needed")
-        index = np.arange(total) - np.repeat(starts[:-1], patches)
-        words = mix(np.repeat(seeds.numpy(), patches), index)
+    if isinstance(random, np.ndarray):
+        words = mix(np.repeat(random, patches), np.arange(total) - np.repeat(starts[:-1], patches))
         return (words >> np.uint64(24)).astype(np.float64) / (1 << 40)
-    if isinstance(generator, np.random.Generator):
-        return generator.random(total)
-    return torch.rand(total, dtype=torch.float64, generator=generator).numpy()
+    if isinstance(random, np.random.Generator):
+        return random.random(total)
+    return torch.rand(total, dtype=torch.float64, generator=random).numpy()
 
 
 def mix(seeds: np.ndarray, index: np.ndarray) -> np.ndarray:

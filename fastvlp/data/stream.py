@@ -5,35 +5,42 @@ from __future__ import annotations
 import logging
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fastvlp.data.batch import Batch, Stage
-from fastvlp.data.images import MAX_PIXELS, Unusable, augment, augmentations, fit
-from fastvlp.data.order import Order, Picks
+from fastvlp.data.fields import Field
+from fastvlp.data.images import MAX_PIXELS
+from fastvlp.data.loader import Flat, Loader, Request
+from fastvlp.data.order import Order
 from fastvlp.data.patches import mix
-from fastvlp.data.samples import Labels, Reader, Skips
 from fastvlp.data.shards import Index, Shards, expand
-from fastvlp.data.tokenizer import Tokenizer
 
-NEAR, TRIES = 16, 256
-CAPTION, SUBSTITUTE = 1, 1000  # which of a place's random words is used for what; augmentation takes 100 to 108
+MIXTURE = 0x6A09E667F3BCC908  # sets the words that choose sources apart from those that order samples
 
 log = logging.getLogger(__name__)
 
 
-class Stream:
-    """Image-text batches for ever, from batch number ``start``; iterating again begins at ``start`` again.
+@dataclass(frozen=True)
+class Source:
+    """Shards, how often a step takes its samples from them, and their own fields instead of the recipe's (None: the recipe's)."""
 
-    Batch k is a pure function of (shards, seed, k): the global order is that of ``Order`` (every usable sample once per epoch, epochs
-    without a gap), and a place's caption, augmentation and patch dropout come from its own random word. So a run that is started at k
-    sees exactly what an uninterrupted one would have seen, with any number of workers, and W ranks see the slices (by the rule of
+    shards: Shards
+    weight: float = 1.0
+    fields: Mapping[str, Field] | None = None
+
+
+class Stream:
+    """Batches for ever, from batch number ``start``; iterating again begins at ``start`` again.
+
+    All samples of a batch come from one source, chosen by (seed, number of the batch, weights). Inside a source the global order is that
+    of ``Order``: every usable sample once per epoch, epochs without a gap, counted in samples. A place's captions, augmentation and kept
+    patches come from its own random word. So a run that is started where another stopped sees exactly what that would have seen, with any
+    number of workers; with another batch size it neither repeats nor leaves out a sample; and W ranks see the slices (by the rule of
     ``torch.tensor_split``) of the batches that one rank would see.
 
     Samples without a usable header entry are no places at all. A sample that turns out unusable when it is read keeps its place, which
@@ -41,177 +48,130 @@ class Stream:
     bad ones in a row the stream ends with an error.
 
     Args:
-        shards: see ``expand``: paths, folders, globs, brace ranges, mini:train, or a list of these.
-        tokenizer: turns captions into ids.
-        batch_size: pairs in the global batch.
-        patch_size: both sides of every picture are multiples of it.
-        context_length: longest caption in tokens.
+        sources: a ``Source``, several, or shards alone (see ``expand``).
+        fields: by the name of the stream, bound to the system (``fields.bind``).
+        batch_size: samples in the global batch.
         stage_at: the Stage of each batch number, or one Stage for all.
         workers: processes that read ahead; 0 reads in this one.
         rank, world_size: this process gets slice ``rank`` of ``world_size``.
+        start: number of the first batch. positions: samples that each source has given before it (``Batch.positions``); None: as many as
+            batches of this size and these weights give.
         cache_mb: memory for decoded, scaled pictures, divided among the workers; when it is full, the rest are decoded each time.
         shuffle: size of the windows that are permuted as a whole, in samples.
-        max_captions: use only the first so many captions of a sample.
         on_skip: hears (reason, "shard: key") of each bad sample once; without it they go to the log as warnings.
+        pin_memory: batches lie in page-locked memory. timeout: seconds to wait for a worker before a RuntimeError, 0 for ever.
 
     Attributes:
-        skipped: number of bad samples by reason, met so far (by this rank).
-        index: the shards' index; ``samples_per_epoch`` reads all of it.
+        skips: (reason, "shard: key") of the bad samples met so far by this rank.
+        indices: the index of each source's shards.
 
     Raises:
-        FileNotFoundError: the shard list matches nothing.
-        RuntimeError: no usable sample (while iterating).
+        FileNotFoundError: a shard list matches nothing.
+        RuntimeError: no usable sample. ValueError: a batch is larger than its source (both while iterating).
     """
 
-    def __init__(self, shards: Shards, tokenizer: Tokenizer, batch_size: int, patch_size: int, context_length: int, seed: int,
-                 stage_at: Stage | Callable[[int], Stage], workers: int = 0, rank: int = 0, world_size: int = 1,
-                 start: int = 0, *, cache_mb: int = 512, shuffle: int = 1 << 15, max_pixels: int = MAX_PIXELS,
-                 max_captions: int | None = None, on_skip: Callable[[str, str], None] | None = None) -> None:
+    def __init__(self, sources: Source | Sequence[Source] | Shards, fields: Mapping[str, Field], batch_size: int, seed: int,
+                 stage_at: Stage | Callable[[int], Stage], workers: int = 0, rank: int = 0, world_size: int = 1, start: int = 0,
+                 positions: Sequence[int] | None = None, *, cache_mb: int = 512, shuffle: int = 1 << 15, max_pixels: int = MAX_PIXELS,
+                 on_skip: Callable[[str, str], None] | None = None, pin_memory: bool = False, timeout: float = 0) -> None:
         if not 0 <= rank < world_size <= batch_size:
             raise ValueError(f"rank {rank} of {world_size} with a global batch of {batch_size}: need 0 <= rank < world_size <= batch_size")
-        if workers < 0 or start < 0 or patch_size < 1 or shuffle < 1 or (max_captions is not None and max_captions < 1):
-            raise ValueError("workers and start must be at least 0; patch_size, shuffle and max_captions at least 1")
-        self._skips = Skips(on_skip or _warn)
-        self.index = Index(expand(shards), self._skips)
+        if workers < 0 or start < 0 or timeout < 0 or shuffle < 1:
+            raise ValueError("workers, start and timeout must be at least 0, shuffle at least 1")
+        self.sources = _sources(sources)
+        if positions is not None and len(positions) != len(self.sources):
+            raise ValueError(f"positions has {len(positions)} numbers for {len(self.sources)} sources; one for each is needed")
+        self.skips: set[tuple[str, str]] = set()
+        self.on_skip = on_skip or _warn
+        self.indices = [Index(expand(source.shards), self._skip) for source in self.sources]
         self.batch_size, self.seed, self.workers, self.start, self.shuffle = batch_size, seed, workers, start, shuffle
-        self.slice = _slice(batch_size, rank, world_size)
-        self.stage_at = stage_at
-        self._loader = _Loader(self.index.paths, tokenizer, patch_size, context_length, max_pixels, max_captions,
-                               cache_bytes=(cache_mb << 20) // max(1, workers))
+        slices = [_slice(batch_size, number, world_size) for number in range(world_size)]
+        self.slice, self.sizes_of_ranks = slices[rank], tuple(high - low for low, high in slices)
+        self.stage_at, self.positions = stage_at, positions
+        self.pin_memory, self.timeout = pin_memory, timeout
+        read = [(index.paths, source.fields or fields) for index, source in zip(self.indices, self.sources, strict=True)]
+        self._loader = Loader(read, max_pixels, cache_bytes=(cache_mb << 20) // max(1, workers))
 
     @property
     def skipped(self) -> Counter[str]:
-        return self._skips.counts
+        """Number of bad samples by reason, met so far by this rank."""
+        return Counter(reason for reason, _ in self.skips)
 
-    def samples_per_epoch(self) -> int:
-        """Usable samples by the headers of all shards, which are read for it (about half a minute for a million samples)."""
-        return sum(self.index.count(number) for number in range(len(self.index.paths)))
+    def sizes(self) -> list[int]:
+        """Usable samples of each source by the headers of all shards, which are read for it (half a minute for a million samples)."""
+        return [sum(index.count(number) for number in range(len(index.paths))) for index in self.indices]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         requests = self._requests()
-        loaded: Iterable[_Flat] = map(self._loader.__getitem__, requests)
+        loaded: Iterable[Flat] = map(self._load, requests)
         if self.workers > 0:
             loaded = DataLoader(self._loader, batch_size=None, sampler=requests, num_workers=self.workers, collate_fn=_as_is,
-                                worker_init_fn=_quiet)
+                                worker_init_fn=_quiet, pin_memory=self.pin_memory, timeout=self.timeout)
         for flat in loaded:
             for reason, name in flat.skips:
-                self._skips(reason, name)
-            yield flat.batch()
+                self._skip(reason, name)
+            yield flat.batch(self.sizes_of_ranks, self.slice[0])
 
-    def _requests(self) -> Iterator[_Request]:
-        order = Order(self.index, self.seed, self.shuffle)
+    def _load(self, request: Request) -> Flat:
+        flat = self._loader[request]
+        return flat.pin_memory() if self.pin_memory else flat
+
+    def _requests(self) -> Iterator[Request]:
         low, high = self.slice
-        index = self.start
+        orders = [Order(index, _seed(self.seed, number), self.shuffle) for number, index in enumerate(self.indices)]
+        checked: set[int] = set()
+        positions = self._positions()
+        step = self.start
         while True:
-            stage = self.stage_at if isinstance(self.stage_at, Stage) else self.stage_at(index)
-            yield _Request(index, stage, order.take(index * self.batch_size + low, high - low))
-            index += 1
+            stage = self._stage(step)
+            source = self._source(step, stage)
+            if source not in checked:
+                orders[source].require(self.batch_size)
+                checked.add(source)
+            picks = orders[source].take(positions[source] + low, high - low)
+            positions[source] += self.batch_size
+            yield Request(step, stage, source, picks, tuple(positions))
+            step += 1
 
+    def _positions(self) -> list[int]:
+        if self.positions is not None:
+            return list(self.positions)
+        if len(self.sources) == 1:
+            return [self.start * self.batch_size]
+        taken = Counter(self._source(step, self._stage(step)) for step in range(self.start))
+        return [taken[number] * self.batch_size for number in range(len(self.sources))]
 
-@dataclass(frozen=True)
-class _Request:
-    index: int
-    stage: Stage
-    picks: Picks
+    def _stage(self, step: int) -> Stage:
+        return self.stage_at if isinstance(self.stage_at, Stage) else self.stage_at(step)
 
-
-@dataclass(frozen=True)
-class _Flat:
-    """A batch in few tensors, as it travels between processes."""
-
-    pixels: Tensor
-    sizes: list[tuple[int, int]]
-    tokens: Tensor
-    lengths: list[int]
-    ids: Tensor
-    keys: list[str]
-    index: int
-    seeds: Tensor
-    skips: list[tuple[str, str]]
-
-    def batch(self) -> Batch:
-        parts = self.pixels.split([height * width * 3 for height, width in self.sizes])
-        images = [part.view(height, width, 3) for part, (height, width) in zip(parts, self.sizes, strict=True)]
-        return Batch(images, list(self.tokens.split(self.lengths)), self.ids, self.keys, self.index, self.seeds)
-
-
-class _Loader(Dataset[_Flat]):
-    """Reads the samples of a request; lives in a worker or in the training process."""
-
-    def __init__(self, paths: list[str], tokenizer: Tokenizer, patch_size: int, context_length: int, max_pixels: int,
-                 max_captions: int | None, cache_bytes: int) -> None:
-        self.tokenizer, self.patch_size, self.context_length, self.max_captions = tokenizer, patch_size, context_length, max_captions
-        self.skips: list[tuple[str, str]] = []
-        self.reader = Reader(Index(paths, self._skip), max_pixels)
-        self.room = cache_bytes
-        self.cache: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
-        self.labels: dict[tuple[int, int], Labels] = {}
-        self.bad: set[tuple[int, int]] = set()
-
-    def __getitem__(self, request: _Request) -> _Flat:
-        picks, stage = request.picks, request.stage
-        places = list(zip(picks.shard.tolist(), picks.member.tolist(), strict=True))
-        found = [self._find(*place, seed, stage.image_size) for place, seed in zip(places, picks.seeds, strict=True)]
-        images = [image for _, image, _ in found]
-        if stage.augment > 0:
-            place, colour = augmentations(picks.seeds, stage.augment)
-            images = [augment(*each) for each in zip(images, place.tolist(), colour.tolist(), strict=True)]
-        choice = (mix(picks.seeds, np.full(len(found), CAPTION)) >> np.uint64(1)).tolist()
-        texts = []
-        for (_, _, labels), word in zip(found, choice, strict=True):
-            captions = labels.captions[:self.max_captions]
-            texts.append(self.tokenizer.encode(captions[word % len(captions)], self.context_length))
-        skips, self.skips[:] = list(self.skips), []
-        return _Flat(
-            pixels=torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])),
-            sizes=[image.shape[:2] for image in images],
-            tokens=torch.tensor([token for text in texts for token in text], dtype=torch.int64),
-            lengths=[len(text) for text in texts],
-            ids=torch.tensor([labels.id for _, _, labels in found], dtype=torch.int64),
-            keys=[key for key, _, _ in found],
-            index=request.index,
-            seeds=torch.from_numpy((picks.seeds >> np.uint64(1)).astype(np.int64)),
-            skips=skips,
-        )
-
-    def _find(self, shard: int, member: int, seed: np.uint64, size: int) -> tuple[str, np.ndarray, Labels]:
-        """(key, picture, labels) of a place: its own sample, or the first usable substitute."""
-        index = self.reader.index
-        for attempt in range(TRIES):
-            if attempt:
-                a, b = mix(np.repeat(seed, 2), np.array([2 * attempt, 2 * attempt + 1]) + SUBSTITUTE)
-                shard = shard if attempt <= NEAR else int(a % np.uint64(len(index.paths)))
-                if index.count(shard) == 0:
-                    continue
-                member = int(b % np.uint64(index.count(shard)))
-            if (shard, member) in self.bad:
-                continue
-            try:
-                return index.shard(shard).keys[member], *self._load(shard, member, size)
-            except Unusable as reason:
-                self.bad.add((shard, member))
-                self._skip(str(reason), self.reader.name(shard, member))
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(reason for reason, _ in self.skips).most_common())
-        raise RuntimeError(f"{TRIES} samples in a row could not be used, the last in {index.paths[shard]}: {reasons or 'all bad before'}")
-
-    def _load(self, shard: int, member: int, size: int) -> tuple[np.ndarray, Labels]:
-        place = shard, member
-        labels = self.labels.get(place) or self.reader.labels(shard, member)
-        cached = self.cache.get(place)
-        if cached is not None and cached[0] == size:
-            return cached[1], labels
-        image = fit(self.reader.image(shard, member, wanted=size), size, self.patch_size)
-        room = self.room + (cached[1].nbytes if cached is not None else 0) - image.nbytes
-        if cached is None:
-            room -= 1024  # labels, key, bookkeeping
-        if room >= 0:
-            self.room = room
-            self.cache[place] = size, image
-            self.labels[place] = labels
-        return image, labels
+    def _source(self, step: int, stage: Stage) -> int:
+        """The source of a batch: a pure function of its number, the seed and the weights."""
+        weights = [source.weight for source in self.sources] if stage.weights is None else stage.weights
+        if len(weights) != len(self.sources) or min(weights) < 0 or not sum(weights) > 0:
+            raise ValueError(f"weights are {list(weights)} for {len(self.sources)} sources; each has one, none is negative, one is "
+                             "positive")
+        word = mix(np.array([self.seed], dtype=np.int64).astype(np.uint64) ^ np.uint64(MIXTURE), np.array([step]))[0]
+        shares = np.cumsum(weights) / sum(weights)
+        shares[np.flatnonzero(weights)[-1]:] = 1.0  # whatever the sum was rounded to
+        return int(np.searchsorted(shares, float(word >> np.uint64(11)) / (1 << 53), side="right"))
 
     def _skip(self, reason: str, name: str) -> None:
-        self.skips.append((reason, name))
+        if (reason, name) not in self.skips:
+            self.skips.add((reason, name))
+            self.on_skip(reason, name)
+
+
+def _sources(given: Source | Sequence[Source] | Shards) -> list[Source]:
+    if isinstance(given, Source):
+        return [given]
+    if not isinstance(given, str) and isinstance(given, Sequence) and any(isinstance(one, Source) for one in given):
+        return [one if isinstance(one, Source) else Source(one) for one in given]
+    return [Source(given)]  # type: ignore[arg-type]  # what is no source is a list of shards
+
+
+def _seed(seed: int, source: int) -> int:
+    """Each source has an order of its own; the first has the seed itself."""
+    return seed if source == 0 else int(mix(np.array([seed], dtype=np.int64), np.array([source]))[0] >> np.uint64(1))
 
 
 def _slice(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Encoder(Protocol):
-    """What evaluation needs of a model; ``TwoTower`` has it."""
+    """What evaluation needs of a model; a ``System`` with two towers has it."""
 
-    def encode_image(self, images: Any, normalize: bool = True) -> Tensor: ...
+    def encode_image(self, images: Any) -> Tensor: ...
 
-    def encode_text(self, texts: Any, normalize: bool = True) -> Tensor: ...
+    def encode_text(self, texts: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from fastvlp.layers.attention import AttentionPool as AttentionPool
 from fastvlp.layers.attention import PackedAttention as PackedAttention
 from fastvlp.layers.cosine_attention import CosineAttention as CosineAttention
 from fastvlp.layers.cosine_attention import RelativePositions as RelativePositions
+from fastvlp.layers.cross_attention import CrossAttention as CrossAttention
 from fastvlp.layers.facets import FacetMask as FacetMask
 from fastvlp.layers.facets import facet_mask as facet_mask
 from fastvlp.layers.learned_centres import LearnedCentres as LearnedCentres
@@ -13,6 +14,7 @@ from fastvlp.layers.navit import NaViT as NaViT
 from fastvlp.layers.parameter_free import ParameterFreeAttention as ParameterFreeAttention
 from fastvlp.layers.patch_dropout import PatchDropout as PatchDropout
 from fastvlp.layers.patch_dropout import PatchDropoutWithIndices as PatchDropoutWithIndices
+from fastvlp.layers.pool import Pool as Pool
 from fastvlp.layers.pool import segment_mean as segment_mean
 from fastvlp.layers.q_shift import neighbours as neighbours
 from fastvlp.layers.q_shift import q_shift as q_shift
@@ -24,5 +26,6 @@ from fastvlp.layers.transformer import Block as Block
 from fastvlp.layers.transformer import packed_attend as packed_attend
 from fastvlp.layers.transformer import packed_blocks as packed_blocks
 from fastvlp.layers.transformer import padded_attend as padded_attend
+from fastvlp.layers.transformer import transformer_blocks as transformer_blocks
 from fastvlp.layers.video import TemporalContext as TemporalContext
 from fastvlp.layers.video import VideoMerger as VideoMerger

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,13 +16,19 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 ACTIVATIONS = {"gelu": nn.GELU, "relu2": SquaredReLU}
 
 
-def packed_attend(packed: Packed, causal: bool) -> Attend:
-    """Attention inside the segments of ``packed``, for q, k, v of shape [T, H, d]; ``packed.size`` weighs the keys."""
+def packed_attend(packed: Packed, causal: bool, prefix: Tensor | None = None) -> Attend:
+    """Attention inside the segments of ``packed``, for q, k, v of shape [T, H, d]; ``packed.size`` weighs the keys.
+
+    ``prefix``: integers [S], where ``causal``: so many first tokens of each segment are seen by all of it (prefix-LM).
+    """
+    if prefix is not None:
+        prefix = prefix.to(packed.x.device, torch.int32, non_blocking=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = packed_attention(
-            q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, key_size=packed.size, causal=causal, lengths=packed.lengths
-        )
+            q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, key_size=packed.size, causal=causal, prefix_len=prefix,
+            lengths=packed.lengths,
+        )  # fmt: skip
         return cast(Tensor, out)
 
     return attend
@@ -63,32 +70,58 @@ class Block(nn.Module):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x [..., C] -> [..., C]; ``attend`` maps q, k, v [..., H, d] to [..., H, d]."""
-        return self._mlp(self._attention(x, attend)[0])
+    def forward(self, x: Tensor, attend: Attend, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """x [..., C] -> [..., C]; ``attend`` maps q, k, v [..., H, d] to [..., H, d].
 
-    def merging(self, packed: Packed, share: float) -> Packed:
-        """``forward`` over the segments of ``packed`` [T, C], which lose a share of their tokens between attention and MLP.
-
-        Tokens are matched by their keys, averaged over the heads (ToMe, https://arxiv.org/abs/2210.09461); a share is rounded down.
+        ``between``: what happens to x [..., C] after attention and before the MLP: merging, or a decoder's look at the image.
         """
-        x, keys = self._attention(packed.x, packed_attend(packed, causal=False))
-        plan = merge_plan(keys.detach().mean(1), packed.cu_seqlens, share, lengths=packed.lengths)
-        packed = plan.apply(packed.replace(x=x))
-        return packed.replace(x=self._mlp(packed.x))
-
-    def _attention(self, x: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """x + attention(norm(x)) [..., C], and the keys [..., H, d]."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return x + self.proj(attend(q, k, v).flatten(-2)), k
-
-    def _mlp(self, x: Tensor) -> Tensor:
+        x = x + self.proj(attend(q, k, v).flatten(-2))
+        x = x if between is None else between(x)
         return x + self.down(self.activation(self.up(self.norm2(x))))
 
 
+def transformer_blocks(name: str, width: int, depth: int, heads: int, mlp_ratio: float, activation: str) -> nn.ModuleList:
+    """``depth`` blocks of the module ``name``; feed-forward layers are ``mlp_ratio`` times as wide.
+
+    Raises:
+        ValueError: a size is not positive, the heads do not divide the width, or the activation is unknown.
+    """
+    if min(width, depth, heads) < 1 or mlp_ratio <= 0:
+        raise ValueError(f"{name}: width {width}, depth {depth}, heads {heads}, mlp_ratio {mlp_ratio}; all must be positive")
+    if width % heads:
+        raise ValueError(f"{name}: width is {width} and heads is {heads}; the width must be a multiple of the heads")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation is {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    return nn.ModuleList(Block(width, heads, int(width * mlp_ratio), depth, activation) for _ in range(depth))
+
+
 def packed_blocks(blocks: Iterable[nn.Module], packed: Packed, causal: bool, merge: Sequence[float]) -> Packed:
-    """Tokens [T, C] through every block; in block i each segment loses the share ``merge[i]`` of its tokens."""
+    """Tokens [T, C] through every block; in block i each segment loses the share ``merge[i]`` of its tokens, rounded down.
+
+    They merge between attention and MLP, matched by their keys, averaged over the heads (ToMe, https://arxiv.org/abs/2210.09461).
+    """
     for block, share in zip(blocks, merge, strict=True):
-        block = cast(Block, block)
-        packed = block.merging(packed, share) if share else packed.replace(x=block(packed.x, packed_attend(packed, causal)))
+        if share:
+            packed = _merging(block, packed, share)
+        else:
+            packed = packed.replace(x=block(packed.x, packed_attend(packed, causal)))
     return packed
+
+
+def _merging(block: nn.Module, packed: Packed, share: float) -> Packed:
+    """Through ``block.forward``, which is what FSDP, checkpointing and compilation wrap."""
+    inside, keys, merged = packed_attend(packed, causal=False), packed.x, packed
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal keys
+        keys = k.detach().mean(1)
+        return inside(q, k, v)
+
+    def merge(x: Tensor) -> Tensor:
+        nonlocal merged
+        merged = merge_plan(keys, packed.cu_seqlens, share, lengths=packed.lengths).apply(packed.replace(x=x))
+        return merged.x
+
+    x = block(packed.x, attend, merge)
+    return merged.replace(x=x)

@@ -1,125 +1,180 @@
-"""Checkpoints that are whole or absent: written beside, flushed to the disk, then renamed.
+"""Checkpoints that are whole or absent: written beside, summed, flushed to the disk, then renamed.
 
-A checkpoint is the folder ``checkpoints/step-00000200`` with ``trainer.pt`` (everything that training needs) and the model directory that
-``fastvlp.load`` reads (the averaged weights where there are any).
+A checkpoint is the folder ``checkpoints/step-00000200``: ``state/`` (``torch.distributed.checkpoint``: weights, averages, optimizer, from any
+number of processes for any other), ``trainer.json`` (recipe, counters, scaler), ``random.pt`` (generators by process) and, written last,
+``manifest.json`` with the SHA-256 of each file.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
-import pickle
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-TRAINER_FILE = "trainer.pt"
+FORMAT = 2
+MANIFEST, STATE, TRAINER, RANDOM = "manifest.json", "state", "trainer.json", "random.pt"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that was asked for cannot be used."""
 
 
-def save(folder: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], object], keep: int) -> Path:
-    """Write ``folder/step-<step>`` atomically, unless it is there already, and delete all but the last ``keep`` checkpoints.
+class Damaged(CheckpointError):
+    """A checkpoint whose files are not those that were written."""
 
-    Args:
-        state: tensors and plain Python values only. save_model: writes the model directory into the folder it is given.
-    """
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder beside the checkpoints for one that is being written; what a killed process left is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    if final in checkpoints(folder):
-        return final
-    temporary = folder / f".{final.name}.partial"
     for leftover in folder.glob(".*.partial"):
         shutil.rmtree(leftover)
+    temporary = folder / f".step-{step:08d}.partial"
     temporary.mkdir()
-    save_model(temporary)
-    torch.save(state, temporary / TRAINER_FILE)
+    return temporary
+
+
+def finish(temporary: Path, trainer: dict[str, Any], random: list[Any], keep: int) -> Path:
+    """Complete a checkpoint whose ``state`` is written, and delete all but the last ``keep``."""
+    torch.save(random, temporary / RANDOM)
+    (temporary / TRAINER).write_text(json.dumps(trainer), encoding="utf-8")
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    sums = {str(path.relative_to(temporary)): [path.stat().st_size, _sha256(path)] for path in files}
+    (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": trainer["counters"]["step"], "files": sums}), encoding="utf-8")
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
+    final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".partial"))
+    if final.exists():
+        set_aside(final)
     temporary.rename(final)
-    _flush(folder)
-    for old in checkpoints(folder)[:-keep]:
-        remove(old)
+    _flush(final.parent)
+    for old in checkpoints(final.parent)[:-keep]:
+        _remove(old)
     return final
 
 
-def remove(path: Path) -> None:
+def discard(temporary: Path) -> None:
+    """Remove what could not be completed."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
     """Delete a checkpoint; killed on the way, it leaves nothing that looks like one."""
     doomed = path.with_name(f".{path.name}.partial")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints later than ``step``: training goes on from there, and they would be of another past."""
-    for path in checkpoints(folder):
-        if int(path.name.removeprefix("step-")) > step:
-            remove(path)
+def set_aside(path: Path) -> Path:
+    """Move a checkpoint to ``checkpoints/aside``, where nothing looks for it and nothing deletes it."""
+    aside = path.parent / "aside"
+    aside.mkdir(exist_ok=True)
+    names = [path.name, *(f"{path.name}.{i}" for i in range(1, 10_000))]
+    target = next(aside / name for name in names if not (aside / name).exists())
+    path.rename(target)
+    return target
+
+
+def set_aside_after(folder: Path, step: int) -> list[Path]:
+    """Set the checkpoints later than ``step`` aside: training goes on from there, and they are of another past."""
+    return [set_aside(path) for path in _named(folder) if int(path.name.removeprefix("step-")) > step]
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints below a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / TRAINER_FILE).is_file())
+    return [path for path in _named(folder) if (path / MANIFEST).exists()]
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The training state of one checkpoint, on the CPU.
+def _named(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+
+
+def newest(path: Path) -> Path:
+    """A run folder, or its ``checkpoints``, stands for its last checkpoint."""
+    found = checkpoints(path / "checkpoints") or checkpoints(path)
+    return found[-1] if found else path
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every file against the manifest; returns ``trainer.json``.
 
     Raises:
-        CheckpointError: it does not exist, is damaged, or is none of ours.
+        Damaged: a file is missing or is not the one that was written.
+        CheckpointError: it does not exist, cannot be read just now, or was written by a newer fastvlp. Such a checkpoint may be whole.
     """
-    file = path / TRAINER_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{path} holds no {TRAINER_FILE}; name a folder such as runs/NAME/checkpoints/step-00000200")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-    if not isinstance(state, dict) or "step" not in state or "config" not in state:
-        raise CheckpointError(f"{file} is no training state of fastvlp")
-    return state
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+            raise Damaged(f"{path / MANIFEST} is damaged: it lists no files")
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(f"{path} has format {manifest.get('format')} and this fastvlp reads format {FORMAT}; use the version that "
+                                  "wrote it")
+        for name, (size, digest) in manifest["files"].items():
+            file = path / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise Damaged(f"{path / MANIFEST} is damaged: it names {name}")
+            if not file.exists():
+                raise Damaged(f"{path} is damaged: {name} is missing")
+            if file.stat().st_size != size or _sha256(file) != digest:
+                raise Damaged(f"{path} is damaged: {name} is not what was written")
+        trainer = json.loads((path / TRAINER).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} holds no {MANIFEST}; name a folder such as runs/NAME/checkpoints/step-00000200") from error
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}; nothing was changed") from error
+    except (ValueError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise Damaged(f"{path / MANIFEST} is damaged: {error}") from error
+    return dict(trainer)
 
 
-def latest(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None; damaged ones are named through ``warn`` and passed over."""
-    for path in reversed(checkpoints(folder)):
+def latest(folder: Path, warn: Callable[[str], object]) -> Path | None:
+    """The newest checkpoint that is what was written, or None; damaged ones are named through ``warn``, set aside and passed over.
+
+    Raises:
+        CheckpointError: one cannot be read just now, or only by a newer version: it is not passed over, since it may be whole.
+    """
+    try:
+        candidates = list(reversed(checkpoints(folder)))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}; nothing was changed") from error
+    for path in candidates:
         try:
-            return load(path)
-        except CheckpointError as error:
-            warn(f"{error}; trying the one before")
+            verify(path)
+            return path
+        except Damaged as error:
+            warn(f"{error}; it is kept in {folder / 'aside'}, trying the one before")
+            set_aside(path)
     return None
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the random generators of Python, NumPy and torch in this process."""
-    version, words, gauss = random.getstate()
-    numpy = np.random.get_state(legacy=False)
-    assert isinstance(numpy, dict)
-    return {"python": [version, list(words), gauss], "torch": torch.get_rng_state(),
-            "numpy": {**numpy, "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))}},
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+def random_states(path: Path) -> list[Any]:
+    """The generators' states, by process."""
+    states: list[Any] = torch.load(path / RANDOM, map_location="cpu", weights_only=True)
+    return states
 
 
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators back where ``random_state`` found them."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    numpy = state["numpy"]
-    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush a folder
+            raise
     finally:
         os.close(descriptor)

@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastvlp.models import TwoTower
-from fastvlp.train.batches import MicroBatches
+from fastvlp.train.gradients import random_state, set_random_state
 from fastvlp_kernels.packed import Packed
 
 Features = Tensor | tuple[Tensor, ...]
@@ -86,7 +85,7 @@ class GradCache:
         states = []
         with torch.no_grad(), self._autocast():
             for tower, x in order:
-                states.append(_random_state())
+                states.append(random_state())
                 parts[tower].append(_several(self._towers[tower](x)))
             shared = [None if tensor is None else tensor.detach().requires_grad_() for tensor in self._shared()]
         whole = [tuple(torch.cat(pieces) for pieces in zip(*found, strict=True)) for found in parts]
@@ -98,54 +97,21 @@ class GradCache:
 
         gradients = [_share_out(tensors, found) for tensors, found in zip(whole, parts, strict=True)]
         del whole, parts
-        after = _random_state()
+        after = random_state()
         for (tower, x), state in zip(order[: -len(batches)], states, strict=False):
-            _set_random_state(state)
+            set_random_state(state)
             with self._autocast():
                 features = self._towers[tower](x)
             _backward(_several(features), gradients[tower].pop(0))
-        _set_random_state(states[-len(batches)])
+        set_random_state(states[-len(batches)])
         with self._autocast():
             found = self._together(*last)
         of_last = [gradient for gradients_of_tower in gradients for gradient in gradients_of_tower[0]]
         of_shared = [None if tensor is None else _gradient(tensor) for tensor in shared]
         outputs = [output for features in found for output in ([None] if features is None else _several(features))]
         _backward(outputs, [*of_last, *of_shared])
-        _set_random_state(after)
+        set_random_state(after)
         return loss.detach()
-
-
-class Towers(nn.Module):
-    """What one synchronised step needs from a two-tower model, as one ``forward`` that DistributedDataParallel can wrap."""
-
-    def __init__(self, model: TwoTower) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Packed, texts: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Unit features [S_i, D] and [S_t, D], the scale and the bias (or None)."""
-        model = self.model
-        return model.encode_image(images), model.encode_text(texts), model.scale(), model.logit_bias
-
-
-def backward(towers: nn.Module, model: TwoTower, batch: MicroBatches, criterion: Callable[..., Tensor],
-             amp: Callable[[], AbstractContextManager], scale_loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Accumulate the gradients of ``criterion`` over the whole batch into the parameters of a two-tower model.
-
-    Args:
-        towers: ``Towers(model)``, wrapped in DistributedDataParallel when there are several processes.
-        criterion: (image features [B, D], text features [B, D], scale, bias) -> the loss.
-        amp: makes the autocast context. scale_loss: multiplies the loss before its backward (float16), else the identity.
-
-    Returns:
-        The loss of this process, 0-d, detached and not multiplied.
-    """
-    def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return criterion(image[batch.image_rows], text[batch.text_rows], scale, bias)
-
-    cache = GradCache([model.encode_image, model.encode_text], loss, shared=lambda: (model.scale(), model.logit_bias), together=towers,
-                      autocast=amp)
-    return cache.backward(batch.images, batch.texts, scale_loss=scale_loss)
 
 
 def _single(loss: Any) -> Tensor:
@@ -176,14 +142,3 @@ def _backward(outputs: Sequence[Tensor | None], gradients: Sequence[Tensor | Non
     pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if output is not None and output.requires_grad]
     if pairs:
         torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-
-
-def _random_state() -> list[Tensor]:
-    """Of the CPU and, where CUDA is in use, of its current device."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    for of_device in state[1:]:
-        torch.cuda.set_rng_state(of_device)

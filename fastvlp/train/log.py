@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastvlp.config import Config, to_dict
+from fastvlp.config import to_dict
+from fastvlp.recipe import Recipe
 
 
 class Writer(Protocol):
@@ -60,11 +61,11 @@ class TensorBoard:
 class WandB:
     """A run on Weights & Biases, named and resumed by the run's name."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
         import wandb
 
-        self.run = wandb.init(project="fastvlp", name=config.run.name, id=config.run.name, resume="allow", dir=str(folder),
-                              config=to_dict(config))
+        self.run = wandb.init(project="fastvlp", name=recipe.run.name, id=recipe.run.name, resume="allow", dir=str(folder),
+                              config=to_dict(recipe))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         self.run.log({name: value for name, value in values.items() if isinstance(value, int | float)}, step=step)
@@ -76,11 +77,11 @@ class WandB:
 class Log:
     """All writers of a run as one; ``enabled=False`` (every rank but the first) writes nothing."""
 
-    def __init__(self, folder: Path, config: Config, start: int, enabled: bool) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, start: int, enabled: bool) -> None:
         self.writers: list[Writer] = []
         if enabled:
             self.writers.append(JsonLines(folder / "log.jsonl", start))
-            self.writers += [TensorBoard(folder) if name == "tensorboard" else WandB(folder, config) for name in config.run.log]
+            self.writers += [TensorBoard(folder) if name == "tensorboard" else WandB(folder, recipe) for name in recipe.run.log]
 
     def write(self, step: int, **values: Any) -> None:
         """One line about the state after ``step`` steps."""

@@ -7,9 +7,21 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TextIO
 
 import torch
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a step, or some, took. seconds: in all. samples, tokens: over all processes. waited: seconds until the data was there."""
+
+    seconds: float
+    samples: int
+    tokens: int
+    waited: float = 0.0
 
 
 class Progress:
@@ -28,36 +40,51 @@ class Progress:
         self._next = 0.0
         self._open = False
 
-    def update(self, step: int, seconds: float, images: int, tokens: int, loss: float, note: str = "") -> None:
-        """Count one finished step that took ``seconds``; writes at most ten times a second, or every ``every`` seconds."""
+    def update(self, step: int, took: Rates, values: Mapping[str, float], note: str = "") -> None:
+        """Count one finished step; writes at most ten times a second, or every ``every`` seconds.
+
+        Args:
+            values: loss first, then its terms by name, then what is not shown here (grad_norm, lr).
+        """
         now = time.perf_counter()
-        for name, value in (("images", images / seconds), ("tokens", tokens / seconds), ("step", seconds)):
+        rates = {"samples": took.samples / took.seconds, "tokens": took.tokens / took.seconds, "step": took.seconds,
+                 "waiting": took.waited / took.seconds}
+        for name, value in rates.items():
             self.rates[name] = value if name not in self.rates else 0.9 * self.rates[name] + 0.1 * value
         if not self.enabled or (now < self._next and step < self.total):
             return
         self._next = now + (0.1 if self.live else self.every)
-        line = (f"step {step}/{self.total}  loss {loss:.3f}  {self.rates['images']:.0f} images/s  {human(self.rates['tokens'])} tokens/s  "
-                f"{human(memory_in_use(), 'B')}  ETA {clock((self.total - step) * self.rates['step'])}{note}")
+        terms = " + ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in ("loss", "grad_norm", "lr"))
+        waiting = f"  {self.rates['waiting']:.0%} waiting for data" if self.rates["waiting"] > 0.05 else ""
+        line = (f"step {step}/{self.total}  loss {values['loss']:.3f}{f' = {terms}' if terms else ''}  {self.rates['samples']:.0f} samples/s  "
+                f"{human(self.rates['tokens'])} tokens/s{waiting}  {human(memory_in_use(), 'B')}  "
+                f"ETA {clock((self.total - step) * self.rates['step'])}{note}")
         if self.live:
             width = shutil.get_terminal_size().columns
-            self.stream.write("\r\x1b[K" + line[: width - 1])
+            self._write("\r\x1b[K" + line[: width - 1])
             self._open = True
         else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+            self._write(line + "\n")
 
     def say(self, text: str) -> None:
         """A line of its own, above the live line."""
         if self.enabled:
             self.close()
-            print(text, file=self.stream, flush=True)
+            self._write(text + "\n")
 
     def close(self) -> None:
         """End the live line, which stays on the screen."""
         if self._open:
-            self.stream.write("\n")
-            self.stream.flush()
+            self._write("\n")
             self._open = False
+
+    def _write(self, text: str) -> None:
+        """A terminal that was closed, a pipe that nobody reads or a full disk behind it never stops a training."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.enabled = False
 
 
 def memory_in_use() -> int:

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import math
 
-from fastvlp.config import Config
-from fastvlp.data import Stage
+from fastvlp.data.batch import Stage
+from fastvlp.recipe import Recipe
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up over ``schedule.warmup`` steps, then half a cosine down to ``final_lr`` times the peak at the last step."""
-    peak, warmup, final = config.optim.lr, config.schedule.warmup, config.schedule.final_lr
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - warmup)
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """The learning rate of a step, before the factors of parameter groups; ``fastvlp.recipe.Schedule`` says the shapes."""
+    schedule, total = recipe.schedule, recipe.steps
+    if step < schedule.warmup:
+        return recipe.optim.lr * (step + 1) / schedule.warmup
+    begin = _begins(recipe, step)
+    rise = min(1.0, (step - begin + 1) / schedule.rewarm) if begin and schedule.rewarm else 1.0
+    progress = min(1.0, (step - schedule.warmup) / max(1, total - schedule.warmup))
+    if schedule.shape == "cosine":
+        level = _cosine(progress, schedule.final_lr)
+    else:
+        level = 1.0 if schedule.shape == "wsd" else _cosine(min(1.0, progress / 0.25), schedule.constant_lr)
+        left = (total - step) / max(1, round(schedule.cooldown * total))
+        if left < 1:
+            level = schedule.final_lr + (level - schedule.final_lr) * left
+    return recipe.optim.lr * level * rise
 
 
-def stage_at(config: Config, step: int) -> Stage:
+def _cosine(progress: float, end: float) -> float:
+    """From 1 to ``end`` over half a period."""
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _begins(recipe: Recipe, step: int) -> int:
+    """The first step of the stage that ``step`` belongs to."""
+    return max((round(stage.until * recipe.steps) for stage in recipe.schedule.stages if round(stage.until * recipe.steps) <= step),
+               default=0)
+
+
+def stage_at(recipe: Recipe, step: int) -> Stage:
     """The stage that step number ``step`` (from 0) belongs to."""
-    stages = config.schedule.stages
-    stage = next((stage for stage in stages if step < round(stage.until * config.steps)), stages[-1])
-    return Stage(image_size=stage.image_size, keep=stage.keep, augment=stage.augment)
+    stages = recipe.schedule.stages
+    return next((stage for stage in stages if step < round(stage.until * recipe.steps)), stages[-1])

@@ -137,6 +137,103 @@ class Packed:
                 raise ValueError(f"Packed.replace: {name} has {value.shape[0]} rows; these segments have {self.total} tokens")
         return dataclasses.replace(self, **changes)
 
+    def take(self, rows: Sequence[int] | Tensor) -> Packed:
+        """Segments by number, in this order and again where asked; ``size`` and ``pos`` come along. Rows on a CUDA device cost one sync."""
+        index = rows.detach() if isinstance(rows, Tensor) else torch.tensor(rows, dtype=None if len(rows) else torch.int64)
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(f"Packed.take: rows are {index.dtype} {tuple(index.shape)}; they must be integers [n], numbers of segments")
+        index = index.to("cpu", torch.int64)
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
+            raise ValueError(f"Packed.take: rows go from {int(index.min())} to {int(index.max())}; there are segments 0 to {len(self) - 1}")
+        return self._pieces(self.lengths.cumsum(0)[index] - self.lengths[index], self.lengths[index])
+
+    def repeat(self, n: int) -> Packed:
+        """Each segment ``n`` times in a row: segment i becomes segments n i to n i + n - 1."""
+        return self.take(torch.arange(len(self)).repeat_interleave(n))
+
+    def first(self, lengths: int | Sequence[int] | Tensor | Packed) -> Packed:
+        """The first tokens of each segment: so many of all, so many of each [S], or as many as another's segments have."""
+        counts = self._counts("first", lengths)
+        return self._pieces(self.lengths.cumsum(0) - self.lengths, counts)
+
+    def last(self, lengths: int | Sequence[int] | Tensor | Packed) -> Packed:
+        """The last tokens of each segment: so many of all, so many of each [S], or as many as another's segments have."""
+        counts = self._counts("last", lengths)
+        return self._pieces(self.lengths.cumsum(0) - counts, counts)
+
+    def join(self, *others: Packed) -> Packed:
+        """Segment i of this, then segment i of each of the others, as one segment.
+
+        ``pos`` stays if all have one. If one has a ``size``, the tokens of those without stand for one patch each.
+
+        Raises:
+            ValueError: the others have other numbers of segments or another width, or ids are to be joined with features.
+        """
+        parts = (self, *others)
+        for part in others:
+            if len(part) != len(self):
+                raise ValueError(f"Packed.join: got {len(self)} segments and {len(part)}; as many are needed (repeat and take make them)")
+        whole = Packed.cat(parts)
+        lengths = torch.stack([part.lengths for part in parts], 1).flatten()
+        starts = (whole.lengths.cumsum(0) - whole.lengths).view(len(parts), len(self)).T.flatten()
+        joined = whole._pieces(starts, lengths)
+        return Packed.of(joined.x, torch.stack([part.lengths for part in parts]).sum(0), joined.size, joined.pos)
+
+    def split(self, *parts: Sequence[int] | Tensor | Packed) -> tuple[Packed, ...]:
+        """What :meth:`join` joined: of each segment the first ``parts[0]`` tokens, the next ``parts[1]``, and so on.
+
+        Args:
+            parts: integers [S], or a ``Packed`` whose lengths count. Together they are the lengths of these segments.
+        """
+        counts = [part.lengths if isinstance(part, Packed) else _lengths(part) for part in parts]
+        if not counts or any(len(c) != len(self) for c in counts) or not torch.equal(torch.stack(counts).sum(0), self.lengths):
+            given = " + ".join(str(c.tolist()) for c in counts) or "nothing"
+            raise ValueError(f"Packed.split: the parts are {given}; together they must be the lengths, {self.lengths.tolist()}")
+        starts, pieces = self.lengths.cumsum(0) - self.lengths, []
+        for count in counts:
+            pieces.append(self._pieces(starts, count))
+            starts = starts + count
+        return tuple(pieces)
+
+    @staticmethod
+    def cat(parts: Sequence[Packed]) -> Packed:
+        """The segments of several, one batch after the other (what micro-batches gave). ``pos`` and ``size`` as in :meth:`join`."""
+        if not parts:
+            raise ValueError("Packed.cat: got no batches; pass at least one Packed")
+        like = parts[0].x
+        for part in parts:
+            if part.x.shape[1:] != like.shape[1:] or part.x.is_floating_point() != like.is_floating_point():
+                got = f"tokens are {like.dtype} {tuple(like.shape)} and {part.x.dtype} {tuple(part.x.shape)}"
+                raise ValueError(f"Packed: {got}; they must be alike but for their number (features of one width, or ids)")
+        if len(parts) == 1:
+            return parts[0]
+        positions = [part.pos for part in parts if part.pos is not None]
+        pos = torch.cat(positions) if len(positions) == len(parts) else None
+        size = None
+        if any(part.size is not None for part in parts):
+            size = torch.cat([torch.ones(part.total, device=like.device) if part.size is None else part.size for part in parts])
+        return Packed.of(torch.cat([part.x for part in parts]), torch.cat([part.lengths for part in parts]), size, pos)
+
+    def _counts(self, name: str, lengths: int | Sequence[int] | Tensor | Packed) -> Tensor:
+        if isinstance(lengths, Packed):
+            lengths = lengths.lengths
+        counts = _lengths([lengths] * len(self) if isinstance(lengths, int) else lengths)
+        if len(counts) != len(self) or bool((counts > self.lengths).any()):
+            asked = f"asked for {counts.tolist()} tokens of segments of {self.lengths.tolist()}"
+            raise ValueError(f"Packed.{name}: {asked}; allowed: 0 to all of each")
+        return counts
+
+    def _pieces(self, starts: Tensor, lengths: Tensor) -> Packed:
+        """Segments of ``lengths`` that begin at the tokens ``starts``, both int64 on the CPU. The device is not asked anything."""
+        total, device = int(lengths.sum()), self.x.device
+        shift = starts - (lengths.cumsum(0) - lengths)
+        counts = lengths.to(device, non_blocking=True)
+        shift = shift.to(device, non_blocking=True).repeat_interleave(counts, output_size=total)
+        index = torch.arange(total, device=device) + shift
+        size, pos = (None if extra is None else extra.index_select(0, index) for extra in (self.size, self.pos))
+        longest = int(lengths.max()) if len(lengths) else 0
+        return Packed(self.x.index_select(0, index), _starts(lengths, device), lengths, total, longest, size, pos)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Packed:
         """Move everything but ``lengths``, which stays on the CPU."""
         def move(tensor: Tensor | None) -> Tensor | None:

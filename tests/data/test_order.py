@@ -48,6 +48,26 @@ def test_any_slice_from_any_place(shuffle):
         assert np.array_equal(part.seeds, whole.seeds[first:first + n])
 
 
+@pytest.mark.parametrize("shuffle", [1, 8, 1000])
+def test_another_sample_of_the_window(shuffle):
+    picks = Order(Counted(COUNTS), 3, shuffle).take(0, 28 * 200)
+    own, other = _places(picks), [tuple(place) for place in picks.other.tolist()]
+    assert all(a != b or a == (3, 0) for a, b in zip(own, other, strict=True))  # shard 3 holds one sample, and may be a window of its own
+    assert shuffle > 1 or all(a[0] == b[0] for a, b in zip(own, other, strict=True))
+    if shuffle == 1000:  # each of the 27 others is as likely
+        hits = np.bincount([sum(COUNTS[:shard]) + member for shard, member in other], minlength=28)
+        assert hits.min() > 200 - 6 * 200**0.5 and hits.max() < 200 + 6 * 200**0.5
+
+
+def test_a_set_smaller_than_a_batch():
+    Order(Counted(COUNTS), 3, 8).require(28)
+    with pytest.raises(ValueError, match="a batch of 29 is larger than its data: 0 and 5 others holds 28 usable samples"):
+        Order(Counted(COUNTS), 3, 8).require(29)
+    index = Counted([1000] * 1000)
+    Order(index, 3, 8).require(4096)
+    assert len(index.asked) == 5  # and no more headers are read
+
+
 def test_one_window_mixes_all_shards_evenly():
     """Where a sample lands is uniform over the epoch: mean and spread of the place of one sample over many epochs."""
     n, epochs = 28, 3000

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from fastvlp import config
+from fastvlp.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 20),
@@ -48,7 +50,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(shard: Path, tmp_path: Path) -> dict:
-    """Nested settings of a short run, to be changed and given to ``config.from_dict``."""
+    """Changes on the recipe ``clip`` that make a short run; nested as in a YAML file."""
     return {
         "run": {"name": "run", "dir": str(tmp_path / "runs"), "device": "cpu"},
         "data": {"train": [str(shard)], "batch_size": 12, "workers": 0},
@@ -58,14 +60,22 @@ def settings(shard: Path, tmp_path: Path) -> dict:
         "schedule": {"steps": 10, "warmup": 2,
                      "stages": [{"until": 0.5, "image_size": 24, "keep": 0.5}, {"image_size": 32, "augment": 0.5}]},
         "train": {"checkpoint_every": 4},
+        "eval": {},
     }
+
+
+def recipe_of(settings: dict, base: str = "clip") -> Recipe:
+    """The recipe ``base`` with these changes."""
+    changes = [f"{section}.{key}={value}" if isinstance(value, str) else f"{section}.{key}={json.dumps(value)}"
+               for section, inside in settings.items() for key, value in inside.items()]
+    return config.load(base, [*([] if settings.get("eval") else ["eval={}"]), *changes])
 
 
 @pytest.fixture
 def recipe(settings: dict, tmp_path: Path) -> Path:
     """The settings as a recipe file."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(config.dump(config.from_dict(settings)))
+    path.write_text(config.dump(recipe_of(settings)))
     return path
 
 
@@ -93,3 +103,17 @@ def run(*arguments: str | Path, module: str = "fastvlp", timeout: float = 300) -
 
 def log_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights, not averaged, of a run's last checkpoint, read by torch's own conversion."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    last = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    target = folder / "whole.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of no process group
+        dcp_to_torch_save(last / "state", target)
+    found = torch.load(target)["model"]
+    target.unlink()
+    return found

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import fastvlp
-from fastvlp import config
-from fastvlp.train import Interrupted, Trainer, TrainingError, plots, train
-from fastvlp.train.checkpoint import checkpoints, load
-from fastvlp.train.distributed import World
-from fastvlp.train.loop import build_trainer
-from tests.train.conftest import COLOURS, log_lines
+from fastvlp import config, evaluate
+from fastvlp.systems.clip import Clip
+from fastvlp.train import Interrupted, Trainer, TrainingError, loop, plots, train
+from fastvlp.train.checkpoint import CheckpointError, checkpoints, verify
+from fastvlp.train.parallel import World
+from tests.train.conftest import COLOURS, log_lines, recipe_of, weights
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +24,6 @@ def few_pictures(request, monkeypatch):
     """Only the first test draws: a plot costs more than a run here."""
     if request.node.name != "test_a_run_leaves_everything_behind":
         monkeypatch.setattr(plots, "available", lambda: False)
-
-
-def final(settings) -> dict[str, torch.Tensor]:
-    run = settings["run"]
-    return load(checkpoints(Path(run["dir"]) / run["name"] / "checkpoints")[-1])["model"]
 
 
 def folder_of(settings):
@@ -39,9 +34,9 @@ def equal(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def go(settings, **run):
+def go(settings, base="clip", **run):
     settings = {**settings, "run": {**settings["run"], **run}}
-    return train(config.from_dict(settings)), settings
+    return train(recipe_of(settings, base)), settings
 
 
 def test_a_run_leaves_everything_behind(settings, shard, tmp_path, capsys):
@@ -51,76 +46,82 @@ def test_a_run_leaves_everything_behind(settings, shard, tmp_path, capsys):
     results, _ = go(settings)
     folder, out = folder_of(settings), capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "log.jsonl", "curves.png", "retrieval.png", "results.json", "checkpoints", "model"}
+        "recipe.yaml", "log.jsonl", "curves.png", "retrieval.png", "results.json", "checkpoints", "model", ".lock"}
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["steps"] == 10 and results["samples"] == 120 and results["zero_shot"]["n"] == 48
     assert 0 < results["train_seconds"] and {"startup_seconds", "evaluation_seconds", "plot_seconds"} <= results.keys()
     assert "top-1" in out and "R@10" in out and "step 10/10" in out
-    assert config.load(str(folder / "config.yaml")) == config.from_dict(settings)
+    assert config.load(str(folder / "recipe.yaml")) == recipe_of(settings)
 
     steps = [line for line in log_lines(folder) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 11)) and steps[-1]["loss"] < steps[0]["loss"]
-    assert [line["image_size"] for line in steps] == [24] * 5 + [32] * 5
     assert [line["step"] for line in log_lines(folder) if "zero_shot_top1" in line] == [6, 10]
     for name, wide, high in (("curves.png", 800, 500), ("retrieval.png", 600, 600)):
         width, height = struct.unpack(">II", (folder / name).read_bytes()[16:24])
         assert width > wide and height > high
 
-    model = fastvlp.load(folder)
-    assert equal(dict(model.state_dict()), final(settings))
-    again = fastvlp.evaluate.zero_shot(model, str(shard), list(COLOURS))
+    system = fastvlp.load(folder)
+    assert equal(dict(system.state_dict()), weights(folder))
+    assert len({path.stat().st_mode & 0o777 for path in (folder / "model").iterdir()}) == 1  # all as the umask says
+    again = evaluate.zero_shot(system, str(shard), list(COLOURS))
     assert again["top1"] == results["zero_shot"]["top1"]
+    assert equal(dict(fastvlp.load(folder / "checkpoints" / "step-00000010").state_dict()), weights(folder))
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(settings):
     del settings["train"]
-    _, one = go(settings, name="one")
-    _, two = go({**settings, "data": {**settings["data"], "workers": 1}}, name="two")
-    _, three = go(settings, name="three", seed=1)
-    assert equal(final(one), final(two))
-    assert not equal(final(one), final(three))
+    go(settings, name="one")
+    go({**settings, "data": {**settings["data"], "workers": 1}}, name="two")
+    go(settings, name="three", seed=1)
+    one, two, three = (weights(folder_of(settings).with_name(name)) for name in ("one", "two", "three"))
+    assert equal(one, two)
+    assert not equal(one, three)
 
 
-@pytest.mark.parametrize("merge", [[], [0.3]], ids=["plain", "merging"])
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(settings, merge, monkeypatch, capsys):
-    settings["train"] |= {"ema": 0.9, "image_tokens": 60, "text_tokens": 40}
-    settings["model"]["image"]["merge"] = merge
-    _, whole = go(settings, name="whole")
+@pytest.mark.parametrize("base", ["clip", "brivl"])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(settings, base, monkeypatch, capsys):
+    """With merging in the tower, averages, micro-batches; and with momentum copies and queues."""
+    settings["train"] |= {"ema": 0.9, "tokens": {"image": 60, "text": 40}}
+    settings["model"] |= {"queue": 40} if base == "brivl" else {}
+    settings["model"]["image"]["merge"] = [0.3] if base == "clip" else []
+    _, whole = go(settings, base, name="whole")
     step = Trainer.step
 
     def step_then_signal(self, batch, stop=0):
         values = step(self, batch, stop)
         if self.counters.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
         return values
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", step_then_signal)
         with pytest.raises(Interrupted) as stopped:
-            go(settings, name="parts")
-    assert stopped.value.signum == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert [path.name for path in checkpoints(folder_of({**settings, "run": {**settings["run"], "name": "parts"}}) / "checkpoints")] == [
-        "step-00000004", "step-00000007"]
+            go(settings, base, name="parts")
+    assert stopped.value.signum == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    parts = {**settings, "run": {**settings["run"], "name": "parts"}}
+    assert [path.name for path in checkpoints(folder_of(parts) / "checkpoints")] == ["step-00000004", "step-00000007"]
     torch.manual_seed(99)  # another process would have another state
-    _, parts = go(settings, name="parts")
+    go(settings, base, name="parts")
     assert "after step 7" in capsys.readouterr().out
-    assert equal(final(whole), final(parts))
+    assert equal(weights(folder_of(whole)), weights(folder_of(parts)))
     assert equal(*(dict(fastvlp.load(folder_of(s)).state_dict()) for s in (whole, parts)))
-    assert not equal(dict(fastvlp.load(folder_of(whole)).state_dict()), final(whole))  # the averages are exported
+    assert not equal(dict(fastvlp.load(folder_of(whole)).state_dict()), weights(folder_of(whole)))  # the averages are exported
     losses = [[(line["step"], line["loss"]) for line in log_lines(folder_of(s)) if "loss" in line] for s in (whole, parts)]
     assert losses[0] == losses[1]
-    state = load(checkpoints(folder_of(parts) / "checkpoints")[-1])
-    assert state["counters"]["samples"] == 120 and state["step"] == 10
+    counters = verify(checkpoints(folder_of(parts) / "checkpoints")[-1])["counters"]
+    assert counters["samples"] == 120 and counters["step"] == 10 and counters["positions"] == [120]
 
 
-def test_a_finished_run_is_shown_and_not_run_again(settings, capsys):
+def test_a_finished_run_is_shown_and_never_overwritten(settings, capsys):
     first, _ = go(settings)
     capsys.readouterr()
     second, _ = go(settings)
     assert first == second and "finished" in capsys.readouterr().out
     third, _ = go(settings, resume="none")
     assert third["train_seconds"] != first["train_seconds"]
+    aside = folder_of(settings).with_name("run.before-1")
+    assert str(aside) in capsys.readouterr().out and json.loads((aside / "results.json").read_text()) == first
 
 
 def test_other_settings_are_refused_by_auto_and_taken_from_a_path(settings, capsys):
@@ -130,59 +131,72 @@ def test_other_settings_are_refused_by_auto_and_taken_from_a_path(settings, caps
         go(changed)
     results, _ = go(changed, name="other", resume=str(folder_of(settings)))
     assert results["steps"] == 12 and "optim.lr: 0.003 -> 0.001" in capsys.readouterr().out
-    go({**settings, "eval": {"batch_size": 8}, "train": {"checkpoint_every": 3}})  # these may change
+    go({**settings, "data": {**settings["data"], "workers": 1}, "train": {"checkpoint_every": 3}})  # these may change
+    with pytest.raises(config.ConfigError, match="nothing is left to do.*run.start"):
+        go({**settings, "schedule": {**settings["schedule"], "steps": 5}}, name="less", resume=str(folder_of(settings)))
+    deeper = {**settings, "model": {**settings["model"], "image": {**settings["model"]["image"], "depth": 3}},
+              "schedule": {**settings["schedule"], "steps": 12}}
+    with pytest.raises(CheckpointError, match="does not fit this model.*run.start"):
+        go(deeper, name="deeper", resume=str(folder_of(settings)))
+    go(deeper, name="started", start=str(folder_of(settings)))
+    assert "fresh in image" in capsys.readouterr().out
 
 
-class Criterion(torch.nn.Module):
-    """Not finite at the given steps."""
-
-    def __init__(self, bad: set[int]) -> None:
-        super().__init__()
-        self.bad, self.calls = bad, 0
-
-    def forward(self, image, text, scale, bias, local_sizes=None):
-        self.calls += 1
-        loss = (scale * image @ text.T).logsumexp(1).mean()
-        return loss * math.nan if self.calls in self.bad else loss
+def test_the_position_is_counted_in_samples(settings):
+    """80 of 160 samples seen in batches of 8; the other 80 come in batches of 16, none twice and none left out."""
+    settings["schedule"] = {"steps": None, "samples": 160, "stages": [{"image_size": 24}]}
+    settings["data"]["batch_size"] = 8
+    settings["train"] = {"checkpoint_every": 5, "keep": 9}
+    go(settings)
+    settings["data"]["batch_size"] = 16
+    results, _ = go(settings, name="other", resume=str(folder_of(settings) / "checkpoints" / "step-00000010"))
+    assert results["samples"] == 160 and results["steps"] == 10
 
 
 def trainer_with(settings, bad):
-    made = config.from_dict(settings)
-    trainer = build_trainer(made, World(0, 1, torch.device("cpu")))
-    trainer.criterion = Criterion(bad)
-    return trainer, iter_batches(made, trainer)
+    """A trainer whose loss is not a number at some steps, and its batches."""
+    recipe, world = recipe_of(settings), World(0, 1, torch.device("cpu"))
+    system, stream = loop.prepare(recipe, world)
+    calls = [0]
+
+    def objective(out, batch):
+        calls[0] += 1
+        terms = Clip.objective(system, out, batch)
+        return {name: value * math.nan if calls[0] in bad else value for name, value in terms.items()}
+
+    system.objective = objective
+    return Trainer(recipe, system, world), iter(stream)
 
 
-def iter_batches(made, trainer):
-    from fastvlp.data import Stage, Stream
-
-    return iter(Stream(made.data.train, trainer.model.tokenizer, made.data.batch_size, 8, 12, seed=0, stage_at=Stage(24)))
+def settled(trainer, batches, steps=1):
+    return [trainer.settle(trainer.step(next(batches))) for _ in range(steps)][-1]
 
 
 @pytest.mark.parametrize("amp", ["none", "fp16"])
 def test_a_loss_that_is_not_finite_leaves_no_trace(settings, amp):
-    settings["train"] |= {"ema": 0.9, "amp": amp}
-    trainer, pairs = trainer_with(settings, bad={2})
-    trainer.step(next(pairs))
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    settings["schedule"]["steps"] = 99
+    settings["train"] |= {"ema": 0.9, "amp": amp, "max_nonfinite": 99}
+    trainer, batches = trainer_with(settings, bad={30})
+    settled(trainer, batches, 29)  # the float16 scaler has to find its factor first
+    counted = trainer.counters.nonfinite
+    before = {name: p.detach().clone() for name, p in trainer.system.named_parameters()}
     average = {name: p.clone() for name, p in trainer.ema.averages.items()}
-    values = trainer.step(next(pairs))
+    values = settled(trainer, batches)
     assert math.isnan(values["loss"])
-    assert equal(before, dict(trainer.model.named_parameters())) and equal(average, trainer.ema.averages)
-    assert (trainer.counters.step, trainer.counters.nonfinite, trainer.counters.nonfinite_in_a_row) == (2, 1, 1)
-    for _ in range(12):  # the float16 scaler has to find its factor first
-        trainer.step(next(pairs))
-    assert trainer.counters.nonfinite == 1 and trainer.counters.nonfinite_in_a_row == 0
-    assert not equal(before, dict(trainer.model.named_parameters()))
+    assert equal(before, dict(trainer.system.named_parameters())) and equal(average, trainer.ema.averages)
+    assert (trainer.counters.step, trainer.counters.nonfinite, trainer.counters.nonfinite_in_a_row) == (30, counted + 1, 1)
+    settled(trainer, batches, 4)
+    assert trainer.counters.nonfinite_in_a_row == 0
+    assert not equal(before, dict(trainer.system.named_parameters()))
 
 
-def test_too_many_in_a_row_stop_the_run_with_an_explanation(settings):
-    settings["train"]["max_nonfinite"] = 3
-    trainer, pairs = trainer_with(settings, bad={1, 2, 4, 5, 6})
-    for _ in range(5):
-        trainer.step(next(pairs))
-    with pytest.raises(TrainingError, match=r"3 steps in a row .*step 6.*optim.lr"):
-        trainer.step(next(pairs))
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_too_many_in_a_row_stop_the_run_with_an_explanation(settings, amp):
+    settings["train"] |= {"max_nonfinite": 25, "amp": amp}
+    trainer, batches = trainer_with(settings, bad=set(range(30, 99)))
+    settled(trainer, batches, 53)
+    with pytest.raises(TrainingError, match=r"25 steps in a row .*step 54.*optim.lr"):
+        settled(trainer, batches)
 
 
 def test_half_precision_trains_to_nearly_the_same_loss(settings):
@@ -199,24 +213,41 @@ def test_half_precision_trains_to_nearly_the_same_loss(settings):
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees(settings):
     settings["optim"]["grad_clip"] = 1e-3
-    trainer, pairs = trainer_with(settings, bad=set())
+    trainer, batches = trainer_with(settings, bad=set())
     seen = []
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(
-        torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).norm().item()))
-    values = trainer.step(next(pairs))
+        torch.cat([p.grad.flatten() for p in trainer.system.parameters() if p.grad is not None]).norm().item()))
+    values = settled(trainer, batches)
     assert values["grad_norm"] > 1e-2 and seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_a_stage_freezes_parts_and_the_next_trains_them(settings):
+    settings["schedule"] = {"steps": 4, "stages": [{"until": 0.5, "frozen": ["image", "text.blocks.0"]}, {}]}
+    trainer, batches = trainer_with(settings, bad=set())
+    start = {name: p.detach().clone() for name, p in trainer.system.named_parameters()}
+    frozen = [name for name in start if name.startswith(("image.", "text.blocks.0."))]
+    settled(trainer, batches, 2)
+    now = dict(trainer.system.named_parameters())
+    assert all(torch.equal(now[name], start[name]) for name in frozen)
+    assert not any(torch.equal(now[name], start[name]) for name in ("text.norm_out.weight", "image_head.projection"))
+    settled(trainer, batches, 2)
+    assert not torch.equal(now["image.patch.weight"], start["image.patch.weight"])
 
 
 @pytest.mark.parametrize("change, message", [
     ({"data": {"train": ["nowhere/*.tar"]}}, "nowhere"),
     ({"data": {"tokenizer": "nowhere.json"}}, "nowhere.json"),
-    ({"model": {"text": {"vocab_size": 10}}}, "model.text.vocab_size=4096"),
-    ({"model": {"init_bias": -10}}, "loss.name=siglip"),
-    ({"model": {"image": {"grid": 4, "patch_size": 4, "image_size": 16}}}, "reaches 16 pixels"),
-    ({"train": {"text_tokens": 5}}, "train.text_tokens is 5, and one sample may have 12"),
+    ({"data": {"fields": {}}}, "fields is empty"),
+    ({"model": {"text": {"vocab_size": 10}}}, "vocabulary is 4096"),
+    ({"model": {"image": {"grid": 4, "patch_size": 4, "image_size": 32}}}, "lies between 1 and 16"),
+    ({"train": {"tokens": {"pictures": 5}}}, "train.tokens names pictures; the streams of this recipe are image, text"),
+    ({"train": {"shard": 2}}, "train.shard is 2 on 1 processes"),
+    ({"schedule": {"stages": [{"frozen": ["tower"]}]}}, "no part 'tower'; its parts are image, text"),
+    ({"optim": {"scales": {"tower": 0.1}}}, "optim.scales names tower"),
     ({"run": {"log": ["tensorboard", "wandb"]}}, "fastvlp\\[log\\]"),
+    ({"run": {"start": "nowhere"}}, "nowhere holds no model.safetensors"),
     ({"eval": {"zero_shot": ["mini:val-emoji"], "classes": "nowhere.txt"}}, "nowhere.txt"),
-    ({"run": {"resume": "nowhere"}}, "nowhere holds no trainer.pt"),
+    ({"run": {"resume": "nowhere"}}, "nowhere holds no manifest.json"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_written(settings, change, message, monkeypatch):
     import importlib.util
@@ -226,7 +257,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(settings, change
     for section, values in change.items():
         target = settings.setdefault(section, {})
         for key, value in values.items():
-            target[key] = {**target.get(key, {}), **value} if isinstance(value, dict) else value
-    with pytest.raises((config.ConfigError, FileNotFoundError, ValueError), match=message):
-        train(config.from_dict(settings))
+            target[key] = {**target.get(key, {}), **value} if isinstance(value, dict) and value else value
+    with pytest.raises((config.ConfigError, FileNotFoundError, CheckpointError), match=message):
+        train(recipe_of(settings))
     assert not folder_of(settings).exists()

@@ -1,0 +1,169 @@
+"""Systems from recipes, and as folders that ``fastvlp.load`` reads: weights, what they belong to, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fastvlp._schema import ConfigError
+from fastvlp.config import from_dict, to_dict
+from fastvlp.data.tokenizer import load_tokenizer
+from fastvlp.recipe import Recipe
+from fastvlp.systems.system import System
+
+WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
+
+
+def build_system(recipe: Recipe, tokenizer: str | os.PathLike[str] | None = None) -> System:
+    """The system of a recipe with fresh weights from torch's generator, its tokenizer, and its fields bound to both.
+
+    Raises:
+        ConfigError: something in it refuses its arguments, or the tokenizer does not fit a text tower.
+    """
+    try:
+        system = fdl.build(recipe.model)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
+    if not isinstance(system, System):
+        raise ConfigError(f"model makes a {type(system).__name__}; a fastvlp.systems.System is needed")
+    try:
+        system.tokenizer = load_tokenizer(tokenizer or recipe.data.tokenizer)
+    except (ImportError, ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"data.tokenizer: {error}") from error
+    system.fields = bind(recipe.data.fields, system)
+    return system
+
+
+def bind(fields: Any, system: System) -> dict[str, Any]:
+    """Fields with what they left open filled in from the system."""
+    bound = {}
+    for name, field in fields.items():
+        try:
+            bound[name] = field.bind(system, system.tokenizer)
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"data.fields.{name}: {error}") from error
+    return bound
+
+
+def save(folder: str | os.PathLike[str], system: System, recipe: Recipe, state: dict[str, Tensor] | None = None) -> None:
+    """Write model.safetensors, model.json and tokenizer.json.
+
+    Args:
+        state: whole tensors on the CPU; None: those of ``system``.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = system.state_dict() if state is None else state
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}, str(folder / WEIGHTS))
+    values = to_dict(recipe)
+    described = {"model": values["model"], "data": {"fields": values["data"]["fields"]}}
+    (folder / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    if system.tokenizer is not None:
+        system.tokenizer.save(folder / TOKENIZER)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> System:
+    """A system that ``save`` or a training run wrote, in evaluation mode.
+
+    Args:
+        path: a run, one of its checkpoints (then with the averaged weights where there are any), or a folder with model.safetensors and
+            model.json.
+
+    Raises:
+        FileNotFoundError: there is no model in the folder.
+        ValueError: the description cannot be used, or the weights do not belong to it.
+    """
+    folder = Path(path)
+    if (folder / "model" / DESCRIPTION).is_file():
+        folder = folder / "model"
+    if (folder / "trainer.json").is_file():
+        return _from_checkpoint(folder).to(device).eval()
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}; pass the folder of a finished run, or one that fastvlp.save wrote")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    system = _described(folder / DESCRIPTION, lambda found: found, folder / TOKENIZER if (folder / TOKENIZER).is_file() else None)
+    try:
+        system.load_state_dict(load_file(str(folder / WEIGHTS)))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit {folder / DESCRIPTION}: {' '.join(str(error).split())[:500]}") from error
+    return system.to(device).eval()
+
+
+def _described(file: Path, recipe_of: Callable[[Any], Any], tokenizer: Path | None) -> System:
+    """The system that a JSON file describes, with fresh weights."""
+    try:
+        described = recipe_of(json.loads(file.read_text(encoding="utf-8")))
+        recipe = from_dict({"schedule": {"steps": 1}, "model": described["model"],
+                            "data": {key: described["data"][key] for key in ("fields", "tokenizer") if key in described["data"]}})
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is no description of a model: {type(error).__name__} {error}") from error
+    return build_system(recipe, tokenizer)
+
+
+def _from_checkpoint(folder: Path) -> System:
+    """The weights of a training checkpoint, whole or written in shards."""
+    system = _described(folder / "trainer.json", lambda found: found["recipe"], None)
+    state: dict[str, Any] = {"model": system.state_dict()}
+    names = dcp.FileSystemReader(str(folder / "state")).read_metadata().state_dict_metadata
+    averaged = [key.removeprefix("ema.") for key in names if key.startswith("ema.")]
+    if averaged:
+        state["ema"] = {name: torch.empty_like(state["model"][name]) for name in averaged}
+    try:
+        read_state(state, folder / "state", alone=True)
+    except CheckpointException as error:
+        raise ValueError(f"{folder} does not fit its own description: {' '.join(str(error).split())[-300:]}") from error
+    system.load_state_dict({**state["model"], **state.get("ema", {})})
+    return system
+
+
+def read_state(state: dict[str, Any], folder: Path, alone: bool) -> None:
+    """Fill tensors from a folder of ``torch.distributed.checkpoint``, of any number of processes; ``alone``: by this process only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
+        dcp.load(state, checkpoint_id=str(folder), no_dist=alone)
+
+
+def take_weights(system: System, path: str | os.PathLike[str]) -> str:
+    """Take the weights of another run or model folder as far as names and shapes fit; returns a sentence that says what was taken.
+
+    Raises:
+        ConfigError: none fits, or there is no such model.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    folder = folder / "model" if (folder / "model" / WEIGHTS).is_file() else folder
+    if not (folder / WEIGHTS).is_file():
+        raise ConfigError(f"run.start: {folder} holds no {WEIGHTS}; name a finished run or a model folder")
+    theirs, mine = load_file(str(folder / WEIGHTS)), system.state_dict()
+    taken = {name: tensor for name, tensor in theirs.items() if name in mine and mine[name].shape == tensor.shape}
+    if not taken:
+        raise ConfigError(f"run.start: nothing in {folder / WEIGHTS} has the name and the shape of a part of this model")
+    system.load_state_dict(taken, strict=False)
+    fresh = sorted({name.partition(".")[0] for name in mine if name not in taken})
+    left = sorted({name.partition(".")[0] for name in theirs if name not in taken})
+    return (f"took {len(taken)} of {len(mine)} tensors from {folder}" + (f"; fresh in {', '.join(fresh)}" if fresh else "")
+            + (f"; not used of theirs: {', '.join(left)}" if left else ""))

@@ -1,0 +1,34 @@
+"""What recipes on the shipped data have in common: towers that train in minutes on two cores, the streams, and the measures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fiddle as fdl
+
+from fastvlp.data.batch import Stage
+from fastvlp.data.fields import Caption, Image
+from fastvlp.recipe import Data, Eval, Optim, Schedule
+from fastvlp.towers import Text, Vit
+
+VOCABULARY = 4096  # of the shipped tokenizer
+MASK = VOCABULARY  # the id after it, for towers that see hidden words
+
+PAIRS = Data(fields={"image": Image(), "text": Caption(max_captions=2)}, batch_size=128)
+EVAL = Eval(zero_shot=("mini:val-emoji",), classes="mini:emoji", retrieval=("mini:val-openclipart",))
+OPTIM = Optim(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.2)
+
+
+def image(**changes: Any) -> fdl.Config:
+    """A ViT of 64 pixels in patches of 16."""
+    return fdl.Config(Vit, **{"width": 192, "depth": 6, "heads": 3, "patch_size": 16, "image_size": 64, **changes})
+
+
+def text(**changes: Any) -> fdl.Config:
+    """A text tower for the shipped tokenizer's captions."""
+    return fdl.Config(Text, **{"width": 192, "depth": 4, "heads": 3, "vocab_size": VOCABULARY, "context_length": 24, **changes})
+
+
+def schedule(steps: int = 840, keep: float = 0.5) -> Schedule:
+    """Half of the patches for the first four fifths, all of them at the end."""
+    return Schedule(steps=steps, warmup=max(1, steps // 14), stages=(Stage(0.8, keep=keep, augment=0.5), Stage(augment=0.5)))

@@ -1,0 +1,72 @@
+"""SimVLM (Wang et al. 2021, arXiv:2108.10904): patches and the first words are a prefix, the rest is predicted. One objective."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import fiddle as fdl
+import torch
+from torch import Tensor, nn
+
+from fastvlp.data.batch import Batch
+from fastvlp.losses import word_nll
+from fastvlp.losses.captions import IGNORE
+from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
+from fastvlp.systems import clip, shipped
+from fastvlp.systems.system import Outputs, System
+from fastvlp.towers import Joint
+from fastvlp_kernels.packed import Packed
+
+
+class SimVlm(System):
+    """One transformer over embedded patches and words; a prefix of ``prefix`` words at most is seen by all, what follows is causal.
+
+    -log p(word | image, words before it), the mean over the words behind the prefix.
+
+    Args:
+        image, text: towers of which only the embeddings are used. prefix: the share of each caption's words that is given, rounded down.
+    """
+
+    def __init__(self, image: nn.Module, text: nn.Module, joint: nn.Module, prefix: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= prefix < 1:
+            raise ValueError(f"SimVlm: prefix is {prefix}; it is a share of the words, at least 0 and below 1")
+        self.image, self.text, self.joint, self.prefix = image, text, joint, prefix
+        self.words = nn.Linear(joint.width, text.vocab_size)
+
+    def encode(self, batch: Batch) -> Outputs:
+        return {"words_loss": batch.per_token(self._nll(batch.image, batch.text, self._given(batch.text)), "words")}
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"words": int((batch.text.lengths - 1 - self._given(batch.text)).sum())}
+
+    def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
+        return self._nll(images, texts, torch.zeros_like(texts.lengths))
+
+    def _given(self, texts: Packed) -> Tensor:
+        """How many words of each caption belong to the prefix, beside its first token: int64 [S] on the CPU."""
+        return ((texts.lengths - 1) * self.prefix).long()
+
+    def _nll(self, images: Packed, texts: Packed, given: Tensor) -> Tensor:
+        joined = self.image.embed(images).replace(pos=None).join(self.text.embed(texts).replace(pos=None))
+        prefix = (images.lengths + given).int().to(joined.x.device, non_blocking=True)
+        states = self.joint(joined, prefix=prefix).last(texts.lengths)
+        index = torch.arange(texts.total) - (texts.cu_seqlens[:-1].long().cpu()).repeat_interleave(texts.lengths)
+        silent = (index < given.repeat_interleave(texts.lengths)) | (index == texts.lengths.repeat_interleave(texts.lengths) - 1)
+        targets = texts.x.roll(-1).masked_fill(silent.to(texts.x.device), IGNORE)
+        return word_nll(states, self.words, targets)
+
+
+def recipe() -> Recipe:
+    """A captioner of the shipped pictures from one objective."""
+    model = fdl.Config(SimVlm, shipped.image(), shipped.text(), fdl.Config(Joint, width=192, depth=6, heads=3))
+    return replace(clip.recipe(), model=model, eval=Eval(captions=("mini:val-openclipart",)))
+
+
+def paper() -> Recipe:
+    """SimVLM-base: 12 layers of width 768, a million steps of 4,096 pairs."""
+    made = clip.paper()
+    model = fdl.Config(SimVlm, clip.vit_b(16), clip.text_b(width=768, heads=12, vocab_size=32000, context_length=256),
+                       fdl.Config(Joint, width=768, depth=12, heads=12, activation="gelu"))
+    return replace(made, model=model, data=replace(made.data, batch_size=4096), schedule=Schedule(steps=1_000_000, warmup=10_000),
+                   optim=Optim(lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01, grad_clip=1.0), train=Train(amp="bf16"))

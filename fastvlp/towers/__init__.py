@@ -1,0 +1,6 @@
+"""Towers: packed tokens in, packed tokens out. Pooling and projection are the system's (``fastvlp.layers.Pool``)."""
+
+from fastvlp.towers.decoder import Decoder as Decoder
+from fastvlp.towers.joint import Joint as Joint
+from fastvlp.towers.text import Text as Text
+from fastvlp.towers.vit import Vit as Vit

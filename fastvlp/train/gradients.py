@@ -1,0 +1,158 @@
+"""The gradients of one step of any system: accumulation where nothing compares samples, GradCache where something does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from fastvlp.data.batch import Batch, take_samples
+from fastvlp.systems.system import Losses, Outputs, System
+from fastvlp_kernels.packed import Packed
+
+Parts = Sequence[Sequence[int]]
+Autocast = Callable[[], AbstractContextManager]
+ScaleLoss = Callable[[Tensor], Tensor]
+
+
+def gradients(system: System, whole: Batch, parts: Parts, *, autocast: Autocast = nullcontext,
+              scale_loss: ScaleLoss = lambda loss: loss) -> tuple[Losses, Outputs]:
+    """Add the gradients of the whole batch to those of the parameters, with the activations of one micro-batch in memory at a time.
+
+    One part is a plain forward and backward. Where the system compares nothing, parts accumulate. Where it does, what ``encode`` gives
+    for every part comes first, without gradient, then the objective over all of it, then each part once more with its share of the
+    objective's gradient, and with the same random numbers (GradCache, Gao et al. 2021, arXiv:2101.06983).
+
+    Args:
+        whole: all samples of this process, on the system's device. parts: their rows, micro-batch by micro-batch; as many parts on every
+            process, since sharded parameters are gathered by all at once.
+        autocast: makes the context of forward passes and of the objective. scale_loss: multiplies the loss before backward (float16).
+
+    Returns:
+        The loss terms of this process, detached, and what ``encode`` gave, detached, in the order of ``whole``.
+
+    Raises:
+        ValueError: the system has neither an objective nor losses, or a ``*_loss`` is not one number a sample.
+    """
+    if len(parts) == 1:
+        with autocast():
+            out = system.encode(whole)
+            losses = _terms(system, out, whole)
+        _backward(losses, scale_loss)
+        return _detached_terms(losses), detached(out)
+    step = _cached if system.compares else _accumulated
+    return step(system, whole, parts, autocast, scale_loss)
+
+
+def _accumulated(system: System, whole: Batch, parts: Parts, autocast: Autocast, scale_loss: ScaleLoss) -> tuple[Losses, Outputs]:
+    losses: Losses = {}
+    outs = []
+    for number, rows in enumerate(parts):
+        part = whole.take(rows)
+        _reduce_gradients(system, number == len(parts) - 1)
+        with autocast():
+            out = system.encode(part)
+            found = _terms(system, out, part)
+        _backward(found, scale_loss)
+        losses = {name: value + losses[name] if name in losses else value for name, value in _detached_terms(found).items()}
+        outs.append(detached(out))
+    return losses, _in_order(_end_to_end(outs), parts, len(whole))
+
+
+def _cached(system: System, whole: Batch, parts: Parts, autocast: Autocast, scale_loss: ScaleLoss) -> tuple[Losses, Outputs]:
+    states, outs = [], []
+    with torch.no_grad(), autocast():
+        for rows in parts:
+            states.append(random_state())
+            outs.append(detached(system.encode(whole.take(rows))))
+    after = random_state()
+    counts = {name: [len(tensor(out[name])) for out in outs] for name in outs[0]}
+    leaves = _end_to_end(outs)
+    del outs
+    for value in leaves.values():
+        if tensor(value).is_floating_point():
+            tensor(value).requires_grad_()
+    _reduce_gradients(system, False)
+    with autocast():
+        joined = _in_order(leaves, parts, len(whole))
+        losses = _terms(system, joined, whole)
+    _backward(losses, scale_loss)
+
+    shares = {name: grad.split(counts[name]) for name, value in leaves.items() if (grad := tensor(value).grad) is not None}
+    for number, (rows, state) in enumerate(zip(parts, states, strict=True)):
+        _reduce_gradients(system, number == len(parts) - 1)
+        set_random_state(state)
+        with autocast():
+            out = system.encode(whole.take(rows))
+        pairs = [(tensor(out[name]), share[number]) for name, share in shares.items() if tensor(out[name]).requires_grad]
+        if pairs:
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+    set_random_state(after)
+    return _detached_terms(losses), detached(joined)
+
+
+def _terms(system: System, out: Outputs, batch: Batch) -> Losses:
+    """The objective's terms; a per-sample loss of another length would be summed into a wrong number."""
+    for name, value in out.items():
+        if name.endswith("_loss") and (not isinstance(value, Tensor) or value.shape != (len(batch),)):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{type(system).__name__}.encode: {name} is {got}; a *_loss is one number a sample, here [{len(batch)}]")
+    losses = system.objective(out, batch)
+    if not losses:
+        raise ValueError(f"{type(system).__name__} has nothing to train on: encode gives {', '.join(out) or 'nothing'}; name an output "
+                         "*_loss (one number a sample), or write an objective")
+    return losses
+
+
+def _backward(losses: Losses, scale_loss: ScaleLoss) -> None:
+    loss = sum(value.reshape(()) for value in losses.values())
+    if isinstance(loss, Tensor) and loss.requires_grad:  # a system whose trainable parts took no part in this batch has no graph
+        scale_loss(loss).backward()
+
+
+def _reduce_gradients(system: nn.Module, now: bool) -> None:
+    """Gradients are reduced over processes by the last backward of a step alone."""
+    if isinstance(system, FSDPModule):
+        system.set_requires_gradient_sync(now)
+        system.set_is_last_backward(now)
+
+
+def tensor(value: Tensor | Packed) -> Tensor:
+    """The tensor of an output: the tokens of a packed one."""
+    return value.x if isinstance(value, Packed) else value
+
+
+def detached(out: Outputs) -> Outputs:
+    """Outputs without a graph."""
+    return {name: value.replace(x=value.x.detach()) if isinstance(value, Packed) else value.detach() for name, value in out.items()}
+
+
+def _detached_terms(losses: Losses) -> Losses:
+    return {name: value.detach().reshape(()) for name, value in losses.items()}
+
+
+def _end_to_end(outs: Sequence[Outputs]) -> dict[str, Tensor | Packed]:
+    """The outputs of all parts, part after part."""
+    columns = {name: [out[name] for out in outs] for name in outs[0]}
+    return {name: Packed.cat(values) if isinstance(values[0], Packed) else torch.cat(values) for name, values in columns.items()}  # type: ignore[arg-type]
+
+
+def _in_order(outs: Outputs, parts: Parts, samples: int) -> Outputs:
+    """A row a sample in the order of the batch."""
+    order = torch.tensor([row for rows in parts for row in rows]).argsort()
+    return {name: take_samples(value, order, samples) for name, value in outs.items()}
+
+
+def random_state() -> list[Tensor]:
+    """Of the generators that a forward pass draws from: the CPU's and, where CUDA is in use, its current device's."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+
+
+def set_random_state(state: Sequence[Tensor]) -> None:
+    """Put the generators back where ``random_state`` found them."""
+    torch.set_rng_state(state[0])
+    for of_device in state[1:]:
+        torch.cuda.set_rng_state(of_device)

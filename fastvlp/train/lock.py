@@ -1,0 +1,56 @@
+"""One writer to a run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from fastvlp._schema import ConfigError
+
+NAME = ".lock"
+
+
+class RunLock:
+    """A lock on a run's folder that dies with its process, on this machine and on file systems that share ``flock``.
+
+    Raises:
+        ConfigError: another process trains in the folder, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> RunLock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / NAME).open("a+")
+        except OSError as error:
+            raise ConfigError(f"{error.filename or self.folder}: {error.strerror}; choose a run.dir that can be written") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ConfigError(f"{self.folder} is in use: {holder} is training there; wait for it, stop it, or choose another run.name") from None
+        except OSError as error:
+            raise ConfigError(f"{self.folder} is on a file system without locks ({error.strerror}): two runs could write there; choose a "
+                              "run.dir on another one") from error
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self._file.flush()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):  # a start that was refused leaves nothing: no folder with a lock alone
+            if [path.name for path in self.folder.iterdir()] == [NAME]:
+                (self.folder / NAME).unlink()
+                self.folder.rmdir()
+        self._file.close()

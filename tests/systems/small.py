@@ -1,0 +1,99 @@
+"""Every system at a size that runs in milliseconds, in float64, and one whole batch for all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from fastvlp.data.batch import Batch
+from fastvlp.layers import QFormer
+from fastvlp.systems.albef import Albef
+from fastvlp.systems.blip2 import Blip2
+from fastvlp.systems.brivl import BriVl
+from fastvlp.systems.clip import Clip
+from fastvlp.systems.coca import CoCa
+from fastvlp.systems.dlip import Dlip
+from fastvlp.systems.filip import Filip
+from fastvlp.systems.jina_clip import JinaClip
+from fastvlp.systems.lexlip import LexLip
+from fastvlp.systems.lit import Lit
+from fastvlp.systems.mae import Mae
+from fastvlp.systems.siglip import SigLip
+from fastvlp.systems.simvlm import SimVlm
+from fastvlp.systems.slip import Slip
+from fastvlp.systems.system import System
+from fastvlp.systems.vilt import Vilt
+from fastvlp.towers import Decoder, Joint, Text, Vit
+from fastvlp_kernels.packed import Packed
+
+SAMPLES, WORDS, PATCH = 8, 64, 4
+
+
+def vit(**changes) -> Vit:
+    return Vit(**{"width": 32, "depth": 2, "heads": 2, "patch_size": PATCH, "image_size": 32, "grid": 8, "activation": "gelu", **changes})
+
+
+def text(**changes) -> Text:
+    return Text(**{"width": 32, "depth": 2, "heads": 2, "vocab_size": WORDS + 1, "context_length": 16, "activation": "gelu", **changes})
+
+
+def joint() -> Joint:
+    return Joint(32, 2, 2, activation="gelu")
+
+
+def _brivl() -> System:
+    system = BriVl(vit(), text(), 16, queue=40, momentum=0.9)
+    generator = torch.Generator().manual_seed(5)
+    for queue in system.queues.values():
+        queue.enqueue(F.normalize(torch.randn(20, 16, generator=generator, dtype=torch.float64), dim=1))
+    return system
+
+
+MAKERS = {
+    "clip": lambda: Clip(vit(), text(), 16),
+    "siglip": lambda: SigLip(vit(), text(), 16),
+    "lit": lambda: Lit(vit(), text(), 16),
+    "jina_clip": lambda: JinaClip(vit(), text(), 16, prefixes=(4, 8, 16)),
+    "filip": lambda: Filip(vit(), text(), 16),
+    "slip": lambda: Slip(vit(), text(), 16, hidden=32, projection=16),
+    "brivl": _brivl,
+    "dlip": lambda: Dlip(vit(), text(), Clip(vit(width=48, heads=3), text(), 24), 16),
+    "coca": lambda: CoCa(vit(), text(causal=True), Decoder(32, 2, 2, None, activation="gelu"), 16),
+    "simvlm": lambda: SimVlm(vit(), text(), joint(), prefix=0.4),
+    "vilt": lambda: Vilt(vit(), text(), joint()),
+    "mae": lambda: Mae(vit(), Joint(16, 1, 2)),
+    "lexlip": lambda: LexLip(vit(), text()),
+    "blip2": lambda: Blip2(vit(), QFormer(32, 32, 2, 2, 64, dropout=0.0), SimVlm(vit(), text(), joint()), queries=4),
+    "albef": lambda: Albef(vit(), text(), joint(), 16),
+}
+
+
+def make(name: str) -> System:
+    """A system with the same weights every time."""
+    torch.manual_seed(0)
+    return MAKERS[name]().double()
+
+
+def whole() -> Batch:
+    """Eight samples: ragged pictures (all patches, half of them, two views) and captions (whole, masked, of another sample)."""
+    generator = torch.Generator().manual_seed(3)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def images(each: int = 1) -> Packed:
+        grids = [(number(2, 5), number(2, 5)) for _ in range(SAMPLES * each)]
+        places = [torch.cartesian_prod(torch.zeros(1, dtype=torch.int32), torch.arange(r, dtype=torch.int32), torch.arange(c, dtype=torch.int32))
+                  for r, c in grids]
+        return Packed.from_list([torch.rand(r * c, 3 * PATCH**2, generator=generator, dtype=torch.float64) * 255 for r, c in grids], places)
+
+    def captions(rows: list[torch.Tensor]) -> Packed:
+        places = [torch.stack([torch.arange(len(row)), *[torch.full((len(row),), -1)] * 2], 1).int() for row in rows]
+        return Packed.from_list(rows, places)
+
+    image, rows = images(), [torch.randint(1, WORDS, (number(3, 9),), generator=generator) for _ in range(SAMPLES)]
+    kept = Packed.from_list([x[::2] for x in image.segments()], [p[::2] for p in image.pos.split(image.lengths.tolist())])
+    masked = [torch.where(torch.arange(len(row)) % 3 == 1, WORDS, row) for row in rows]
+    streams = {"image": image, "kept": kept, "views": images(2), "text": captions(rows), "masked": captions(masked),
+               "other": captions(rows[1:] + rows[:1])}
+    return Batch(streams, torch.arange(SAMPLES))
