@@ -23,12 +23,12 @@ Visit = Callable[[Tensor, list[int]], Tensor | None]
 
 @dataclass(frozen=True)
 class Circulated:
-    """Where a tour ended.
+    """Where a round ended.
 
     Attributes:
         own: [b, D] the gradient of this member's texts as far as it is here, in the dtype of sums; None if there are no gradients.
         home: brings the rest of it.
-        held: what a tour back in the opposite direction begins with: the last block, and, where a node has several members, the text
+        held: what a round back in the opposite direction begins with: the last block, and, where a node has several members, the text
             that this member had to hand on before.
     """
 
@@ -76,7 +76,7 @@ class Ring:
 def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, held: Sequence[Tensor] = ()) -> Circulated:
     """Call ``visit(block, owners)`` for all texts of the batch, each block of texts of the members ``owners`` while the next is on its way.
 
-    Outward, the own texts come first, then the others of this node, then node by node. Back, with ``held`` of a tour in the other
+    Outward, the own texts come first, then the others of this node, then node by node. Back, with ``held`` of a round in the other
     direction, it is the reverse, so that the last hop home happens while the own texts are visited.
 
     Args:

@@ -116,10 +116,10 @@ class SigmoidRing(torch.autograd.Function):
             totals.add(loss, of_image, of_scale, of_bias)
             return of_block
 
-        toured = circulate(batch, text, 1, visit)
+        circulated = circulate(batch, text, 1, visit)
         loss, *gradients = totals.values
-        ctx.save_for_backward(toured.own, *gradients)
-        ctx.home, ctx.batch = toured.home, batch
+        ctx.save_for_backward(circulated.own, *gradients)
+        ctx.home, ctx.batch = circulated.home, batch
         assert loss is not None
         return loss * batch.factor
 
@@ -141,5 +141,5 @@ class SigmoidRing(torch.autograd.Function):
 
 
 def offset_of(batch: SplitBatch, owners: list[int]) -> int | None:
-    """Where the pairs of a block with the own images are, which a tour visits by themselves."""
+    """Where the pairs of a block with the own images are, which are visited by themselves."""
     return 0 if batch.members.rank in owners else None
