@@ -17,12 +17,10 @@ from .clip import ClipLoss
 class CoCaLoss(ClipLoss):
     """CLIP's loss and the cross-entropy of each caption token, each with its weight (Yu et al. 2022, arXiv:2205.01917).
 
-    Takes the arguments and the call of ``open_clip.CoCaLoss`` 3.3. What :class:`ClipLoss` says of the contrastive part holds here. Of the
-    captions:
-
-    * The mean is over the tokens of the whole batch: the mean over processes of the returned losses is that of one process. open_clip
-      averages the processes' own means, in which a token of a short caption batch weighs more. A batch without tokens has loss 0.
-    * With ``clip_loss_weight=0`` the features and logit_scale have gradient 0 instead of none, which DDP refuses in open_clip.
+    Takes the arguments and the call of ``open_clip.CoCaLoss`` 3.3; for the contrastive part see :class:`ClipLoss`. The mean of the captions
+    is over the tokens of the whole batch, where open_clip averages the processes' own means, in which a token beside short captions weighs
+    more. A batch without tokens has loss 0. With ``clip_loss_weight=0`` features and logit_scale have gradient 0, not none, which DDP
+    would refuse.
 
     Args:
         caption_loss_weight, clip_loss_weight: of the two losses.

@@ -26,12 +26,11 @@ class DistillClipLoss(ClipLoss):
     """CLIP's loss, and the cross-entropy of the student's similarities against the teacher's (as in CLIP-KD, arXiv:2307.12732).
 
     With S the student's matrix of similarities and T the softmax over the rows of the teacher's, the distillation loss of images to
-    texts is 1/N * sum_i (logsumexp_j S_ij - sum_j T_ij S_ij); that of texts to images likewise on the transposed matrices, and the mean of
-    both is returned. Since sum_j T_ij S_ij = logit_scale * <image_i, (T text)_i>, neither matrix is stored: T text is
-    :func:`fastvlp.ops.similarity_attend`, and the student's log-sum-exps serve both losses.
+    texts is 1/N * sum_i (logsumexp_j S_ij - sum_j T_ij S_ij); the mean of it and of the same for texts to images is returned. Since
+    sum_j T_ij S_ij = logit_scale * <image_i, (T text)_i>, neither matrix is stored.
 
-    Takes the arguments and the call of ``open_clip.DistillClipLoss`` 3.3. What :class:`ClipLoss` says of values and gradients across
-    processes holds for both losses. The teacher gets no gradient; its features, of any width E, travel beside the student's.
+    Takes the arguments and the call of ``open_clip.DistillClipLoss`` 3.3; across processes both losses are exact as :class:`ClipLoss`. The
+    teacher gets no gradient; its features, of any width E, travel beside the student's.
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, node_size, group, stash_bytes: as in :class:`ClipLoss`.

@@ -100,18 +100,15 @@ def queue_contrastive_loss(
     """InfoNCE of each tower's features against the other tower's momentum features, with negatives from queues.
 
     With s = scale * <., .>, the images' part is the mean over i of -log(exp(s(image_i, text_key_i)) / (exp(s(image_i, text_key_i)) +
-    sum over q in text_queue of exp(s(image_i, q)))); the texts' part likewise with image keys; the loss is their mean. This is the loss of
-    BriVL (Huo et al. 2021, arXiv:2103.06561), two of MoCo (He et al. 2020, arXiv:1911.05722). The batch costs O(B * Q * D) and no
-    B x B product; nothing of size B x Q is stored. Keys and queues get no gradient::
+    sum over q in text_queue of exp(s(image_i, q)))); the loss is the mean of it and of the texts' (BriVL, Huo et al. 2021,
+    arXiv:2103.06561). Nothing of size B x Q is stored. Keys and queues get no gradient::
 
         keys = image_momentum(pixels), text_momentum(tokens)
         queue_contrastive_loss(image, text, *keys, image_queue, text_queue, scale).backward()
         image_queue.enqueue(keys[0]); text_queue.enqueue(keys[1])
 
-    Across processes take all four from :func:`gather_batch` before the loss and the queues, which are then the same everywhere, as those of
-    one process with the whole batch.
-
-    For towers that meet their own features and a queue as well, give the queues to :func:`contrastive_loss` as negatives.
+    Across processes take all four from :func:`gather_batch`. For towers that meet their own features and a queue as well, give the queues
+    to :func:`contrastive_loss` as negatives.
 
     Args:
         image, text: [B, D] each, row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).

@@ -30,17 +30,14 @@ def prolip_loss(
 ) -> Tensor:
     """The probabilistic pairwise contrastive loss of the pairs of this process; no M x N or M x N x D tensor exists.
 
-    Two Gaussians lie at the closed-form sampled distance d_ij = |mu_i - mu_j|^2 + sum of var_i + sum of var_j. With normalised means its
-    half is 1 - <mu_i, mu_j> + (sum of var_i + sum of var_j) / 2, so the logits of the pairs are
+    The closed-form sampled distance is d_ij = |mu_i - mu_j|^2 + sum of var_i + sum of var_j. With normalised means the logits are
 
-        scale * (<mu_i, mu_j> - (sum of var_i + sum of var_j) / 2) + bias
+        scale * (<mu_i, mu_j> - (sum of var_i + sum of var_j) / 2) + bias,
 
-    (the 1 is part of the bias): a product and one number for each row and column, which is what ``pairwise_sigmoid`` takes. The loss is
-    the sum over all pairs of softplus(-z_ij * logit_ij), z_ij = 1 for i = j and -1 otherwise, divided by the number of pairs (i, i).
-    Where M and N differ, what is beyond the shorter side is negative to everything (hard negative captions, say).
-
-    The published objective adds small multiples of ``inclusion_loss`` (images in their texts, whole inputs in their masked ones) and of
-    ``gaussian_kl`` of both sides.
+    a product and one number for each row and column. The loss is the sum over all pairs of softplus(-z_ij * logit_ij), z_ij = 1 for i = j
+    and -1 otherwise, divided by the number of pairs (i, i). Where M and N differ, what is beyond the shorter side is negative to
+    everything. The published objective adds small multiples of ``inclusion_loss`` (images in their texts, whole inputs in their masked
+    ones) and of ``gaussian_kl`` of both sides.
 
     Args:
         image_mean: [M, D] and text_mean: [N, D], normalised; float32, bfloat16 or float16 (float64 on the CPU).

@@ -55,10 +55,8 @@ def proto_clip_loss(
     """Mean cross-entropy of softmax_k(scale * <feature_i, prototype_k>) with the cluster of i (ProtoCLIP).
 
     The clusters are a teacher's: of the other modality, or of an external model, whose targets the authors' code leaves hard (Chen et al.
-    2022, arXiv:2206.10996). With ``teacher``, its prototypes t_k, targets are soft: softmax_k(teacher_scale * <t_a, t_k>) for a feature of
-    cluster a. Features of one cluster have one target, so its mean prototype is made once for each cluster; neither the N x K nor the
-    K x K similarities are stored. Both directions are two calls, of which the published loss is the mean, here with back translation
-    (:func:`back_translate`); an episode's clusters may come from any k-means::
+    2022, arXiv:2206.10996). With ``teacher``, its prototypes t_k, targets are soft: softmax_k(teacher_scale * <t_a, t_k>) for cluster a.
+    Neither the N x K nor the K x K similarities are stored. The published loss is the mean of both directions, here with back translation::
 
         proto_clip_loss(image, image_of_text_clusters, text_clusters, scale, teacher=text_prototypes, teacher_scale=10.0)
         proto_clip_loss(text, text_of_image_clusters, image_clusters, scale, teacher=image_prototypes, teacher_scale=10.0)

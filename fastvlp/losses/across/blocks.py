@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -73,11 +74,15 @@ def sigmoid_block(
     return loss, of_image, of_text, of_scale, of_bias
 
 
-class Both(NamedTuple, Generic[Of]):
+@dataclass(frozen=True)
+class Both(Generic[Of]):
     """The same thing of a student and of its teacher."""
 
     student: Of
     teacher: Of
+
+    def __iter__(self) -> Iterator[Of]:
+        return iter((self.student, self.teacher))
 
 
 class DistillBlock(NamedTuple):
