@@ -29,8 +29,8 @@ def filip_loss(
     """The symmetric softmax loss over late interactions of image tokens and text tokens (FILIP, Yao et al. 2021, arXiv:2111.07783).
 
     s_ij is the mean over the tokens of image i of the largest product with a token of text j, t_ij the same of the tokens of text j. The
-    loss is the mean of the cross-entropies of the rows of scale * s and of the columns of scale * t. s and t, [N, N], are stored, products of
-    tokens are not.
+    loss is the mean of the cross-entropies of the rows of scale * s and of the columns of scale * t. s and t, [N, N], are stored, products
+    of tokens are not.
 
     Args:
         image: N segments of tokens [Tx, D]. text: N segments of tokens [Ty, D]; segments i of both are a pair. float32, bfloat16 or
