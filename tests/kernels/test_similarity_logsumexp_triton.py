@@ -208,7 +208,7 @@ CASES = {
 def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, case: dict) -> dict[str, Recorder]:
     """The launches of a forward and a backward at M = 4096, N = 2048, not run."""
     module, product = import_module("fastvlp_kernels.similarity_logsumexp.triton"), import_module("fastvlp_kernels._product")
-    names = dict.fromkeys(("_forward_kernel", "_merge_kernel", "_own_kernel", "_backward_kernel", "stashed_kernel"), module)
+    names = dict.fromkeys(("_forward_kernel", "merge_kernel", "own_kernel", "_backward_kernel", "stashed_kernel"), module)
     names |= {"_product_kernel": product}
     recorders = {name: Recorder(getattr(where, name)) for name, where in names.items()}
     for name, where in names.items():
@@ -233,7 +233,7 @@ def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, c
 def test_compiled_ahead_of_time(arch, dtype, case, monkeypatch):
     recorders = _launches(monkeypatch, DTYPES[dtype], 512, CASES[case])
     names = ["_forward_kernel", "stashed_kernel" if case == "stash" else "_backward_kernel"]
-    names += ["_merge_kernel", "_own_kernel"] if (dtype, case) == ("float32", "clip") else ["_own_kernel"] if case == "everything" else []
+    names += ["merge_kernel", "own_kernel"] if (dtype, case) == ("float32", "clip") else ["own_kernel"] if case == "everything" else []
     for name in names:
         _assert_fits(name, recorders[name].compile(arch), dtype)
 
@@ -273,5 +273,5 @@ def _assert_fits(name, compiled, dtype):
     assert compiled.spills == 0
     assert compiled.shared <= SHARED_LIMIT[compiled.arch]
     assert not compiled.holds("atom") and not compiled.holds("red")
-    if name not in ("_merge_kernel", "_own_kernel") and dtype != "float32":
+    if name not in ("merge_kernel", "own_kernel") and dtype != "float32":
         assert compiled.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[compiled.arch])
