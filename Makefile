@@ -1,4 +1,4 @@
-# make train: the default recipe on the data that ships · make test · make lint · make bench · make soak · make docs
+# make train: the default recipe on the data that ships · make test · make test-all · make lint · make bench · make soak · make docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +12,19 @@ endif
 
 SOAK_MINUTES ?= 15
 
-.PHONY: train test lint bench soak docs clean
+.PHONY: train test test-all lint bench soak docs clean
 
 train: $(VENV)/.train
 	$(BIN)/fastvlp train
 
+# One process for each core: tests compute on one thread.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: $(VENV)/.dev
+	$(PYTEST) -m 'slow or not slow'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ from benchmarks.run import write_text
 
 OURS, OURS_CLIP, RIVAL = "fastvlp", "fastvlp, CLIP's tokenizer", "open_clip"
 CLIP_TOKENIZER = ("data.tokenizer=clip", "model.text.vocab_size=49408")
-_TABLES = ("tokens", "places", "rows", "columns", "logit_scale", "logit_bias")
+_TABLES = ("tokens", "places", "rows", "columns")
 _COLUMNS = ("part", "system", "seed", "train_seconds", "wall_seconds", "steps", "images_per_second", "top1", "top5", "i2t_r10",
             "tower_parameters", "load_before", "version", "device", "threads", "torch", "commit", "timestamp")  # fmt: skip
 
@@ -82,7 +82,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     parameters = {"image": 0, "text": 0}
     for name, parameter in fastvlp.load(folder).named_parameters():
-        tower, _, rest = name.partition(".")
+        part, _, rest = name.partition(".")
+        tower = part.removesuffix("_head")
         if tower in parameters and rest.split(".")[0] not in _TABLES:
             parameters[tower] += parameter.numel()
     scores = {"top1": found["zero_shot"]["top1"], "top5": found["zero_shot"]["top5"], "i2t_r10": found["retrieval"]["i2t_r10"]}

@@ -1,9 +1,9 @@
 """From open_clip's training step to ours, one mechanism at a time, on the same pairs.
 
 On CPUs the pairs are of the shipped data and the towers those of the end-to-end benchmark; on GPUs it is ViT-B/16 in bfloat16 on random
-pictures of 224 pixels and captions of 16 of 77 tokens on average. A rung is a whole step: what the training process does with decoded
-pictures and token ids, forward, loss, backward and AdamW. All rungs are interleaved in one process; memory is measured in a process for
-each (CPU), beyond the model, the optimizer's state and the batch.
+pictures of 224 pixels and captions of 16 of 77 tokens on average. A rung is a whole step: what the training process does with the
+batches that workers hand over, forward, loss, backward and AdamW. All rungs are interleaved in one process; memory is measured in a
+process for each (CPU), beyond the model, the optimizer's state and the batch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import batches
 from benchmarks import open_clip_baseline as rival
 from benchmarks.machine import describe, load
 from benchmarks.measure import Clock, budget, paired_ratio, percentile, sample
 from benchmarks.peak import elsewhere, growth
 from benchmarks.rivals import clip_loss
 from benchmarks.run import write
+from fastvlp.data import Batch, pack_images, pack_texts
+from fastvlp.layers import Pool
+from fastvlp.packing import balance
+from fastvlp.systems.clip import Clip
+from fastvlp.towers import Text, Vit
+from fastvlp.train.gradients import gradients
+from fastvlp_kernels import Packed
 
 COLUMNS = ("rung", "about", "images_per_second", "p20_ms", "p50_ms", "p80_ms", "samples", "ratio_first", "ratio_previous", "extra_mb",
            "pairs", "device", "threads", "torch", "commit", "timestamp")  # fmt: skip
@@ -39,10 +47,10 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Pairs:
-    """The same pairs with each tokenizer, nothing augmented, and the model's size."""
+    """The same pairs with each tokenizer, nothing augmented or dropped, and the model's size."""
 
-    clip: Any
-    own: Any
+    clip: Batch
+    own: Batch
     device: torch.device
     size: rival.Size = rival.MINI
 
@@ -54,7 +62,7 @@ class Pairs:
         """The pictures centred on white as open_clip's tower wants them: uint8 [B, 3, S, S]."""
         side = self.size.side
         out = torch.full((len(self.clip), 3, side, side), 255, dtype=torch.uint8)
-        for canvas, picture in zip(out, self.clip.images, strict=True):
+        for canvas, picture in zip(out, batches.pictures(self.clip.image), strict=True):
             height, width = picture.shape[:2]
             top, left = (side - height) // 2, (side - width) // 2
             canvas[:, top : top + height, left : left + width] = picture.permute(2, 0, 1)
@@ -62,31 +70,31 @@ class Pairs:
 
     def padded(self) -> Tensor:
         """The captions as open_clip's tower wants them: int64 [B, N], zeros behind the end token."""
-        return torch.stack([F.pad(ids, (0, self.size.context - len(ids))) for ids in self.clip.texts])
+        ids: Tensor = self.clip.text.to_padded(width=self.size.context)[0]
+        return ids
+
+    def batch(self, own: bool, keep: float) -> Batch:
+        """What a worker hands over: pairs of which a share of the patches is kept."""
+        pairs = self.own if own else self.clip
+        if keep == 1:
+            return pairs
+        kept = pack_images(batches.pictures(pairs.image), PATCH, keep, torch.Generator().manual_seed(0))
+        return replace(pairs, streams={**pairs.streams, "image": kept})
 
 
 def draw(count: int, device: torch.device) -> Pairs:
     """The first pairs of the shipped training data in its order of seed 0."""
-    from fastvlp.data import Stage, Stream, load_tokenizer
-
-    def batch(tokenizer: str) -> Any:
-        stream = Stream("mini:train", load_tokenizer(tokenizer, rival.CONTEXT), count, PATCH, rival.CONTEXT, seed=0,
-                        stage_at=Stage(rival.SIDE), max_captions=2)  # fmt: skip
-        return next(iter(stream))
-
-    return Pairs(batch("clip"), batch("mini"), device)
+    return Pairs(batches.shipped(count, "clip", max_captions=2), batches.shipped(count, "mini", max_captions=2), device)
 
 
 def invent(count: int, device: torch.device, size: rival.Size) -> Pairs:
     """Random square pictures, and captions of a tenth to a third of the context that end in the vocabulary's last token."""
-    from fastvlp.data import Batch
-
-    pictures = list(torch.randint(256, (count, size.side, size.side, 3), dtype=torch.uint8))
+    images = pack_images(list(torch.randint(0, 256, (count, size.side, size.side, 3), dtype=torch.uint8)), PATCH)
     lengths = torch.randint(size.context // 10 + 1, size.context // 3, (count,)).tolist()
 
-    def batch(vocabulary: int) -> Any:
+    def batch(vocabulary: int) -> Batch:
         texts = [F.pad(torch.randint(1, vocabulary - 1, (length - 1,)), (0, 1), value=vocabulary - 1) for length in lengths]
-        return Batch(pictures, texts, torch.arange(count), [str(k) for k in range(count)], 0, torch.arange(count))
+        return Batch({"image": images, "text": pack_texts(texts)}, torch.arange(count))
 
     return Pairs(batch(VOCABULARY), batch(OWN_VOCABULARY), device, size)
 
@@ -116,26 +124,21 @@ def _open_clip(fused: bool, pairs: Pairs, compiled: bool = False) -> Step:
     return _training(model, backward)
 
 
-def _configs(size: rival.Size, own: bool, merge: tuple[float, ...] = ()) -> Any:
-    """Our towers of that size; ``own``: with the layers and the vocabulary of the default recipe instead of open_clip's."""
-    from fastvlp.models import ImageConfig, ModelConfig, TextConfig
+def _vit(size: rival.Size, own: bool, merge: tuple[float, ...] = ()) -> Vit:
+    """Our image tower of that size; ``own``: with the layers of the default recipe instead of open_clip's."""
+    return Vit(size.width, size.layers, size.width // rival.HEAD, PATCH, size.side, merge=merge, activation="relu2" if own else "gelu")
 
-    image = ImageConfig(size.width, size.layers, size.width // rival.HEAD, merge=merge, image_size=size.side)
-    text = TextConfig(size.text_width, size.text_layers, size.text_width // rival.HEAD, vocab_size=OWN_VOCABULARY,
-                      context_length=size.context)  # fmt: skip
-    if not own:
-        image = replace(image, activation="gelu")
-        text = replace(text, activation="gelu", vocab_size=VOCABULARY, causal=True, pool="last")
-    return ModelConfig(size.features, image, text)
+
+def _text(size: rival.Size, own: bool) -> Text:
+    """Our text tower of that size; ``own``: with the layers and the vocabulary of the default recipe instead of open_clip's."""
+    return Text(size.text_width, size.text_layers, size.text_width // rival.HEAD, activation="relu2" if own else "gelu",
+                vocab_size=OWN_VOCABULARY if own else VOCABULARY, context_length=size.context, causal=not own)  # fmt: skip
 
 
 def _packed_captions(pairs: Pairs) -> Step:
     """open_clip's image tower, and a text tower of the same layers as theirs without the padding."""
-    from fastvlp.data import pack_texts
-    from fastvlp.models.towers import TextTower
-
     visual: Any = rival.make_model(VOCABULARY, pairs.size).visual
-    text = TextTower(_configs(pairs.size, own=False).text, pairs.size.features)
+    text = nn.Sequential(_text(pairs.size, own=False), Pool(pairs.size.text_width, pairs.size.features, "last"))
     model = nn.ModuleDict({"visual": visual, "text": text}).to(pairs.device)
     scale = nn.Parameter(torch.tensor(14.3, device=pairs.device))
     model.register_parameter("scale", scale)
@@ -144,8 +147,7 @@ def _packed_captions(pairs: Pairs) -> Step:
     def backward() -> None:
         with pairs.amp():
             image = F.normalize(visual(rival.normalise(pictures.to(pairs.device))), dim=-1)
-            caption = F.normalize(text(pack_texts(pairs.clip.texts).to(pairs.device)), dim=-1)
-            value = loss(image, caption, scale)
+            value = loss(image, text(pairs.clip.text.to(pairs.device)), scale)
         value.backward()
 
     return _training(model, backward)
@@ -153,23 +155,17 @@ def _packed_captions(pairs: Pairs) -> Step:
 
 def _packed(pairs: Pairs, own: bool = True, keep: float = 1.0, merging: bool = False, micro_batches: int = 1) -> Step:
     """Both towers packed."""
-    from fastvlp.data import Stage
-    from fastvlp.models import TwoTower
-    from fastvlp.train.batches import split
-    from fastvlp.train.grad_cache import Towers, backward
-
     size = pairs.size
-    model = TwoTower(_configs(size, own, MERGES[size.layers] if merging else ())).to(pairs.device)
-    towers, loss, batch = Towers(model), clip_loss(fused=True), pairs.own if own else pairs.clip
-    stage = Stage(size.side, keep)
-    whole = split(batch, stage, PATCH, None, None, pairs.device)
-    image_budget, text_budget = (max(packed.max_seqlen, -(-packed.total // micro_batches)) for packed in (*whole.images, *whole.texts))
+    image, text = _vit(size, own, MERGES[size.layers] if merging else ()), _text(size, own)
+    system = Clip(image, text, size.features, pool_text="mean" if own else "last").to(pairs.device)
+    batch, widths = pairs.batch(own, keep), {"image": size.width, "text": size.text_width}
+    lengths = {name: stream.lengths.numpy()[:, None] for name, stream in batch.streams.items() if isinstance(stream, Packed)}
 
-    def once() -> None:
-        micro = split(batch, stage, PATCH, image_budget, text_budget, pairs.device)
-        backward(towers, model, micro, loss, pairs.amp, lambda x: x)
+    def backward() -> None:
+        parts = [rows.tolist() for rows in balance.split(balance.costs(len(batch), lengths, widths), micro_batches)]
+        gradients(system, batch.to(pairs.device), parts, autocast=pairs.amp)
 
-    return _training(model, once)
+    return _training(system, backward)
 
 
 RUNGS: dict[str, tuple[str, Callable[[Pairs], Step]]] = {

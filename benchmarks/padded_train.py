@@ -6,29 +6,28 @@
 import sys
 from unittest import mock
 
-from torch import Tensor
-
 from fastvlp import cli
-from fastvlp.models import padded
-from fastvlp.models.towers import ImageTower, TextTower
+from fastvlp.towers import Text, Vit, padded
 from fastvlp_kernels import Packed
 
 
-def encode_image(tower: ImageTower, images: Packed) -> Tensor:
-    """Packed patches -> features [S, embed_dim], padded to the longest picture of the batch."""
+def encode_image(tower: Vit, images: Packed) -> Packed:
+    """Packed patches -> tokens, computed over pictures padded to the longest of the batch."""
     assert images.pos is not None
     patches, mask = images.to_padded()
-    return padded.encode_image(tower, patches, images.replace(x=images.pos).to_padded()[0], mask)
+    tokens = padded.encode(tower, patches, mask, images.replace(x=images.pos).to_padded()[0])
+    return images.replace(x=Packed.from_padded(tokens, images.lengths).x)
 
 
-def encode_text(tower: TextTower, texts: Packed) -> Tensor:
-    """Packed token ids -> features [S, embed_dim], padded to the context length as CLIP's captions are."""
-    return padded.encode_text(tower, *texts.to_padded(width=tower.config.context_length))
+def encode_text(tower: Text, texts: Packed) -> Packed:
+    """Packed token ids -> tokens, computed over captions padded to the context length as CLIP's are."""
+    tokens = padded.encode(tower, *texts.to_padded(width=tower.context_length))
+    return texts.replace(x=Packed.from_padded(tokens, texts.lengths).x)
 
 
 def main(arguments: list[str]) -> int:
     """The exit code of ``fastvlp train`` with these changes of the default recipe."""
-    with mock.patch.object(ImageTower, "forward", encode_image), mock.patch.object(TextTower, "forward", encode_text):
+    with mock.patch.object(Vit, "forward", encode_image), mock.patch.object(Text, "forward", encode_text):
         return cli.main(["train", *arguments])
 
 

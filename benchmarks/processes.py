@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 from multiprocessing.context import ForkServerContext
 
-_PRELOAD = ("benchmarks.__main__", "fastvlp.train.loop", "fastvlp.losses")
+# DDP imports torch._dynamo.
+_PRELOAD = ("torch.distributed.nn", "torch._dynamo", "benchmarks.__main__", "fastvlp.train.loop", "fastvlp.losses")
 
 
 def forkserver() -> ForkServerContext:

@@ -57,14 +57,15 @@ def _loss(provider: str, batch: int, device: torch.device) -> Call:
 def _tower(provider: str, side: int, device: torch.device) -> Call:
     """Forward and backward of an image tower of the default size on pictures of aspect ratios from 1:2 to 2:1."""
     from fastvlp.data import pack_images
-    from fastvlp.models import ImageConfig
-    from fastvlp.models.towers import ImageTower
+    from fastvlp.layers import Pool
+    from fastvlp.towers import Vit
 
     generator = torch.Generator().manual_seed(side)
     shares = (0.5 + 0.5 * torch.rand(PICTURES, generator=generator)).tolist()
     shorter = [max(PATCH, round(side * share / PATCH) * PATCH) for share in shares]
     if provider == "packed":
-        tower: Any = ImageTower(ImageConfig(image_size=side), 256).to(device)
+        vit = Vit(image_size=side)
+        tower: Any = torch.nn.Sequential(vit, Pool(vit.width, 256)).to(device)
         sizes = [(side, short, 3) if k % 2 else (short, side, 3) for k, short in enumerate(shorter)]
         packed = pack_images([torch.randint(256, size, dtype=torch.uint8) for size in sizes], PATCH).to(device)
         return _gradients(tower, lambda: tower(packed))

@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastvlp.integrations import accelerate as accelerate
+    from fastvlp.integrations import restore as restore
     from fastvlp.systems.files import load as load
 
 
@@ -14,8 +15,8 @@ def __getattr__(name: str) -> Any:
         from fastvlp.systems.files import load
 
         return load
-    if name == "accelerate":
-        from fastvlp.integrations import accelerate
+    if name in ("accelerate", "restore"):
+        from fastvlp import integrations
 
-        return accelerate
+        return getattr(integrations, name)
     raise AttributeError(f"module 'fastvlp' has no attribute {name!r}")

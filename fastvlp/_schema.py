@@ -68,8 +68,8 @@ def unknown(key: str, allowed: Sequence[str], path: str = "") -> str:
 def convert(hint: Any, value: Any, path: str) -> Any:
     """``value`` as the annotated type ``hint``: scalars, ``Literal``, unions, tuples, string-keyed mappings and dataclasses."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
+    if hint is Any or (isinstance(hint, type) and dataclasses.is_dataclass(value) and isinstance(value, hint)):
+        return value  # as it is, or already made
     if origin in (typing.Union, types.UnionType):
         if type(None) in arguments and is_null(value):
             return None
@@ -99,7 +99,7 @@ def is_null(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A text without an annotation as the number, truth value or nothing that it spells (YAML 1.2's core), inside lists and mappings too."""
+    """A text without an annotation as the number, truth value or nothing that it spells (YAML 1.2's core), in lists and mappings too."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

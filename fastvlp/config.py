@@ -26,6 +26,7 @@ import fiddle as fdl
 from torch import nn
 
 from fastvlp._schema import ConfigError, build, convert, keys, plain, unknown
+from fastvlp.data.fields import Field
 from fastvlp.recipe import Recipe
 
 DEFAULT = "clip"
@@ -45,8 +46,8 @@ def load(recipe: str | None = None, changes: Sequence[str] = ()) -> Recipe:
     """A recipe with changes.
 
     Args:
-        recipe: NAME, NAME:FUNCTION, FILE.py, FILE.py:FUNCTION (the function is ``recipe`` where it is not named), or a YAML file: changes on
-            the recipe that its key ``recipe`` names (the default one without). None is the default recipe.
+        recipe: NAME, NAME:FUNCTION, FILE.py, FILE.py:FUNCTION (the function is ``recipe`` where it is not named), or a YAML file: changes
+            on the recipe that its key ``recipe`` names (the default one without). None is the default recipe.
         changes: such as "optim.lr=1e-3" or "schedule.stages.0.keep=0.5"; lists are written [a, b], mappings {a: b}.
 
     Raises:
@@ -168,11 +169,11 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def _plain(value: Any, named: bool = False) -> Any:
     if isinstance(value, fdl.Buildable):
-        make = fdl.get_callable(value)
-        return {"make": f"{make.__module__}:{make.__qualname__}", **{name: _plain(item, True) for name, item in value.__arguments__.items()}}
+        make, arguments = fdl.get_callable(value), value.__arguments__
+        return {"make": f"{make.__module__}:{make.__qualname__}", **{name: _plain(item, True) for name, item in arguments.items()}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
-        named = named or kind.__module__ == "fastvlp.data.fields" or kind.__module__ in _own_files
+        named = named or isinstance(value, Field) or kind.__module__ in _own_files
         head = {"make": f"{kind.__module__}:{kind.__qualname__}"} if named else {}
         return {**head, **{field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}}
     if isinstance(value, Mapping):
@@ -215,8 +216,8 @@ def _field(values: Any, path: str) -> Any:
 def spec(values: Any, path: str) -> fdl.Config:
     """The constructor call that a mapping with the key ``make`` describes, typed by the signature.
 
-    Only modules of ``fastvlp.systems``, ``towers`` and ``layers``, of ``torch.nn`` and of recipe files named on the command line can be made,
-    since the mapping may come from a stranger's model.json.
+    Only modules of ``fastvlp.systems``, ``towers`` and ``layers``, of ``torch.nn`` and of recipe files named on the command line can be
+    made, since the mapping may come from a stranger's model.json.
     """
     if not isinstance(values, Mapping) or "make" not in values:
         raise ConfigError(f"{path} is {values!r}; a call is needed, written {{make: 'fastvlp.systems.clip:Clip', ...}}")

@@ -80,8 +80,8 @@ class Data:
     def sources(self) -> tuple[Source, ...]:
         """The sources; a plain list of shards is one."""
         if isinstance(self.train[0], Source):
-            return self.train  # type: ignore[return-value]
-        return (Source(self.train),)  # type: ignore[arg-type]
+            return self.train
+        return (Source(self.train),)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class Schedule:
             raise ValueError(f"warmup is {self.warmup}, rewarm is {self.rewarm}, final_lr is {self.final_lr}; the first two count steps, "
                              "final_lr is a fraction of lr")
         if not 0 < self.cooldown <= 1 or not 0 <= self.constant_lr <= 1:
-            raise ValueError(f"cooldown is {self.cooldown} and constant_lr is {self.constant_lr}; fractions of all steps and of lr are needed")
+            raise ValueError(f"cooldown is {self.cooldown} and constant_lr is {self.constant_lr}; fractions of all steps and of lr are "
+                             "needed")
         ends = [stage.until for stage in self.stages]
         if not ends or ends != sorted(set(ends)) or ends[-1] != 1:
             raise ValueError(f"the stages end at {ends}; rising fractions are needed, the last one 1.0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fastvlp_kernels import Packed, merge_plan, packed_attention, token_select
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fastvlp.models import TwoTower
+    from fastvlp.systems.clip import Clip
 
 ENLARGED = 448  # the longest side of what is drawn, about
 GAP = 12  # between pictures
@@ -22,7 +22,7 @@ WHITE, FADED = 255.0, 0.15
 LINE = (194, 65, 12)
 
 
-def tokens(image: Image.Image, *, keep: float | None = None, merge: float | None = None, model: TwoTower | None = None,
+def tokens(image: Image.Image, *, keep: float | None = None, merge: float | None = None, model: Clip | None = None,
            image_size: int = 224, patch_size: int = 16) -> tuple[Image.Image, Tensor]:
     """What becomes of the patches of a picture.
 
@@ -56,7 +56,7 @@ def tokens(image: Image.Image, *, keep: float | None = None, merge: float | None
     return _picture(tiles, token), token
 
 
-def attention(image: Image.Image, *, model: TwoTower | None = None, image_size: int = 224,
+def attention(image: Image.Image, *, model: Clip | None = None, image_size: int = 224,
               patch_size: int = 16) -> tuple[Image.Image, Tensor]:
     """How much attention each patch of a picture receives, in colour over the picture in grey.
 
@@ -79,7 +79,7 @@ def attention(image: Image.Image, *, model: TwoTower | None = None, image_size: 
             rows = torch.nn.functional.normalize(features - features.mean(0), dim=1)[:, None]
             attend(rows * rows.shape[2] ** 0.5, rows, rows)
         else:
-            for block in model.image.blocks:
+            for block in cast(Any, model.image).blocks:
                 features = block(features, attend)
     mass = (mass / mass.mean()).view(grid)
     strength = (mass / mass.max())[..., None, None, None]
@@ -87,7 +87,7 @@ def attention(image: Image.Image, *, model: TwoTower | None = None, image_size: 
     return _picture((1 - 0.8 * strength) * grey + 0.8 * strength * torch.tensor(LINE)), mass
 
 
-def save(picture: str, out: str, model: TwoTower | None = None, *, keep: float | None = None, merge: float | None = None,
+def save(picture: str, out: str, model: Clip | None = None, *, keep: float | None = None, merge: float | None = None,
          attend: bool = False) -> str:
     """Draw the tokens of a picture file into ``out``; returns what was drawn in one line.
 
@@ -126,19 +126,20 @@ def save(picture: str, out: str, model: TwoTower | None = None, *, keep: float |
     return f"{out}: {views[0][1].numel()} patches, {', '.join(said)}{', from left to right' if len(views) > 1 else ''}"
 
 
-def _patches(image: Image.Image, model: TwoTower | None, image_size: int, patch_size: int) -> tuple[Packed, Tensor, tuple[int, int]]:
+def _patches(image: Image.Image, model: Clip | None, image_size: int, patch_size: int) -> tuple[Packed, Tensor, tuple[int, int]]:
     """Patches [T, P*P*3] in 0..255 as one segment, what is compared of them [T, C], and how many rows and columns they are."""
     from fastvlp.data import pack_images
     from fastvlp.data.images import as_pixels
 
-    if model is not None:
-        image_size, patch_size = model.config.image.image_size, model.config.image.patch_size
+    tower: Any = None if model is None else model.image
+    if tower is not None:
+        image_size, patch_size = tower.image_size, tower.patch_size
     pixels = as_pixels(image, image_size, patch_size)
     packed = pack_images([pixels], patch_size)
     features = packed.x.float() / 255 - 0.5
-    if model is not None and packed.pos is not None:
+    if tower is not None:
         with torch.no_grad():
-            features = model.image.embed(packed.x, packed.pos)
+            features = tower.embed(packed).x
     return packed, features, (pixels.shape[0] // patch_size, pixels.shape[1] // patch_size)
 
 

@@ -1,7 +1,6 @@
 """Imports point one way, and importing the library costs next to nothing."""
 
 import ast
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,19 +38,15 @@ def test_every_operator_has_its_parts():
 
 
 def test_import_is_light():
-    """At most 2 s beyond torch itself, and none of the optional packages."""
-    code = (
-        "import time, torch, json, sys; before = set(sys.modules); start = time.process_time();"
-        "import fastvlp, fastvlp.ops, fastvlp.losses;"
-        "print(json.dumps([time.process_time() - start, sorted({name.split('.')[0] for name in set(sys.modules) - before})]))"
-    )
+    """Of other packages it imports torch alone, and of torch not the compilers, which take longer than all the rest."""
+    code = "import torch, sys; before = set(sys.modules); import fastvlp, fastvlp.ops, fastvlp.losses; print(*set(sys.modules) - before)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
                          env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
-    seconds, modules = json.loads(out.stdout)
-    assert seconds < 2
-    optional = {"triton", "cupy", "PIL", "yaml", "tokenizers", "safetensors", "matplotlib", "torchvision", "open_clip", "timm"}
-    optional |= {"transformers", "open_clip_train", "pandas", "webdataset"}
-    assert not optional & set(modules)
+    modules = out.stdout.split()
+    # torch.distributed.nn makes the module with the underscore.
+    allowed = sys.stdlib_module_names | {"fastvlp", "fastvlp_kernels", "torch", "_remote_module_non_scriptable"}
+    assert "fastvlp.losses" in modules and {name.partition(".")[0] for name in modules} <= allowed
+    assert not {"torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"} & set(modules)
 
 
 def test_no_file_does_two_jobs():

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -17,15 +16,13 @@ def call(capsys, *arguments):
     return code, out, err
 
 
-def test_help_is_fast_and_imports_no_torch():
+def test_help_imports_nothing_that_takes_long():
     code = ("import sys; from fastvlp import cli\n"
             "try:\n  cli.main(['train', '--help'])\nexcept SystemExit:\n  pass\n"
-            "assert 'torch' not in sys.modules and 'yaml' not in sys.modules")
-    start = time.process_time()
+            "assert not {'torch', 'numpy', 'PIL', 'yaml', 'tokenizers'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cli.__file__.rpartition("/fastvlp/")[0])
     assert done.returncode == 0, done.stderr
     assert "fastvlp train" in done.stdout and "--resume none" in done.stdout
-    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["recipes"], ["env"], ["plan"]])

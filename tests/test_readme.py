@@ -25,12 +25,9 @@ def _python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 def test_python_samples_run(code, tmp_path):
     import torch
 
-    from fastvlp.data import load_tokenizer
-    from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
+    from tests.systems.recipes import save_small
 
-    model = TwoTower(ModelConfig(image=ImageConfig(width=32, depth=1, heads=1), text=TextConfig(width=32, depth=1, heads=1)))
-    model.tokenizer = load_tokenizer("mini", 24)
-    model.save(tmp_path / "runs" / "mini" / "model")
+    save_small(tmp_path / "runs" / "mini" / "model")
     here = os.getcwd()
     try:
         os.chdir(tmp_path)

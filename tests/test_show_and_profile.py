@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fastvlp.models import TwoTower
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvlp import cli, config
-from fastvlp.models import TwoTower
 from fastvlp.profile import block_flops, profile, table
 from fastvlp.show import GAP, LINE, attention, tokens
 from tests.train.conftest import one_thread, settings, shard  # noqa: F401  (fixtures)
@@ -54,9 +54,10 @@ def test_more_than_half_of_the_patches_merge_in_several_steps(share, left):
 
 def test_attention_is_the_mean_of_a_model_s_softmax_over_queries_heads_and_blocks():
     """Against dense float64 attention from the blocks' own weights; what receives more is drawn nearer to the colour."""
+    from fastvlp.models import ImageConfig, ModelConfig
+
     from fastvlp.data import pack_images
     from fastvlp.data.images import as_pixels
-    from fastvlp.models import ImageConfig, ModelConfig
 
     torch.manual_seed(0)
     model = TwoTower(ModelConfig(image=ImageConfig(width=32, depth=2, heads=2, merge=(0.25,)))).double()
@@ -135,8 +136,9 @@ def test_operations_are_those_that_pytorch_counts(settings):  # noqa: F811
     """Products by PyTorch's own counter; attention, which it does not see in our operator, by the counter on the same lengths alone."""
     made = config.from_dict(settings)
     layers = [layer for layer in profile(made) if layer.stage == 1]
-    from fastvlp.data import Stage, Stream, load_tokenizer
     from fastvlp.train.batches import split
+
+    from fastvlp.data import Stage, Stream, load_tokenizer
 
     stage = Stage(32, 1.0, 0.5)
     batch = next(iter(Stream(made.data.train, load_tokenizer("mini", 12), 12, 8, 12, seed=0, stage_at=stage)))

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import batches
 from benchmarks import open_clip_baseline as rival
 from benchmarks.registry import Case, Exact, InapplicableError, Mode, Problem, Provider, Shape, Task, needs
 from benchmarks.rivals import import_torchvision
@@ -31,41 +32,40 @@ def problem(shape: Shape, device: torch.device) -> Problem:
 
     The token ratio weighs a tower's tokens by its layers: tokens padded / tokens real, over all layers that they pass.
     """
-    from fastvlp.data import Stage, Stream, load_tokenizer
-    from fastvlp.models import TwoTower
-    from fastvlp.train.batches import split
+    from fastvlp.systems.clip import Clip
+    from fastvlp.towers import Text, Vit
 
     count, towers = shape.values["count"], shape.values["towers"]
-    seed = int(torch.randint(2**31, ()))
-    batch = next(iter(Stream("mini:train", load_tokenizer("mini"), count, PATCH, CONTEXT, seed=seed, stage_at=Stage(SIDE))))
-    micro = split(batch, Stage(SIDE), PATCH, None, None, device)
-    model = TwoTower().to(device)
-    packed = {"image": micro.images[0], "text": micro.texts[0]}
+    batch = batches.shipped(count, seed=int(torch.randint(2**31, ()))).to(device)
+    model: Any = Clip(Vit(), Text()).to(device)
+    packed = {"image": batch.image, "text": batch.text}
     padded = {name: x.to_padded() for name, x in packed.items()}
     places, _ = packed["image"].replace(x=packed["image"].pos).to_padded()
     ids, mask = padded["text"]
     room = CONTEXT - ids.shape[1]
     padded["text"] = (F.pad(ids, (0, room)), F.pad(mask, (0, room)))
-    depth = {"image": model.config.image.depth, "text": model.config.text.depth}
+    depth = {"image": len(model.image.blocks), "text": len(model.text.blocks)}
     ratio = sum(depth[t] * padded[t][1].numel() for t in towers) / sum(depth[t] * packed[t].total for t in towers)
-    inputs = {"model": model, "packed": packed, "padded": padded, "places": places, "pictures": [x.to(device) for x in batch.images]}
-    inputs["upstream"] = torch.randn(count, len(towers) * model.config.embed_dim, device=device)
+    inputs = {"model": model, "packed": packed, "padded": padded, "places": places, "pictures": batches.pictures(batch.image)}
+    inputs["upstream"] = torch.randn(count, len(towers) * model.image_head.projection.shape[1], device=device)
     return Problem(shape, device, inputs, {"token_ratio": ratio})
 
 
 def _encode_padded(model: Any, problem: Problem) -> Tensor:
-    from fastvlp.models.padded import encode_image, encode_text
+    from fastvlp.towers import padded
 
-    patches, mask = problem.inputs["padded"]["image"]
-    encode = {
-        "image": lambda: encode_image(model.image, patches, problem.inputs["places"], mask),
-        "text": lambda: encode_text(model.text, *problem.inputs["padded"]["text"]),
-    }
-    return torch.cat([encode[tower]() for tower in problem.shape.values["towers"]], 1)
+    def encode(name: str) -> Tensor:
+        x, mask = problem.inputs["padded"][name]
+        tokens = padded.encode(getattr(model, name), x, mask, problem.inputs["places"] if name == "image" else None)
+        return padded.features(getattr(model, f"{name}_head"), tokens, mask)
+
+    return torch.cat([encode(tower) for tower in problem.shape.values["towers"]], 1)
 
 
-def _parameters(model: nn.Module, towers: Iterable[str]) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if name.split(".")[0] in towers}
+def _parameters(model: Any, towers: Iterable[str]) -> dict[str, Tensor]:
+    """Those of towers and their heads, by "tower.part.name"."""
+    parts = [(tower, part) for tower in towers for part in (tower, f"{tower}_head")]
+    return {f"{tower}.{part}.{name}": p for tower, part in parts for name, p in getattr(model, part).named_parameters()}
 
 
 def _per_tower(results: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,13 +94,13 @@ def _task(encode: Callable[[Any, Problem], Tensor]) -> Callable[[Problem], Task]
 
 
 def _encode_packed(model: Any, problem: Problem) -> Tensor:
-    encode = {"image": model.encode_image, "text": model.encode_text}
-    return torch.cat([encode[tower](problem.inputs["packed"][tower], normalize=False) for tower in problem.shape.values["towers"]], 1)
+    encode = {"image": model.embed_image, "text": model.embed_text}
+    return torch.cat([encode[tower](problem.inputs["packed"][tower]) for tower in problem.shape.values["towers"]], 1)
 
 
 def _open_clip(problem: Problem) -> Task:
     """open_clip's towers of that width and depth: square pictures with a class token, captions padded to 24, our vocabulary."""
-    model: Any = rival.make_model(problem.inputs["model"].config.text.vocab_size).to(problem.device)
+    model: Any = rival.make_model(problem.inputs["model"].text.vocab_size).to(problem.device)
     towers, count = problem.shape.values["towers"], problem.shape.values["count"]
     pictures = torch.randint(256, (count, 3, SIDE, SIDE), dtype=torch.uint8, device=problem.device)
     ids = problem.inputs["padded"]["text"][0]
@@ -116,10 +116,11 @@ def _navit(problem: Problem) -> Task:
     if problem.shape.values["towers"] != ("image",):
         raise InapplicableError("it has no text tower")
     import_torchvision()  # which the package imports
-    config = problem.inputs["model"].config
+    ours = problem.inputs["model"]
+    block = ours.image.blocks[0]
     model = importlib.import_module("vit_pytorch.na_vit").NaViT(
-        image_size=SIDE, patch_size=PATCH, num_classes=config.embed_dim, dim=config.image.width, depth=config.image.depth,
-        heads=config.image.heads, dim_head=rival.HEAD, mlp_dim=config.image.hidden).to(problem.device)  # fmt: skip
+        image_size=SIDE, patch_size=PATCH, num_classes=ours.image_head.projection.shape[1], dim=ours.image.width,
+        depth=len(ours.image.blocks), heads=block.heads, dim_head=rival.HEAD, mlp_dim=block.up.out_features).to(problem.device)  # fmt: skip
     pictures = [picture.permute(2, 0, 1) for picture in problem.inputs["pictures"]]
 
     def forward() -> Tensor:
@@ -132,10 +133,10 @@ def _navit(problem: Problem) -> Task:
 
 def work(problem: Problem, mode: Mode) -> tuple[float, float]:
     """24 C C n + 4 C n n operations per layer and segment forward, twice that again backward; weights and pixels are read once."""
-    config, passes = problem.inputs["model"].config, 3 if mode == "forward+backward" else 1
+    model, passes = problem.inputs["model"], 3 if mode == "forward+backward" else 1
     flops = 0.0
     for tower in problem.shape.values["towers"]:
-        c, depth = getattr(config, tower).width, getattr(config, tower).depth
+        c, depth = getattr(model, tower).width, len(getattr(model, tower).blocks)
         n = problem.inputs["packed"][tower].lengths.double()
         flops += depth * (24 * c * c * n + 4 * c * n**2).sum().item()
     weights = sum(p.nbytes for p in _parameters(problem.inputs["model"], problem.shape.values["towers"]).values())

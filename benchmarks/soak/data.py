@@ -6,7 +6,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import random
 import struct
 import tarfile
@@ -166,11 +165,13 @@ def case(seed: int, folder: Path, device: torch.device) -> int:
 
 def _epoch(paths: list[Path], seed: int, skipped: list[tuple[str, str]]) -> tuple[list[str], Counter[str]]:
     """The keys of one epoch of the stream, and what it counted."""
-    from fastvlp.data import Stage, Stream, load_tokenizer
+    from fastvlp.data import Caption, Image, Stage, Stream, load_tokenizer
+    from fastvlp.data.fields import bind
 
-    stream = Stream([str(path) for path in paths], load_tokenizer("mini", 24), batch_size=16, patch_size=16, context_length=24, seed=seed,
-                    stage_at=Stage(32), max_pixels=LIMIT, on_skip=lambda *skip: skipped.append(skip))  # fmt: skip
-    batches = itertools.islice(stream, math.ceil(stream.samples_per_epoch() / stream.batch_size))
+    fields = bind({"image": Image(32, 16), "text": Caption(24)}, None, load_tokenizer("mini"))
+    stream = Stream([str(path) for path in paths], fields, batch_size=1, seed=seed, stage_at=Stage(), max_pixels=LIMIT,
+                    on_skip=lambda *skip: skipped.append(skip))  # fmt: skip
+    batches = itertools.islice(stream, stream.sizes()[0])
     return [key for batch in batches for key in batch.keys], Counter(stream.skipped)
 
 

@@ -50,7 +50,8 @@ class Batch:
         streams: by name, an entry a sample: a tensor [n, ...], or ``Packed`` with the same number of segments for every sample (one, or as
             many as there are views, frames or captions).
         ids: int64 [n], a stable hash of the class (or, without a class, of the first caption): pairs of equal id show the same thing.
-        sizes: samples of each process; empty: this is all. first: the place of this process's first sample in the whole batch. counts: what ``System.counts`` gave, summed over all processes.
+        sizes: samples of each process; empty: this is all. counts: what ``System.counts`` gave, summed over all processes.
+        first: the place of this process's first sample in the whole batch.
         index: number of the batch, from 0. keys: the samples' names. source: number of the source that all samples come from.
         positions: samples that each source has given after this batch, to all processes together; a stream that is started there continues.
     """

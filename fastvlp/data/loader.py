@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastvlp.data.batch import Batch, Stage
-from fastvlp.data.fields import Field, Other
+from fastvlp.data.fields import Field, Other, Record
+from fastvlp.data.frames import frames
 from fastvlp.data.images import Unusable, fit
 from fastvlp.data.order import Picks
 from fastvlp.data.patches import mix
@@ -90,8 +92,8 @@ class Flat:
 
     def batch(self, sizes: Sequence[int], first: int) -> Batch:
         """The batch, whose tensors are views of ``data``."""
-        tensors = [self.data[first:first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-                   for first, dtype, shape in self.layout]
+        tensors = [self.data[start:start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+                   for start, dtype, shape in self.layout]
         streams: dict[str, Tensor | Packed] = {}
         for name, places in self.streams.items():
             if isinstance(places, int):
@@ -112,13 +114,13 @@ class Cache:
 
     def get(self, key: Any, make: Callable[[], T], nbytes: Callable[[T], int]) -> T:
         """The entry of this key, or what ``make`` gives."""
-        found = self.entries.get(key)
-        if found is None:
-            found = make()
-            needed = nbytes(found) + OVERHEAD
-            if needed <= self.room:
-                self.room -= needed
-                self.entries[key] = found
+        if key in self.entries:
+            return self.entries[key]
+        found = make()
+        needed = nbytes(found) + OVERHEAD
+        if needed <= self.room:
+            self.room -= needed
+            self.entries[key] = found
         return found
 
     def clear(self) -> None:
@@ -132,14 +134,13 @@ class Sample:
     def __init__(self, loader: Loader, source: int, shard: int, member: int) -> None:
         self.place = source, shard, member
         self.key: str = loader.readers[source].index.shard(shard).keys[member]
-        self._loader, self._reader = loader, loader.readers[source]
-        self._pictures: dict[tuple[int, int], np.ndarray] = {}
-        self._find_other: Callable[[], Sample] | None = None
+        self.find_other: Callable[[], Sample] | None = None
+        self._cache, self._reader = loader.cache, loader.readers[source]
+        self._mine: dict[Any, Any] = {}
 
-    @cached_property
+    @property
     def labels(self) -> Labels:
-        return self._loader.cache.get(("labels", self.place), lambda: self._reader.labels(*self.place[1:]),
-                                      lambda labels: sum(map(len, labels.captions)))
+        return self._once("labels", self._reader.labels, lambda labels: sum(map(sys.getsizeof, labels.captions)))
 
     @property
     def captions(self) -> Sequence[str]:
@@ -147,19 +148,35 @@ class Sample:
 
     @cached_property
     def values(self) -> Mapping[str, Any]:
-        return {}
+        return self._reader.values(*self.place[1:])
 
     @cached_property
-    def other(self) -> Sample:
-        assert self._find_other is not None  # whoever asks for it passed a check first
-        return self._find_other()
+    def other(self) -> Record:
+        assert self.find_other is not None  # fields ask for it, and a sample that fields see has one
+        return self.find_other()
 
     def picture(self, size: int, patch: int) -> np.ndarray:
         """uint8 [h, w, 3]: the longest side is ``size``, both are multiples of ``patch``."""
-        if (size, patch) not in self._pictures:
-            self._pictures[size, patch] = self._loader.cache.get(
-                (size, patch, self.place), lambda: fit(self._reader.image(*self.place[1:], wanted=size), size, patch), lambda a: a.nbytes)
-        return self._pictures[size, patch]
+        def read(shard: int, member: int) -> np.ndarray:
+            return fit(self._reader.image(shard, member, wanted=size), size, patch)
+
+        return self._once((size, patch), read, lambda array: array.nbytes)
+
+    def frames(self, size: int, patch: int) -> Sequence[np.ndarray]:
+        """All pictures of an animation, none where the picture does not move."""
+        def read(shard: int, member: int) -> list[np.ndarray]:
+            return frames(self._reader.picture(shard, member), size, patch, self._reader.max_pixels)
+
+        return self._once(("frames", size, patch), read, lambda found: sum(frame.nbytes for frame in found))
+
+    def npy(self, name: str) -> bytes | None:
+        """The contents of its member NAME.npy, or None."""
+        return self._once(("npy", name), lambda shard, member: self._reader.npy(shard, member, name), lambda data: len(data or b""))
+
+    def _once(self, what: Any, read: Callable[[int, int], T], nbytes: Callable[[T], int]) -> T:
+        if what not in self._mine:
+            self._mine[what] = self._cache.get((what, self.place), lambda: read(*self.place[1:]), nbytes)
+        return self._mine[what]
 
 
 class Loader(Dataset[Flat]):
@@ -197,7 +214,7 @@ class Loader(Dataset[Flat]):
         word = mix(np.array([seed]), np.array([SUBSTITUTE]))[0]
 
         def prepare(sample: Sample) -> None:
-            sample._find_other = lambda: self._find(source, *other, word, asked, stage, lambda _: None, sample.labels.id)
+            sample.find_other = lambda: self._find(source, *other, word, asked, stage, lambda _: None, sample.labels.id)
 
         return self._find(source, shard, member, seed, fields, stage, prepare)
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvlp.data.images import MAX_PIXELS, Unusable, decode
-from fastvlp.data.shards import Index, Shards, expand
+from fastvlp.data.images import MAX_IMAGE, MAX_PIXELS, Unusable, decode
+from fastvlp.data.shards import Index, Shards, expand, printable
+from fastvlp.data.tar import BrokenTar
+from fastvlp.data.unpack import open_shard
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_TEXT, MAX_IMAGE = 1 << 20, 1 << 28  # bytes
+MAX_TEXT, MAX_ARRAY = 1 << 20, 1 << 24  # bytes
+REASONS = NOT_UTF8, EMPTY = "caption is not UTF-8", "caption is empty"  # the nearest first
 OPEN_FILES = 64
 
 
@@ -50,27 +53,57 @@ class Reader:
 
     def name(self, shard: int, member: int) -> str:
         """Shard file and key, for messages."""
-        return f"{self.index.paths[shard]}: {self.index.shard(shard).keys[member]}"
+        return f"{printable(self.index.paths[shard])}: {self.index.shard(shard).keys[member]}"
 
     def labels(self, shard: int, member: int) -> Labels:
         """Captions and class of one sample. Raises Unusable."""
-        members = self.index.shard(shard).members[member]
-        return parse(self._read(shard, members[1], MAX_TEXT, "caption"), self._read(shard, members[2], MAX_TEXT, "caption"))
+        places = self.index.shard(shard).members[member]
+        sizes = places[1:, 1]
+        text, metadata = (self._read(shard, place) if place[1] <= MAX_TEXT else None for place in places[1:])
+        try:
+            return parse(text, metadata)
+        except Unusable as error:
+            if sizes.max() > MAX_TEXT:
+                raise Unusable("caption file is too large") from error
+            raise
 
     def image(self, shard: int, member: int, wanted: int | None = None) -> Image.Image:
         """RGB picture of one sample, ``wanted`` as in ``decode``. Raises Unusable."""
-        data = self._read(shard, self.index.shard(shard).members[member][0], MAX_IMAGE, "image")
-        return decode(data or b"", self.max_pixels, wanted)
+        return decode(self.picture(shard, member), self.max_pixels, wanted)
 
-    def _read(self, shard: int, place: np.ndarray, limit: int, what: str) -> bytes | None:
+    def picture(self, shard: int, member: int) -> bytes:
+        """The picture file of one sample. Raises Unusable."""
+        place = self.index.shard(shard).members[member][0]
+        if place[1] > MAX_IMAGE:  # before it is read
+            raise Unusable("image file is too large")
+        return self._read(shard, place) or b""
+
+    def values(self, shard: int, member: int) -> dict[str, Any]:
+        """The JSON object of one sample; empty where there is none. Raises Unusable."""
+        place = self.index.shard(shard).members[member][2]
+        if place[1] > MAX_TEXT:
+            raise Unusable("json file is too large")
+        values, problem = _object(self._read(shard, place))
+        if problem is not None:
+            raise Unusable(problem)
+        return values
+
+    def npy(self, shard: int, member: int, name: str) -> bytes | None:
+        """The member NAME.npy of one sample, or None. Raises Unusable."""
+        place = self.index.shard(shard).array(member, name)
+        if place is None:
+            return None
+        if place[1] > MAX_ARRAY:
+            raise Unusable(f"{name}.npy is too large")
+        return self._read(shard, place)
+
+    def _read(self, shard: int, place: np.ndarray) -> bytes | None:
         offset, size = int(place[0]), int(place[1])
         if size < 0:
             return None
-        if size > limit:
-            raise Unusable(f"{what} file is too large")
         try:
             data = os.pread(self._file(shard), size, offset)
-        except OSError as error:
+        except (OSError, BrokenTar) as error:
             raise Unusable("shard cannot be read") from error
         if len(data) < size:
             raise Unusable("shard cannot be read")
@@ -80,7 +113,11 @@ class Reader:
         if shard in self._files:
             self._files.move_to_end(shard)
         else:
-            self._files[shard] = os.open(self.index.paths[shard], os.O_RDONLY)
+            file, stamp = open_shard(self.index.paths[shard])
+            if stamp != self.index.shard(shard).stamp:
+                os.close(file)
+                raise Unusable("shard was replaced while it was read")
+            self._files[shard] = file
             if len(self._files) > OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         return self._files[shard]
@@ -97,42 +134,51 @@ class Reader:
 def parse(text: bytes | None, metadata: bytes | None) -> Labels:
     """Labels from the contents of .txt and .json.
 
-    Captions are the list "captions" of the JSON, or else the text, or else the string "caption" of the JSON. Empty captions in a list
-    are left out.
+    Captions are the list "captions" of the JSON, or else the text, or else the string "caption" of the JSON: the first of these that
+    holds one. Captions in a list that are empty or no text are left out.
 
     Raises:
-        Unusable: broken JSON, text that is not UTF-8, or no caption that is not empty.
+        Unusable: none of them holds a caption; says what came nearest (text that is not UTF-8, empty, JSON that is broken).
     """
-    fields: dict[str, Any] = {}
-    if metadata is not None:
-        try:
-            fields = json.loads(metadata)
-        except (ValueError, RecursionError) as error:
-            raise Unusable("json is broken") from error
-        if not isinstance(fields, dict):
-            raise Unusable("json is broken")
-    captions = fields.get("captions")
-    if not (isinstance(captions, list) and captions):
-        if text is not None:
+    fields, problem = _object(metadata)
+    listed = fields.get("captions")
+    reasons = []
+    for source in (listed if isinstance(listed, list) else [], [text], [fields.get("caption")]):
+        kept, reason = _captions(source)
+        if kept:
+            name = fields.get("class")
+            name = name.strip() if isinstance(name, str) and name.strip() and _is_text(name) else None
+            digest = hashlib.blake2b((name or kept[0]).lower().encode(), digest_size=8).digest()
+            return Labels(kept, name, int.from_bytes(digest, "big") >> 1)
+        reasons.append(reason)
+    raise Unusable(next((reason for reason in REASONS if reason in reasons), problem or "no caption"))
+
+
+def _object(metadata: bytes | None) -> tuple[dict[str, Any], str | None]:
+    """The fields of a JSON object, none if it is another value; and what is wrong if it is no JSON."""
+    if metadata is None:
+        return {}, None
+    try:
+        fields = json.loads(metadata)
+    except (ValueError, RecursionError):
+        return {}, "json is broken"
+    return (fields if isinstance(fields, dict) else {}), None
+
+
+def _captions(source: list[Any]) -> tuple[tuple[str, ...], str | None]:
+    """The captions among some values, and why there are none."""
+    strings, reason = [], None
+    for value in source:
+        if isinstance(value, bytes):
             try:
-                captions = [text.decode("utf-8-sig")]
-            except UnicodeDecodeError as error:
-                raise Unusable("caption is not UTF-8") from error
-        else:
-            captions = [fields.get("caption")]
-    strings = [caption.strip() for caption in captions if isinstance(caption, str)]
-    if not strings:
-        raise Unusable("no caption")
-    filled = [caption for caption in strings if caption]
-    if not filled:
-        raise Unusable("caption is empty")
-    kept = tuple(caption for caption in filled if _is_text(caption))
-    if not kept:
-        raise Unusable("caption is not UTF-8")
-    name = fields.get("class")
-    name = name.strip() if isinstance(name, str) and name.strip() and _is_text(name) else None
-    digest = hashlib.blake2b((name or kept[0]).lower().encode(), digest_size=8).digest()
-    return Labels(kept, name, int.from_bytes(digest, "big") >> 1)
+                value = value.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                return (), NOT_UTF8
+        if isinstance(value, str):
+            strings.append(value.strip())
+            reason = reason or EMPTY
+    kept = tuple(string for string in strings if string and _is_text(string))
+    return kept, NOT_UTF8 if any(strings) else reason
 
 
 def _is_text(caption: str) -> bool:
@@ -181,19 +227,3 @@ def _all(shards: Shards, on_skip: Callable[[str, str], None] | None) -> tuple[In
 
 def _ignore(reason: str, name: str) -> None:
     pass
-
-
-class Skips:
-    """Counts skipped samples by reason, each sample once, and passes on their names."""
-
-    def __init__(self, on_skip: Callable[[str, str], None] | None) -> None:
-        self.counts: Counter[str] = Counter()
-        self._on_skip = on_skip
-        self._known: set[tuple[str, str]] = set()
-
-    def __call__(self, reason: str, name: str) -> None:
-        if (reason, name) not in self._known:
-            self._known.add((reason, name))
-            self.counts[reason] += 1
-            if self._on_skip is not None:
-                self._on_skip(reason, name)

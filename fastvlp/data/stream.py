@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import signal
 from collections import Counter
@@ -62,7 +63,7 @@ class Stream:
         pin_memory: batches lie in page-locked memory. timeout: seconds to wait for a worker before a RuntimeError, 0 for ever.
 
     Attributes:
-        skips: (reason, "shard: key") of the bad samples met so far by this rank.
+        skips: (reason, digest of "shard: key") of the bad samples met so far by this rank; the union over ranks counts each sample once.
         indices: the index of each source's shards.
 
     Raises:
@@ -81,7 +82,7 @@ class Stream:
         self.sources = _sources(sources)
         if positions is not None and len(positions) != len(self.sources):
             raise ValueError(f"positions has {len(positions)} numbers for {len(self.sources)} sources; one for each is needed")
-        self.skips: set[tuple[str, str]] = set()
+        self.skips: set[tuple[str, int]] = set()  # the names of millions of bad samples would take gigabytes
         self.on_skip = on_skip or _warn
         self.indices = [Index(expand(source.shards), self._skip) for source in self.sources]
         self.batch_size, self.seed, self.workers, self.start, self.shuffle = batch_size, seed, workers, start, shuffle
@@ -156,8 +157,9 @@ class Stream:
         return int(np.searchsorted(shares, float(word >> np.uint64(11)) / (1 << 53), side="right"))
 
     def _skip(self, reason: str, name: str) -> None:
-        if (reason, name) not in self.skips:
-            self.skips.add((reason, name))
+        known = reason, int.from_bytes(hashlib.blake2b(name.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "big")
+        if known not in self.skips:
+            self.skips.add(known)
             self.on_skip(reason, name)
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from fastvlp.data.shards import printable
 
 if TYPE_CHECKING:
     import tokenizers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MINI = Path(__file__).parent / "mini" / "tokenizer.json"
+KNOWN = 1 << 24  # bytes of captions whose tokens are remembered
+MARGIN = 64  # tokens at the end of a text that is cut, which may differ from those of the whole
+LARGEST = 1 << 28  # bytes of a tokenizer.json; those of large language models have 10 to 40 MB
 
 
 class Tokenizer:
@@ -36,18 +41,42 @@ class Tokenizer:
         self.start, self.end = with_ends[:first], with_ends[first + len(body):]
         self.vocab_size: int = core.get_vocab_size()
         self.context_length = context_length
-        self._body = lru_cache(maxsize=1 << 16)(lambda text: tuple(core.encode(text, add_special_tokens=False).ids))
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._held = 0
 
     def encode(self, text: str, context_length: int | None = None) -> list[int]:
         """Token ids of one caption; ``context_length`` overrides the tokenizer's own."""
         limit = self.context_length if context_length is None else context_length
-        body: Iterable[int] = self._body(text)
-        if limit is not None:
-            room = limit - len(self.start) - len(self.end)
-            if room < 1:
-                raise ValueError(f"context_length is {limit}; start, end and one token need at least {limit - room + 1}")
-            body = self._body(text)[:room]
-        return [*self.start, *body, *self.end] or [0]
+        if limit is None:
+            return [*self.start, *self._body(text), *self.end] or [0]
+        room = limit - len(self.start) - len(self.end)
+        if room < 1:
+            raise ValueError(f"context_length is {limit}; start, end and one token need at least {limit - room + 1}")
+        return [*self.start, *self._first(text, room), *self.end] or [0]
+
+    def _first(self, text: str, room: int) -> tuple[int, ...]:
+        """The first ``room`` tokens. Of a text of a million characters only so much is encoded that more tokens than these come out:
+        tokenizers split text into words, so that what comes later cannot change them."""
+        reach = 64 * room + 1024
+        while reach < len(text):
+            body = self._body(text[:reach])
+            if len(body) >= room + MARGIN:
+                return body[:room]
+            reach *= 4  # white space
+        return self._body(text)[:room]
+
+    def _body(self, text: str) -> tuple[int, ...]:
+        found = self._known.get(text)
+        if found is None:
+            found = tuple(self.core.encode(text, add_special_tokens=False).ids)
+            size = _nbytes(text, found)
+            if size <= KNOWN // 64:
+                self._known[text] = found
+                self._held += size
+            while self._held > KNOWN:
+                oldest = next(iter(self._known))
+                self._held -= _nbytes(oldest, self._known.pop(oldest))
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer.json that ``load_tokenizer`` and the tokenizers library read."""
@@ -75,11 +104,12 @@ def load_tokenizer(name: str | os.PathLike[str], context_length: int | None = No
         path = path / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer {str(name)!r}; give 'mini', 'clip', a tokenizer.json file or a folder that holds one")
-    text = path.read_text(encoding="utf-8")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a tokenizer.json has at most {LARGEST:,}")
     try:
-        return Tokenizer(library.Tokenizer.from_str(text), context_length)
+        return Tokenizer(library.Tokenizer.from_str(path.read_text(encoding="utf-8")), context_length)
     except Exception as error:  # the library raises the bare class
-        raise ValueError(f"{path} is not a tokenizer.json that the tokenizers library reads: {error}") from error
+        raise ValueError(f"{path} is not a tokenizer.json that the tokenizers library reads: {printable(str(error))}") from error
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2, ends: bool = True) -> Tokenizer:
@@ -130,6 +160,10 @@ def _clip(library: ModuleType) -> tokenizers.Tokenizer:
 
 def _ends(library: ModuleType, start: int, end: int) -> tokenizers.processors.PostProcessor:
     return library.processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)])
+
+
+def _nbytes(text: str, ids: tuple[int, ...]) -> int:
+    return sys.getsizeof(text) + sys.getsizeof(ids) + 32 * len(ids) + 100
 
 
 def _from_json(text: str, context_length: int | None) -> Tokenizer:

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .tokens import Family, Tokens
+from .blocks import Family
+from .masks import read_mask
+from .tokens import Tokens
 
 Attend = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Tower:
-    """An image tower: its blocks by name, how they are written, its leading tokens (class, registers), and all its tokens if it says.
+    """An image tower.
 
-    padded: its pooling takes a mask of the tokens, so that none may be dropped behind its back.
+    Attributes:
+        blocks: by name. family: how they are written. prefix: leading tokens (class, registers). tokens: all of them, if it says.
+        module: the tower itself. drops: the share of patches that it drops itself. padded: its pooling takes a mask of the tokens.
     """
 
     blocks: Sequence[tuple[str, nn.Module]]
     family: Family
     prefix: int
     tokens: int | None
+    module: nn.Module
+    drops: float = 0.0
     padded: bool = False
 
 
@@ -111,11 +120,38 @@ def _dropout(attention: Any) -> float:
     return 0.0
 
 
-TIMM = Family(_timm_attend, _timm_mlp, (0, "attn_mask"), "attn", _timm_qkv, _timm_project, False, _dropout)
-OPEN_CLIP = Family(_open_clip_attend, _open_clip_mlp, (2, "attn_mask"), "attn", _open_clip_qkv, _open_clip_project, True, _dropout)
-OPEN_CLIP_OWN = Family(_open_clip_attend, _open_clip_mlp, (0, "attn_mask"), "attn", _open_clip_qkv, _open_clip_project, False, _dropout)
-CLIP = Family(_clip_attend, _clip_mlp, (0, "attention_mask"), "self_attn", _hugging_face_qkv, _hugging_face_project, True, _dropout)
-VIT = Family(_vit_attend, _vit_mlp, (0, "attention_mask"), "attention", _hugging_face_qkv, _hugging_face_project, True, _dropout)
+def _scale(attention: Any) -> float | None:
+    for name in ("scaling", "scale"):
+        if isinstance(found := getattr(attention, name, None), int | float):
+            return float(found)
+    return None
+
+
+def _open_clip_mask(mask: Any, shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    """open_clip's blocks read True as hidden, or as 1 to be added, and three dimensions as [B * heads, N, N]."""
+    if isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.ndim == 3):
+        raise ValueError(
+            f"fastvlp.accelerate: the attention mask of this open_clip block is {mask.dtype} {tuple(mask.shape)}; packed attention takes "
+            "floating-point masks [N, N] or [B, 1 or heads, 1 or N, N]"
+        )
+    return read_mask(mask, shape)
+
+
+_READ = partial(read_mask, padding=True)
+TIMM = Family(
+    _timm_attend, _timm_mlp, (0, "attn_mask"), read_mask, False, "attn", _timm_qkv, _timm_project, False, _dropout, _scale
+)  # fmt: skip
+OPEN_CLIP = Family(
+    _open_clip_attend, _open_clip_mlp, (2, "attn_mask"), _open_clip_mask, False, "attn", _open_clip_qkv, _open_clip_project, True,
+    _dropout, _scale,
+)  # fmt: skip
+OPEN_CLIP_4 = replace(OPEN_CLIP, pair=False)
+OPEN_CLIP_CUSTOM = replace(OPEN_CLIP_4, mask=(0, "attn_mask"))
+CLIP = Family(
+    _clip_attend, _clip_mlp, (0, "attention_mask"), _READ, True, "self_attn", _hugging_face_qkv, _hugging_face_project, True, _dropout,
+    _scale,
+)  # fmt: skip
+VIT = replace(CLIP, attend=_vit_attend, mlp=_vit_mlp, attention="attention")
 
 
 def find(module: nn.Module) -> Tower | str | None:
@@ -137,7 +173,8 @@ def _find_timm(module: Any) -> Tower | str | None:
     if why := _unknown(blocks, timm.Block, "attn", attention):
         return why
     patches = None if flexible else module.patch_embed.num_patches
-    return Tower(blocks, TIMM, module.num_prefix_tokens, patches and patches + module.num_prefix_tokens, padded=flexible)
+    drops = float(getattr(getattr(module, "patch_drop", None), "prob", 0.0))
+    return Tower(blocks, TIMM, module.num_prefix_tokens, patches and patches + module.num_prefix_tokens, module, drops, padded=flexible)
 
 
 def _find_open_clip(module: Any) -> Tower | str | None:
@@ -145,16 +182,18 @@ def _find_open_clip(module: Any) -> Tower | str | None:
     if not isinstance(module, transformer.VisionTransformer):
         return None
     blocks = _named(module.transformer.resblocks, "transformer.resblocks")
-    own = isinstance(module.transformer.resblocks[0], transformer.CustomResidualAttentionBlock)
-    block, attention = (
-        (transformer.CustomResidualAttentionBlock, transformer.Attention) if own else
-        (transformer.ResidualAttentionBlock, nn.MultiheadAttention)
-    )  # fmt: skip
-    if why := _unknown(blocks, block, "attn", attention):
+    first: Any = blocks[0][1]
+    own, torchs = isinstance(first, transformer.CustomResidualAttentionBlock), isinstance(first.attn, nn.MultiheadAttention)
+    block = transformer.CustomResidualAttentionBlock if own else transformer.ResidualAttentionBlock
+    if why := _unknown(blocks, block, "attn", nn.MultiheadAttention if torchs else transformer.Attention):
         return why
-    if own and module.transformer.resblocks[0].attn.logit_scale is not None:
+    if torchs and not first.attn.batch_first:
+        return "its blocks take [N, B, C]; build the model with batch_first=True"
+    if not torchs and first.attn.logit_scale is not None:
         return "its attention is a scaled cosine, which packed_attention does not compute"
-    return Tower(blocks, OPEN_CLIP_OWN if own else OPEN_CLIP, 1, module.positional_embedding.shape[0])
+    family = OPEN_CLIP if torchs else OPEN_CLIP_CUSTOM if own else OPEN_CLIP_4
+    drops = float(getattr(getattr(module, "patch_dropout", None), "prob", 0.0))
+    return Tower(blocks, family, 1, module.positional_embedding.shape[0], module, drops)
 
 
 def _find_hugging_face(module: Any) -> Tower | str | None:
@@ -170,8 +209,14 @@ def _find_hugging_face(module: Any) -> Tower | str | None:
         return why
     config = module.config
     flexible = name == "Siglip2VisionModel"
-    tokens = config.num_patches if flexible else (config.image_size // config.patch_size) ** 2 + prefix
-    return Tower(blocks, family, prefix, tokens, padded=flexible)
+    tokens = config.num_patches if flexible else prefix + prod(
+        side // patch for side, patch in zip(_sides(config.image_size), _sides(config.patch_size), strict=True)
+    )  # fmt: skip
+    return Tower(blocks, family, prefix, tokens, module, padded=flexible)
+
+
+def _sides(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 HUGGING_FACE = {
@@ -182,15 +227,30 @@ HUGGING_FACE = {
 }
 
 
+# How wrappers that keep a block's forward call it: FSDP1, torch.distributed's checkpoint_wrapper, torch.compile.
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
 def _named(blocks: Any, path: str) -> list[tuple[str, nn.Module]]:
-    return [(f"{path}.{name}", block) for name, block in blocks.named_children()]
+    """The blocks by name, one that is met several times as often as it is, and inside what wraps them."""
+    return [_unwrapped(f"{path}.{name}", block) for name, block in blocks._modules.items()]
+
+
+def _unwrapped(path: str, module: nn.Module) -> tuple[str, nn.Module]:
+    inside = next((name for name in WRAPPERS if name in module._modules), None)
+    return (path, module) if inside is None else _unwrapped(f"{path}.{inside}", getattr(module, inside))
 
 
 def _unknown(blocks: Sequence[tuple[str, nn.Module]], block: Any, attention: str, attention_class: Any) -> str:
     """Why these blocks are none of ours: their forward, or that of their attention, is another one."""
     for path, module in blocks:
         for part, expected in ((module, block), (getattr(module, attention, module), attention_class)):
-            forward: Any = type(part).forward
-            if forward is not expected.forward:
+            if not _same(type(part).forward, expected.forward):
                 return f"{path} has a {type(part).__name__}; {expected.__name__} is supported"
     return ""
+
+
+def _same(forward: Any, expected: Any) -> bool:
+    """Whether it is that function, or transformers' own wrapper of it in a subclass that only adds a class on top, as FSDP2 does."""
+    wrapper = getattr(forward, "__wrapped__", None) is expected and getattr(expected, "__wrapped__", None) is not None
+    return forward is expected or (wrapper and forward.__code__ is expected.__code__)

@@ -14,25 +14,25 @@ def change(module: Any, build: Build, options: Any) -> None:
     """Give ``module`` the forward ``build(its class)``, which finds ``options`` under the attribute ``OPTIONS``.
 
     Parameters, state-dict keys, hooks, ``isinstance``, the class's name, ``copy.deepcopy`` and pickling stay. ``build`` is a function of a
-    module (pickling refers to it by name).
+    module (pickling refers to it by name); without ``OPTIONS`` its forward is that of the class.
     """
     cls: Any = type(module)
     setattr(module, OPTIONS, options)
     module.__class__ = subclass(cls, build)
 
 
-def restore(module: Any, original: Any, build: Build) -> None:
-    """Undo :func:`change`; a second call does nothing.
+def changed(module: Any) -> bool:
+    """Whether the module computes differently by :func:`change`."""
+    return OPTIONS in vars(module)
 
-    Raises:
-        RuntimeError: the class was changed again meanwhile.
-    """
-    if not hasattr(module, OPTIONS):
+
+def restore(module: Any) -> None:
+    """Undo :func:`change`; a module that is not changed stays. A class that was put on top since, as FSDP2's, stays too."""
+    if not changed(module):
         return
-    if type(module) is not subclass(original, build):
-        raise RuntimeError(f"restore: the class of this {original.__name__} was changed after fastvlp.accelerate; undo that change first")
-    module.__class__ = original
     delattr(module, OPTIONS)
+    if "_fastvlp_original" in vars(type(module)):
+        module.__class__ = type(module)._fastvlp_original
 
 
 @cache
@@ -42,9 +42,10 @@ def subclass(cls: Any, build: Build) -> Any:
     def reduce(self: Any, protocol: int) -> Any:
         return _revive, (cls, build), self.__dict__
 
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "_fastvlp_original": cls}
     return type(cls.__name__, (cls,), {**names, "forward": build(cls), "__reduce_ex__": reduce})
 
 
 def _revive(cls: Any, build: Build) -> Any:
-    return (changed := subclass(cls, build)).__new__(changed)
+    made = subclass(cls, build)
+    return made.__new__(made)

@@ -2,10 +2,11 @@
 
     python -m fastvlp.integrations.open_clip --train-data '/data/cc3m/{00000..00331}.tar' --model ViT-B-32 --batch-size 1024
 
-takes the arguments of ``python -m open_clip_train.main`` (open_clip_torch 3), also under torchrun: ``--siglip``, ``--distill-model``,
-CoCa models, ``--accum-freq``, ``--local-loss --gather-with-grad`` and all others. One argument is added: ``--fastvlp-strategy ring`` makes
-the texts travel from neighbour to neighbour instead of all at once. A copy of the trainer needs one changed import instead:
-``from fastvlp.integrations.open_clip import create_loss``.
+takes the arguments of ``python -m open_clip_train.main`` (open_clip_torch 3 or 4), also under torchrun: ``--siglip``,
+``--distill-model``, CoCa models, ``--accum-freq``, ``--local-loss --gather-with-grad`` and all others. One is added:
+``--fastvlp-strategy ring`` makes the texts travel from neighbour to neighbour instead of all at once. A copy of the trainer needs one
+changed import instead: ``from fastvlp.integrations.open_clip import create_loss`` (3) or ``create_task`` (4); a script with a task of
+open_clip 4 needs ``CLIPTask(model, loss=fastvlp.losses.ClipLoss(...))``.
 
 The gradients are those of ``--local-loss --gather-with-grad`` with or without these flags, so the logged loss is rank 0's share.
 """
@@ -33,7 +34,7 @@ def create_loss(args: Any, strategy: str = "gather") -> nn.Module:
     Raises:
         ValueError: with ``--horovod``, or for a strategy that the loss does not have.
     """
-    if args.horovod:
+    if getattr(args, "horovod", False):  # open_clip 4 has none
         raise ValueError("fastvlp's losses do not run under --horovod; start the processes with torchrun instead")
     place: dict[str, Any] = {"rank": args.rank, "world_size": args.world_size, "strategy": strategy}
     if args.siglip and not args.distill and "coca" not in args.model.lower():
@@ -46,23 +47,34 @@ def create_loss(args: Any, strategy: str = "gather") -> nn.Module:
     return ClipLoss(**options)
 
 
+def create_task(args: Any, *models: Any, strategy: str = "gather", **options: Any) -> nn.Module:
+    """open_clip 4's ``create_task``, with :func:`create_loss` as the loss of CLIP, SigLIP, CoCa and distillation tasks."""
+    import open_clip
+
+    task: nn.Module = open_clip.create_task(args, *models, **options)
+    if type(task).__name__ in ("CLIPTask", "SigLIPTask", "CoCaTask", "DistillCLIPTask"):
+        task.loss = create_loss(args, strategy)
+    return task
+
+
 def main(arguments: Sequence[str] | None = None) -> Any:
     """Run ``open_clip_train.main.main`` with these command-line arguments (default: the process's); returns what it returns.
 
-    The trainer's function runs as it is, but finds :func:`create_loss` under that name; no module is changed.
+    The trainer's function runs as it is, but finds :func:`create_loss` or :func:`create_task` under that name; no module is changed.
 
     Raises:
         ModuleNotFoundError: open_clip_torch, or what its trainer imports, is not installed.
-        RuntimeError: the installed trainer does not create its loss by ``create_loss``.
+        RuntimeError: the installed trainer creates its loss in another way.
     """
     from open_clip_train import main as trainer
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--fastvlp-strategy", default="gather")
     own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
-    if "create_loss" not in trainer.main.__code__.co_names:
-        raise RuntimeError(f"{trainer.__file__} does not call create_loss; fastvlp.integrations.open_clip supports open_clip_torch 3")
-    names = {**vars(trainer), "create_loss": partial(create_loss, strategy=own.fastvlp_strategy)}
+    ours = {create.__name__: partial(create, strategy=own.fastvlp_strategy) for create in (create_loss, create_task)}
+    if not ours.keys() & set(trainer.main.__code__.co_names):
+        raise RuntimeError(f"{trainer.__file__} calls neither create_loss nor create_task; open_clip_torch 3 and 4 are supported")
+    names = {**vars(trainer), **ours}
     return FunctionType(trainer.main.__code__, names)(rest)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from fastvlp.layers.token_merger import mergeable
-
 from . import families, instances
-from .accelerate import Replacement, Saving
-from .tokens import Step, attention_forward, block_forward
+from .blocks import Step, attention_forward, block_forward, thinned_forward
+from .report import Replacement, Saving
+from .tokens import merged_away
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Switches:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of the blocks of one tower, and what they should save."""
+    """The steps of the blocks of one tower, what they should save, and the tower itself if it is to thin its masks."""
 
     blocks: tuple[tuple[str, nn.Module, Step], ...]
     savings: tuple[Saving, ...]
+    thinned: tuple[str, nn.Module, float] | None
 
 
 def find_all(model: nn.Module) -> tuple[list[tuple[str, families.Tower]], list[str]]:
@@ -66,39 +67,62 @@ def find_all(model: nn.Module) -> tuple[list[tuple[str, families.Tower]], list[s
     return towers, unknown
 
 
-def plan(path: str, tower: families.Tower, switches: Switches) -> Plan:
-    """Which block does what.
+def plan(model: nn.Module, switches: Switches, found: Sequence[tuple[str, families.Tower]]) -> list[Plan]:
+    """Which block of which tower does what; a block that two towers share is planned once.
 
     Raises:
-        ValueError: the switches do not fit the tower.
+        ValueError: the switches do not fit a tower, or a block would have to do two things.
     """
-    if switches.drop and tower.padded:
+    if switches.drop:
+        for module in model.modules():
+            if any(cls.__name__ == "ViTForMaskedImageModeling" for cls in type(module).__mro__):
+                raise ValueError("fastvlp.accelerate: ViTForMaskedImageModeling rebuilds every patch, and drop= leaves holes; leave it out")
+    seen: dict[nn.Module, Step] = {}
+    return [_plan(path, tower, switches, seen) for path, tower in found]
+
+
+def _plan(path: str, tower: families.Tower, switches: Switches, seen: dict[nn.Module, Step]) -> Plan:
+    if switches.drop and tower.drops:
         raise ValueError(
-            "fastvlp.accelerate: drop= takes towers whose pooling needs no mask of the tokens; NaFlexVit has patch_drop_rate, and for "
-            "SigLIP 2 drop patches where its batches are made"
+            f"fastvlp.accelerate: drop= on a tower that drops {tower.drops:.0%} of its patches itself (patch_drop_rate of timm, "
+            "patch_dropout of open_clip) would drop twice; build the model with that at 0, or leave drop out"
         )
+    thinned = bool(switches.drop) and tower.padded
+    if thinned and tower.family is families.TIMM:
+        raise ValueError("fastvlp.accelerate: drop= is not for NaFlexVit; give it patch_drop_rate, which it has itself")
     schedule = switches.schedule(len(tower.blocks))
     blocks, savings, tokens = [], [], tower.tokens
     for place, ((name, block), r) in enumerate(zip(tower.blocks, schedule, strict=True)):
         step = Step(
-            tower.family, r, (switches.drop or 0.0) if place == 0 else 0.0, switches.attention == "packed", switches.pack, any(schedule),
-            tower.prefix, place == len(schedule) - 1,
+            tower.family, r, any(schedule), (switches.drop or 0.0) if place == 0 and not thinned else 0.0, thinned,
+            switches.attention == "packed", switches.pack, tower.prefix, place == len(schedule) - 1,
         )  # fmt: skip
         name = f"{path}.{name}" if path else name
+        if seen.setdefault(block, step) != step:
+            raise ValueError(
+                f"fastvlp.accelerate: {name} is a block that stands elsewhere in the model too, and would have to do something else there; "
+                "leave merge and drop out, or give each place a block of its own"
+            )
         blocks.append((name, block, step))
         if tokens is not None and tower.tokens is not None:
-            left = tokens - mergeable(tokens, r, tower.prefix)
+            left = tokens - merged_away(tokens, r, tower.prefix)
             attention = getattr(block, tower.family.attention)
             flops = _flops(block, attention, tokens, left)
             savings.append(Saving(name, (tokens, left), flops, _flops(block, attention, tower.tokens, tower.tokens)))
             tokens = left
-    return Plan(tuple(blocks), tuple(savings))
+    if any(schedule) and tokens is not None and tokens == tower.tokens:
+        warnings.warn(
+            f"fastvlp.accelerate: merge={switches.merge} merges nothing in {path or 'the model'}: none of its blocks has tokens enough (an "
+            f"image has {tokens}, {tower.prefix} of them protected); a share below 1 is rounded down to whole tokens",
+            stacklevel=4,
+        )
+    return Plan(tuple(blocks), tuple(savings), (path, tower.module, switches.drop or 0.0) if thinned else None)
 
 
 def _flops(block: nn.Module, attention: nn.Module, before: int, after: int) -> float:
     """Two for each weight and token, and 4 C n n for the attention itself."""
     weights = {part: sum(p.numel() for p in part.parameters() if p.ndim == 2) for part in (block, attention)}
-    width = next(p.shape[-1] for p in attention.parameters() if p.ndim == 2)
+    width = next((p.shape[-1] for p in attention.parameters() if p.ndim == 2), 0)
     return 2.0 * weights[attention] * before + 2.0 * (weights[block] - weights[attention]) * after + 4.0 * width * before**2
 
 
@@ -106,24 +130,32 @@ def replace(plan: Plan) -> list[Replacement]:
     """Change the blocks and their attentions."""
     savings = {saving.path: saving for saving in plan.savings}
     replaced = []
+    if plan.thinned is not None:
+        path, tower, drop = plan.thinned
+        change = f"hides {drop:.0%} of the real patches in training"
+        replaced.append(Replacement(path, tower, type(tower), change, "its blocks leave them out"))
+        instances.change(tower, thinned_forward, drop)
     for path, block, step in plan.blocks:
         attention: nn.Module = getattr(block, step.family.attention)
         inner = f"{path}.{step.family.attention}"
         for name, module, build, change, expected in (
-            (path, block, block_forward, _change(step), _expected(step, savings.get(path))),
+            (path, block, block_forward, _change(step, savings.get(path)), _expected(step, savings.get(path))),
             (inner, attention, attention_forward, "packed_attention where its block asks for it", "counted with its block"),
         ):
-            replaced.append(Replacement(name, module, type(module), build, change, expected))
-            instances.change(module, build, step)
+            if not instances.changed(module):
+                replaced.append(Replacement(name, module, type(module), change, expected))
+                instances.change(module, build, step)
     return replaced
 
 
-def _change(step: Step) -> str:
+def _change(step: Step, saving: Saving | None) -> str:
     changes = []
     if step.drop:
         changes.append(f"drops {step.drop:.0%} of the patches in training")
     if step.merge:
-        changes.append(f"merges {step.merge if isinstance(step.merge, int) else f'{step.merge:.0%} of the'} token{'s' * (step.merge != 1)}")
+        what = f"{step.merge} token{'s' * (step.merge != 1)}" if isinstance(step.merge, int) else f"{step.merge:.0%} of the tokens"
+        nothing = saving is not None and saving.tokens[0] == saving.tokens[1]
+        changes.append(f"merges nothing (asked for {what})" if nothing else f"merges {what}")
     if step.packed:
         changes.append("attends by packed_attention")
     if step.pack:

@@ -23,9 +23,9 @@ from fastvlp.losses.inputs import align, check
 from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid
 from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
 
-from . import instances
-from .accelerate import Replacement
+from . import exported, instances
 from .instances import OPTIONS
+from .report import Replacement
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")
 LOGITS = ("logits_per_image", "logits_per_text")
@@ -42,12 +42,20 @@ class Options:
         return self
 
 
-class LogitsOnDemand(ModelOutput):
-    """An output whose logits are None in its mapping until they are read; ``logit_scale`` (exponentiated) and ``logit_bias`` are in it."""
+def _on_demand(name: str) -> property:
+    """An attribute of :class:`LogitsOnDemand` that is made when it is read; what is set is kept by ``ModelOutput`` in its mapping."""
 
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        return self._logits()[LOGITS.index(name)] if value is None and name in LOGITS else value
+    def read(self: Any) -> Any:
+        return dict.__getitem__(self, name) if name in self.keys() else self._logits()[LOGITS.index(name)]
+
+    return property(read, lambda self, value: None)
+
+
+class LogitsOnDemand(ModelOutput):
+    """An output whose logits enter its mapping when they are read; ``logit_scale`` (exponentiated) and ``logit_bias`` are in it."""
+
+    logits_per_image = _on_demand("logits_per_image")
+    logits_per_text = _on_demand("logits_per_text")
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
@@ -131,22 +139,26 @@ KINDS = (
 )
 
 
-def replace(modules: Sequence[tuple[str, nn.Module]], options: Options) -> list[Replacement]:
-    """Give each of the modules that is of a known kind the class that computes its loss without logits.
+def find_all(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, Kind]]:
+    """Those of the modules whose loss can be computed without logits.
 
     Raises:
         RuntimeError: it is transformers 4.
     """
-    chosen = [(path, module, kind) for path, module in modules if (kind := _kind(type(module))) is not None]
-    if chosen and int(transformers.__version__.split(".")[0]) < 5:
+    found = [(path, module, kind) for path, module in modules if (kind := _kind(type(module))) is not None]
+    if found and int(transformers.__version__.split(".")[0]) < 5:
         raise RuntimeError(f"fastvlp.accelerate: transformers {transformers.__version__} is installed; models of version 5 are supported")
-    replaced = []
-    for path, module, kind in chosen:
-        expected = "the B x B logits of a batch of B pairs are not stored, forward or backward"
-        change = f"loss from {kind.operator}, logits made when they are read"
-        replaced.append(Replacement(path, module, type(module), loss_forward, change, expected))
-        instances.change(module, loss_forward, options)
-    return replaced
+    return found
+
+
+def replace(loss: tuple[str, nn.Module, Kind], group: dist.ProcessGroup | None, logits: bool | None) -> Replacement:
+    """Give a model that :func:`find_all` found the class that computes its loss without logits."""
+    path, module, kind = loss
+    expected = "the B x B logits of a batch of B pairs are not stored, forward or backward"
+    change = f"loss from {kind.operator}, logits made when they are read"
+    replacement = Replacement(path, module, type(module), change, expected)
+    instances.change(module, loss_forward, Options(group, logits))
+    return replacement
 
 
 def _kind(cls: Any) -> Kind | None:
@@ -163,13 +175,15 @@ def loss_forward(cls: Any) -> Callable[..., Any]:
 
     @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        options: Options | None = getattr(self, OPTIONS, None)
+        if options is None or exported.exporting():
+            return original(self, *args, **kwargs)
         tuples = not (self.config.return_dict if (wanted := kwargs.pop("return_dict", None)) is None else wanted)
         given = signature.bind(self, *args, **kwargs).arguments
         del given["self"]
         if not given.pop("return_loss", None):
             return original(self, *args, **kwargs, return_dict=not tuples)
         result = _with_loss(self, kind, given.pop("kwargs", {}), given)
-        options = getattr(self, OPTIONS)
         if tuples:
             return result.to_tuple()
         if options.logits or (options.logits is None and not torch.is_grad_enabled()):

@@ -1,5 +1,8 @@
 """Building blocks of the towers: thin modules over the operators of ``fastvlp_kernels``."""
 
+from importlib import import_module
+from typing import Any
+
 from fastvlp.layers.activation import SquaredReLU as SquaredReLU
 from fastvlp.layers.adaptive_pool import AdaptiveAveragePool as AdaptiveAveragePool
 from fastvlp.layers.attention import AttentionPool as AttentionPool
@@ -10,7 +13,6 @@ from fastvlp.layers.cross_attention import CrossAttention as CrossAttention
 from fastvlp.layers.facets import FacetMask as FacetMask
 from fastvlp.layers.facets import facet_mask as facet_mask
 from fastvlp.layers.learned_centres import LearnedCentres as LearnedCentres
-from fastvlp.layers.navit import NaViT as NaViT
 from fastvlp.layers.parameter_free import ParameterFreeAttention as ParameterFreeAttention
 from fastvlp.layers.patch_dropout import PatchDropout as PatchDropout
 from fastvlp.layers.patch_dropout import PatchDropoutWithIndices as PatchDropoutWithIndices
@@ -29,3 +31,9 @@ from fastvlp.layers.transformer import padded_attend as padded_attend
 from fastvlp.layers.transformer import transformer_blocks as transformer_blocks
 from fastvlp.layers.video import TemporalContext as TemporalContext
 from fastvlp.layers.video import VideoMerger as VideoMerger
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NaViT":  # it lives beside the other signatures of other libraries, which import layers
+        return import_module("fastvlp.integrations.vit_pytorch").NaViT
+    raise AttributeError(f"module 'fastvlp.layers' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Pooling over the segments of a packed batch."""
 
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from fastvlp.layers.attention import AttentionPool
 from fastvlp_kernels import segment_pool
 from fastvlp_kernels.packed import Packed, check_packed
 
-Mode = Literal["mean", "last", "first", "attention"]
+MODES = ("mean", "last", "first", "attention")
 
 
 def segment_mean(packed: Packed) -> Tensor:
@@ -28,10 +28,10 @@ class Pool(nn.Module):
             learned query attends to, of ``heads`` heads.
     """
 
-    def __init__(self, width: int, out: int, mode: Mode = "mean", heads: int = 8) -> None:
+    def __init__(self, width: int, out: int, mode: str = "mean", heads: int = 8) -> None:
         super().__init__()
-        if mode not in get_args(Mode):
-            raise ValueError(f"Pool: mode is {mode!r}; allowed: {', '.join(get_args(Mode))}")
+        if mode not in MODES:
+            raise ValueError(f"Pool: mode is {mode!r}; allowed: {', '.join(MODES)}")
         self.mode = mode
         self.attention = AttentionPool(width, heads) if mode == "attention" else None
         self.projection = nn.Parameter(torch.randn(width, out) * width**-0.5)

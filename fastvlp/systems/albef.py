@@ -15,7 +15,7 @@ from fastvlp.layers import segment_mean
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import Losses, Outputs
+from fastvlp.systems.system import Losses, Outputs, Part
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
@@ -28,7 +28,7 @@ class Albef(Clip):
     it that compares samples.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, fusion: nn.Module, embed_dim: int = 256) -> None:
+    def __init__(self, image: Part, text: Part, fusion: Part, embed_dim: int = 256) -> None:
         super().__init__(image, text, embed_dim)
         self.fusion, self.match = fusion, nn.Linear(fusion.width, 2)
 
@@ -64,6 +64,7 @@ def paper() -> Recipe:
     """ALBEF: ViT-B/16, six BERT layers for text and six for fusion, 30 epochs of 14 million pairs."""
     made = clip.paper()
     text = clip.text_b(width=768, depth=6, heads=12, vocab_size=30522, context_length=30, causal=False)
-    model = fdl.Config(Albef, clip.vit_b(16, image_size=256, grid=16), text, fdl.Config(Joint, width=768, depth=6, heads=12, activation="gelu"))
+    fusion = fdl.Config(Joint, width=768, depth=6, heads=12, activation="gelu")
+    model = fdl.Config(Albef, clip.vit_b(16, image_size=256, grid=16), text, fusion)
     return replace(made, model=model, data=replace(made.data, batch_size=512), schedule=Schedule(samples=30 * 14_000_000, warmup=1000),
                    optim=Optim(lr=1e-4, weight_decay=0.02))

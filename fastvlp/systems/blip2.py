@@ -14,7 +14,7 @@ from fastvlp.losses import next_token_nll
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.simvlm import SimVlm
-from fastvlp.systems.system import Outputs, System, freeze
+from fastvlp.systems.system import Outputs, Part, System, freeze
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
@@ -26,7 +26,7 @@ class Blip2(System):
         lm: a system with ``text``, ``joint`` and ``words`` (``SimVlm``, trained on captions). queries: tokens that stand for the picture.
     """
 
-    def __init__(self, image: nn.Module, qformer: nn.Module, lm: SimVlm, queries: int = 8) -> None:
+    def __init__(self, image: Part, qformer: Part, lm: Part, queries: int = 8) -> None:
         super().__init__()
         self.image, self.lm, self.qformer = freeze(image), freeze(lm), qformer
         self.queries = nn.Parameter(torch.randn(queries, qformer.hidden_size) * 0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import fiddle as fdl
 from torch import nn
@@ -12,7 +13,7 @@ from fastvlp.data.batch import Batch
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import Losses, Momentum, Outputs
+from fastvlp.systems.system import Losses, Momentum, Outputs, Part
 
 
 class BriVl(Clip):
@@ -23,11 +24,12 @@ class BriVl(Clip):
         queue: negatives kept of each side. momentum: of the towers' copies. batch_negatives: the rest of the batch are negatives, too.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, embed_dim: int = 256, queue: int = 4096, momentum: float = 0.99,
+    def __init__(self, image: Part, text: Part, embed_dim: int = 256, queue: int = 4096, momentum: float = 0.99,
                  batch_negatives: bool = True) -> None:
         super().__init__(image, text, embed_dim)
-        self.followers = nn.ModuleDict({name: Momentum(getattr(self, name), momentum) for name in ("image", "text", "image_head", "text_head")})
-        self.queues = nn.ModuleDict({name: losses.NegativeQueue(queue, embed_dim) for name in ("image", "text")})
+        followed = ("image", "text", "image_head", "text_head")
+        self.followers: Any = nn.ModuleDict({name: Momentum(getattr(self, name), momentum) for name in followed})
+        self.queues: Any = nn.ModuleDict({name: losses.NegativeQueue(queue, embed_dim) for name in ("image", "text")})
         self.batch_negatives = batch_negatives
 
     def encode(self, batch: Batch) -> Outputs:

@@ -13,7 +13,7 @@ from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import Pool
 from fastvlp.recipe import Data, Optim, Recipe, Schedule, Train
 from fastvlp.systems import shipped
-from fastvlp.systems.system import Losses, Outputs, Scale, System
+from fastvlp.systems.system import Losses, Outputs, Part, Scale, System
 from fastvlp.towers import Text, Vit
 from fastvlp_kernels.packed import Packed
 
@@ -27,11 +27,12 @@ class Clip(System):
         strategy, node_size: how the loss crosses processes (``fastvlp.losses.ClipLoss``).
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, embed_dim: int = 256, scale: nn.Module | None = None,
+    def __init__(self, image: Part, text: Part, embed_dim: int = 256, scale: Part | None = None,
                  pool_image: str = "mean", pool_text: str = "mean", strategy: str = "gather", node_size: int | None = None) -> None:
         super().__init__()
         self.image, self.text, self.scale = image, text, scale or Scale()
-        self.image_head, self.text_head = Pool(image.width, embed_dim, pool_image), Pool(text.width, embed_dim, pool_text)
+        self.image_head: nn.Module = Pool(image.width, embed_dim, pool_image)
+        self.text_head: nn.Module = Pool(text.width, embed_dim, pool_text)
         self.loss: nn.Module = losses.ClipLoss(strategy=strategy, node_size=node_size)
 
     def encode(self, batch: Batch) -> Outputs:
@@ -49,7 +50,8 @@ class Clip(System):
 
 def recipe() -> Recipe:
     """Emoji and clip art with their names, from scratch on two CPU cores in about four minutes: 8 % zero-shot top-1 on an unseen style."""
-    return Recipe(fdl.Config(Clip, shipped.image(), shipped.text()), shipped.schedule(), shipped.PAIRS, optim=shipped.OPTIM, eval=shipped.EVAL)
+    return Recipe(fdl.Config(Clip, shipped.image(), shipped.text()), shipped.schedule(), shipped.PAIRS, optim=shipped.OPTIM,
+                  eval=shipped.EVAL)
 
 
 def paper() -> Recipe:

@@ -12,7 +12,7 @@ from fastvlp.losses import next_token_nll
 from fastvlp.recipe import Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import Losses, Outputs
+from fastvlp.systems.system import Losses, Outputs, Part
 from fastvlp.towers import Decoder
 from fastvlp_kernels.packed import Packed
 
@@ -24,7 +24,7 @@ class CoCa(Clip):
     serves both losses. The caption's feature is its last token, where the paper has a class token after the words.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, decoder: nn.Module, embed_dim: int = 256, caption: float = 2.0,
+    def __init__(self, image: Part, text: Part, decoder: Part, embed_dim: int = 256, caption: float = 2.0,
                  pool_image: str = "attention") -> None:
         super().__init__(image, text, embed_dim, None, pool_image, "last")
         self.decoder, self.words, self.caption = decoder, nn.Linear(decoder.width, text.vocab_size, bias=False), caption

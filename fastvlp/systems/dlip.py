@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import fiddle as fdl
 import torch
-from torch import nn
 
 from fastvlp import losses
 from fastvlp.data.batch import Batch
 from fastvlp.recipe import Recipe
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import Losses, Outputs, System, freeze
+from fastvlp.systems.system import Losses, Outputs, Part, freeze
 
 
 class Dlip(Clip):
@@ -24,7 +23,7 @@ class Dlip(Clip):
         teacher_scale: of the teacher's similarities, as it was trained. weight: of the distillation.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, teacher: System, embed_dim: int = 256, teacher_scale: float = 14.3,
+    def __init__(self, image: Part, text: Part, teacher: Part, embed_dim: int = 256, teacher_scale: float = 14.3,
                  weight: float = 1.0) -> None:
         super().__init__(image, text, embed_dim)
         self.teacher, self.teacher_scale, self.weight = freeze(teacher), teacher_scale, weight

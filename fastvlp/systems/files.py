@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fastvlp._schema import ConfigError
 from fastvlp.config import from_dict, to_dict
+from fastvlp.data.fields import bind as bind_fields
 from fastvlp.data.tokenizer import load_tokenizer
 from fastvlp.recipe import Recipe
 from fastvlp.systems.system import System
@@ -44,15 +45,12 @@ def build_system(recipe: Recipe, tokenizer: str | os.PathLike[str] | None = None
     return system
 
 
-def bind(fields: Any, system: System) -> dict[str, Any]:
-    """Fields with what they left open filled in from the system."""
-    bound = {}
-    for name, field in fields.items():
-        try:
-            bound[name] = field.bind(system, system.tokenizer)
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"data.fields.{name}: {error}") from error
-    return bound
+def bind(fields: Mapping[str, Any], system: System) -> dict[str, Any]:
+    """Fields with what they left open filled in from the system and its tokenizer."""
+    try:
+        return dict(bind_fields(fields, system, system.tokenizer))
+    except ValueError as error:
+        raise ConfigError(f"data.fields: {error}") from error
 
 
 def save(folder: str | os.PathLike[str], system: System, recipe: Recipe, state: dict[str, Tensor] | None = None) -> None:

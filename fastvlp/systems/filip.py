@@ -14,7 +14,7 @@ from fastvlp.layers import segment_mean
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import Losses, Outputs
+from fastvlp.systems.system import Losses, Outputs, Part
 from fastvlp_kernels import token_select
 from fastvlp_kernels.packed import Packed
 
@@ -27,7 +27,7 @@ class Filip(Clip):
             their own pair is highest (25 % in section 3.1 of the paper; 1.0 compares all).
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, embed_dim: int = 128, keep: float = 1.0) -> None:
+    def __init__(self, image: Part, text: Part, embed_dim: int = 128, keep: float = 1.0) -> None:
         super().__init__(image, text, embed_dim)
         if not 0 < keep <= 1:
             raise ValueError(f"Filip: keep is {keep}; it is a share of the tokens, above 0 and at most 1")

@@ -1,4 +1,4 @@
-"""jina-clip-v2 (Koukounas et al. 2024, arXiv:2412.08802): contrast of every prefix of the features (Matryoshka), so that vectors can be cut."""
+"""jina-clip-v2 (Koukounas et al. 2024, arXiv:2412.08802): contrast of every prefix of the features, so that they can be cut."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import replace
 
 import fiddle as fdl
 from torch import distributed as dist
-from torch import nn
 
 from fastvlp import losses
 from fastvlp.data.batch import Batch
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import Losses, Outputs
+from fastvlp.systems.system import Losses, Outputs, Part
 
 
 class JinaClip(Clip):
     """CLIP whose loss is the mean over ``prefixes`` of that of the first so many features, each normalised by itself; one sweep for all."""
 
-    def __init__(self, image: nn.Module, text: nn.Module, embed_dim: int = 256, prefixes: Sequence[int] = (32, 64, 128, 256),
+    def __init__(self, image: Part, text: Part, embed_dim: int = 256, prefixes: Sequence[int] = (32, 64, 128, 256),
                  pool_image: str = "mean", pool_text: str = "mean") -> None:
         super().__init__(image, text, embed_dim, None, pool_image, pool_text)
         if not prefixes or sorted(set(prefixes)) != list(prefixes) or prefixes[-1] != embed_dim or prefixes[0] < 1:
-            raise ValueError(f"JinaClip: prefixes is {list(prefixes)} with embed_dim {embed_dim}; rising widths are needed, the last all of it")
+            raise ValueError(f"JinaClip: prefixes is {list(prefixes)} with embed_dim {embed_dim}; rising widths are needed, the last all "
+                             "of it")
         self.prefixes = tuple(prefixes)
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:

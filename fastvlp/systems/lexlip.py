@@ -13,7 +13,7 @@ from fastvlp.data.batch import Batch
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import Losses, Outputs
+from fastvlp.systems.system import Losses, Outputs, Part
 from fastvlp_kernels import segment_pool
 from fastvlp_kernels.packed import Packed
 
@@ -25,7 +25,7 @@ class LexLip(Clip):
         sparse: weight of the penalty, the sum over words of the squared mean weight (Paria et al. 2020), for each side.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, sparse: float = 2e-3) -> None:
+    def __init__(self, image: Part, text: Part, sparse: float = 2e-3) -> None:
         super().__init__(image, text, embed_dim=text.vocab_size)
         self.image_head, self.text_head = nn.Linear(image.width, text.vocab_size), nn.Linear(text.width, text.vocab_size)
         self.sparse = sparse

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import fiddle as fdl
-from torch import nn
 
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import freeze
+from fastvlp.systems.system import Part, freeze
 
 
 class Lit(Clip):
     """CLIP whose image tower is frozen; its head learns. A tower that was trained comes with ``run.start`` or as a pretrained one."""
 
-    def __init__(self, image: nn.Module, text: nn.Module, embed_dim: int = 256, pool_image: str = "mean", pool_text: str = "mean",
+    def __init__(self, image: Part, text: Part, embed_dim: int = 256, pool_image: str = "mean", pool_text: str = "mean",
                  strategy: str = "gather") -> None:
         super().__init__(freeze(image), text, embed_dim, None, pool_image, pool_text, strategy)
 

@@ -14,8 +14,8 @@ from fastvlp.data.fields import Image
 from fastvlp.layers import segment_mean
 from fastvlp.recipe import Data, Eval, Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
-from fastvlp.systems.system import Outputs, System
-from fastvlp.towers import Joint, Vit
+from fastvlp.systems.system import Outputs, Part, System
+from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
 
@@ -26,7 +26,7 @@ class Mae(System):
     Streams: ``image``, all patches; ``kept``, some of them.
     """
 
-    def __init__(self, image: Vit, decoder: Joint) -> None:
+    def __init__(self, image: Part, decoder: Part) -> None:
         super().__init__()
         self.image, self.decoder = image, decoder
         self.narrow = nn.Linear(image.width, decoder.width)
@@ -58,7 +58,9 @@ class Mae(System):
 
     def _place(self, packed: Packed) -> Tensor:
         """A number of each patch that rises along the batch: segment, row, column."""
-        owner = torch.arange(len(packed), device=packed.x.device).repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.total)
+        numbers, counts = torch.arange(len(packed), device=packed.x.device), packed.cu_seqlens.diff().long()
+        owner = numbers.repeat_interleave(counts, output_size=packed.total)
+        assert packed.pos is not None  # the tower saw to it
         pos = packed.pos.long()
         return (owner * self.image.grid + pos[:, 1]) * self.image.grid + pos[:, 2]
 

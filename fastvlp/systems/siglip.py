@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import fiddle as fdl
-from torch import nn
 
 from fastvlp import losses
 from fastvlp.recipe import Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import Scale
+from fastvlp.systems.system import Part, Scale
 
 
 class SigLip(Clip):
@@ -20,7 +19,7 @@ class SigLip(Clip):
     The scale starts at 10 and the bias at -10, as in algorithm 1 of the paper, so that the first loss is that of "nothing matches".
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, embed_dim: int = 256, pool_image: str = "mean", pool_text: str = "mean",
+    def __init__(self, image: Part, text: Part, embed_dim: int = 256, pool_image: str = "mean", pool_text: str = "mean",
                  strategy: str = "ring", node_size: int | None = None) -> None:
         super().__init__(image, text, embed_dim, Scale(10.0, largest=1000.0, bias=-10.0), pool_image, pool_text)
         self.loss = losses.SigLipLoss(strategy=strategy, node_size=node_size)

@@ -13,7 +13,7 @@ from fastvlp.losses import word_nll
 from fastvlp.losses.captions import IGNORE
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
-from fastvlp.systems.system import Outputs, System
+from fastvlp.systems.system import Outputs, Part, System
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
@@ -27,7 +27,7 @@ class SimVlm(System):
         image, text: towers of which only the embeddings are used. prefix: the share of each caption's words that is given, rounded down.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, joint: nn.Module, prefix: float = 0.0) -> None:
+    def __init__(self, image: Part, text: Part, joint: Part, prefix: float = 0.0) -> None:
         super().__init__()
         if not 0 <= prefix < 1:
             raise ValueError(f"SimVlm: prefix is {prefix}; it is a share of the words, at least 0 and below 1")

@@ -16,7 +16,7 @@ from fastvlp.layers import segment_mean
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
-from fastvlp.systems.system import Losses, Outputs
+from fastvlp.systems.system import Losses, Outputs, Part
 from fastvlp_kernels import similarity_logsumexp
 
 
@@ -26,7 +26,7 @@ class Slip(Clip):
     A view's candidates are all views of all samples but itself, as in the authors' SIMCLRLoss.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, embed_dim: int = 256, hidden: int = 512, projection: int = 128,
+    def __init__(self, image: Part, text: Part, embed_dim: int = 256, hidden: int = 512, projection: int = 128,
                  temperature: float = 0.1, weight: float = 1.0) -> None:
         super().__init__(image, text, embed_dim)
         self.views_head = nn.Sequential(nn.Linear(image.width, hidden), nn.GELU(), nn.Linear(hidden, projection))

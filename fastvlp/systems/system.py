@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from fastvlp.data.batch import Batch
 from fastvlp_kernels.packed import Packed
 
-Outputs = Mapping[str, Tensor | Packed]
+Outputs = Mapping[str, Any]  # tensors, or Packed
 Losses = dict[str, Tensor]
+if TYPE_CHECKING:
+    Part = Any  # what a part has beside forward (width, embed, ...) is known where it is made
+else:
+    Part = nn.Module
 
 
 class System(nn.Module):
@@ -52,6 +56,9 @@ class System(nn.Module):
 
     def before_episode(self, features: Outputs) -> None:
         """Every ``train.episode`` steps: what ``episode`` gave for the whole training set (prototypes, mined negatives)."""
+
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def compares(self) -> bool:
@@ -92,8 +99,8 @@ class System(nn.Module):
             if isinstance(raw, str):
                 raise TypeError("encode_text: got one string; pass a list of strings")
             if stream not in self.fields:
-                raise ValueError(f"{type(self).__name__} has no field {stream!r} to prepare raw input with; load it from a run (fastvlp.load), "
-                                 f"set system.fields = {{{stream!r}: ...}}, or pass packed tokens")
+                raise ValueError(f"{type(self).__name__} has no field {stream!r} to prepare raw input with; load it from a run "
+                                 f"(fastvlp.load), set system.fields = {{{stream!r}: ...}}, or pass packed tokens")
             raw = self.fields[stream].prepare(raw)
         return raw.to(next(self.parameters()).device)
 
@@ -131,7 +138,7 @@ class Scale(nn.Module):
         super().__init__()
         if not 0 < init <= largest:
             raise ValueError(f"Scale: init is {init} and largest is {largest}; 0 < init <= largest is needed")
-        self.log_scale = nn.Parameter(torch.tensor([math.log(init)]))
+        self.log_scale: Tensor = nn.Parameter(torch.tensor([math.log(init)]))
         self.bias = None if bias is None else nn.Parameter(torch.tensor([float(bias)]))
         self.largest = largest
 
@@ -186,7 +193,7 @@ class Momentum(nn.Module):
             mine.copy_(theirs)
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: nn.Module) -> Any:
     """Take a part out of training for good: no gradients, and evaluation mode whatever its system is in. Returns it."""
     module.requires_grad_(False)
     for part in module.modules():

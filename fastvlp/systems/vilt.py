@@ -7,7 +7,6 @@ from dataclasses import replace
 import fiddle as fdl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Caption, Image, Other
@@ -16,7 +15,7 @@ from fastvlp.losses import word_nll
 from fastvlp.losses.captions import IGNORE
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
-from fastvlp.systems.system import Outputs, System
+from fastvlp.systems.system import Outputs, Part, System
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
@@ -28,7 +27,7 @@ class Vilt(System):
     reads the mean token, where the paper reads a class token.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, joint: nn.Module) -> None:
+    def __init__(self, image: Part, text: Part, joint: Part) -> None:
         super().__init__()
         self.image, self.text, self.joint = image, text, joint
         self.kinds = nn.Parameter(torch.randn(2, joint.width) * 0.02)
@@ -37,8 +36,7 @@ class Vilt(System):
     def encode(self, batch: Batch) -> Outputs:
         patches = self.image.embed(batch.image)
         pair, other = self.fuse(patches, batch.masked), self.fuse(patches, batch.other)
-        yes, no = (F.cross_entropy(self.match(segment_mean(fused)), fused.x.new_full((len(batch),), kind, dtype=torch.int64), reduction="none")
-                   for fused, kind in ((pair, 1), (other, 0)))
+        yes, no = (-self.match(segment_mean(fused)).log_softmax(-1)[:, kind] for fused, kind in ((pair, 1), (other, 0)))
         hidden = batch.masked.x != batch.text.x
         nll = word_nll(pair.last(batch.text.lengths), self.words, batch.text.x.masked_fill(~hidden, IGNORE))
         return {"match_loss": (yes + no) / 2, "words_loss": batch.per_token(nll, "hidden")}
@@ -60,7 +58,8 @@ def recipe() -> Recipe:
     made = clip.recipe()
     caption = Caption(max_captions=2)
     fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=shipped.MASK), "other": Other(caption)}
-    model = fdl.Config(Vilt, shipped.image(), shipped.text(vocab_size=shipped.VOCABULARY + 1), fdl.Config(Joint, width=192, depth=6, heads=3))
+    joint = fdl.Config(Joint, width=192, depth=6, heads=3)
+    model = fdl.Config(Vilt, shipped.image(), shipped.text(vocab_size=shipped.VOCABULARY + 1), joint)
     return replace(made, model=model, data=replace(made.data, fields=fields), eval=Eval(pairs=("mini:val-openclipart",)))
 
 

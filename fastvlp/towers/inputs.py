@@ -27,6 +27,16 @@ def inside(name: str, what: str, index: Tensor, count: int) -> None:
         raise ValueError(f"{name}: {what} go from {low} to {high}; this tower has 0 to {count - 1}")
 
 
+def places(name: str, texts: Packed, vocab_size: int, context_length: int) -> Tensor:
+    """The places in their captions of packed ids: int64 [T]."""
+    place = positions(name, texts, "pack_texts")[:, 0].long()
+    if texts.x.ndim != 1 or texts.x.is_floating_point():
+        raise TypeError(f"{name}: the tokens are {texts.x.dtype} {tuple(texts.x.shape)}; they must be ids, integers [T]")
+    inside(name, "token ids", texts.x, vocab_size)
+    inside(name, "places in the caption", place, context_length)
+    return place
+
+
 def merge_shares(name: str, merge: float | Sequence[float], depth: int) -> tuple[float, ...]:
     """The share of each segment's tokens that merges away in each of ``depth`` blocks, from one for all, one for each, or none."""
     shares = (merge,) if isinstance(merge, int | float) else tuple(merge)

@@ -37,12 +37,7 @@ class Words(nn.Module):
         Raises:
             TypeError, ValueError: these are no packed ids of this vocabulary, carry no positions, or are longer than the context.
         """
-        name = type(self).__name__
-        place = inputs.positions(name, texts, "pack_texts")[:, 0].long()
-        if texts.x.ndim != 1 or texts.x.is_floating_point():
-            raise TypeError(f"{name}: the tokens are {texts.x.dtype} {tuple(texts.x.shape)}; they must be ids, integers [T]")
-        inputs.inside(name, "token ids", texts.x, self.vocab_size)
-        inputs.inside(name, "places in the caption", place, self.context_length)
+        place = inputs.places(type(self).__name__, texts, self.vocab_size, self.context_length)
         return texts.replace(x=self.norm_in(self.tokens(texts.x) + self.places[place]))
 
 

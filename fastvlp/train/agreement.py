@@ -33,7 +33,7 @@ def first_decides(world: World, act: Callable[[], T]) -> T:
     found, error = world.told((found, error))
     if error is not None:
         raise error
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def check(world: World, recipe: Recipe, system: nn.Module, indices: Sequence[Index]) -> None:
@@ -49,8 +49,8 @@ def check(world: World, recipe: Recipe, system: nn.Module, indices: Sequence[Ind
     for rank, theirs in enumerate(everyone):
         for key in {**everyone[0], **theirs}:
             if everyone[0].get(key) != theirs.get(key):
-                raise ConfigError(f"process {rank} has {key}={theirs.get(key)} and process 0 has {everyone[0].get(key)}; all processes of a "
-                                  "run need the same: start them with the same command, code and data")
+                raise ConfigError(f"process {rank} has {key}={theirs.get(key)} and process 0 has {everyone[0].get(key)}; all processes of "
+                                  "a run need the same: start them with the same command, code and data")
 
 
 def _facts(recipe: Recipe, system: nn.Module, indices: Sequence[Index]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written beside, summed, flushed to the disk, then renamed.
 
-A checkpoint is the folder ``checkpoints/step-00000200``: ``state/`` (``torch.distributed.checkpoint``: weights, averages, optimizer, from any
-number of processes for any other), ``trainer.json`` (recipe, counters, scaler), ``random.pt`` (generators by process) and, written last,
+A checkpoint is the folder ``checkpoints/step-00000200``: ``state/`` (``torch.distributed.checkpoint``: weights, averages, optimizer, from
+any number of processes for any other), ``trainer.json`` (recipe, counters, scaler), ``random.pt`` (generators by process) and, last,
 ``manifest.json`` with the SHA-256 of each file.
 """
 
@@ -113,8 +113,8 @@ def verify(path: Path) -> dict[str, Any]:
         if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
             raise Damaged(f"{path / MANIFEST} is damaged: it lists no files")
         if manifest.get("format") != FORMAT:
-            raise CheckpointError(f"{path} has format {manifest.get('format')} and this fastvlp reads format {FORMAT}; use the version that "
-                                  "wrote it")
+            raise CheckpointError(f"{path} has format {manifest.get('format')} and this fastvlp reads format {FORMAT}; use the version "
+                                  "that wrote it")
         for name, (size, digest) in manifest["files"].items():
             file = path / name
             if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvlp.train.gradients import random_state, set_random_state
+from fastvlp.train.gradients import cached_gradients
 from fastvlp_kernels.packed import Packed
 
 Features = Tensor | tuple[Tensor, ...]
@@ -79,39 +79,40 @@ class GradCache:
             scale_loss(loss).backward()
             return loss.detach()
 
-        # The last of all towers come last, since `together` draws their random numbers in one go.
-        order = [(tower, x) for tower, batch in enumerate(batches) for x in batch[:-1]] + list(enumerate(last))
-        parts: list[list[tuple[Tensor, ...]]] = [[] for _ in batches]
-        states = []
-        with torch.no_grad(), self._autocast():
-            for tower, x in order:
-                states.append(random_state())
-                parts[tower].append(_several(self._towers[tower](x)))
-            shared = [None if tensor is None else tensor.detach().requires_grad_() for tensor in self._shared()]
-        whole = [tuple(torch.cat(pieces) for pieces in zip(*found, strict=True)) for found in parts]
-        for tensor in (tensor for tensors in whole for tensor in tensors if tensor.is_floating_point()):
-            tensor.requires_grad_()
-        with self._autocast():
-            loss = _single(self._loss(*(tensors[0] if len(tensors) == 1 else tensors for tensors in whole), *shared))
-        scale_loss(loss).backward()
+        def call(place: int, x: Any) -> Callable[[], dict[str, Tensor]]:
+            return lambda: _named(place, self._towers[place](x))
 
-        gradients = [_share_out(tensors, found) for tensors, found in zip(whole, parts, strict=True)]
-        del whole, parts
-        after = random_state()
-        for (tower, x), state in zip(order[: -len(batches)], states, strict=False):
-            set_random_state(state)
-            with self._autocast():
-                features = self._towers[tower](x)
-            _backward(_several(features), gradients[tower].pop(0))
-        set_random_state(states[-len(batches)])
-        with self._autocast():
-            found = self._together(*last)
-        of_last = [gradient for gradients_of_tower in gradients for gradient in gradients_of_tower[0]]
-        of_shared = [None if tensor is None else _gradient(tensor) for tensor in shared]
-        outputs = [output for features in found for output in ([None] if features is None else _several(features))]
-        _backward(outputs, [*of_last, *of_shared])
-        set_random_state(after)
-        return loss.detach()
+        def last_of_all(found: Callable[[], Sequence[Features | None]]) -> Callable[[], dict[str, Tensor]]:
+            # The last of all towers come together: through DistributedDataParallel processes meet once a step.
+            return lambda: {name: output for place, features in enumerate(found()) if features is not None
+                            for name, output in _named(place, features).items()}
+
+        def objective(leaves: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+            sides: list[Any] = [[] for _ in range(len(self._towers) + len(self._shared()))]
+            for name, leaf in leaves.items():
+                place = int(name.partition(".")[0])
+                sides[place].append(leaf if place < len(self._towers) else leaf.reshape(leaf.shape[1:]))
+            arguments = [None if not side else side[0] if len(side) == 1 else tuple(side) for side in sides]
+            return {"loss": _single(self._loss(*arguments))}, {}
+
+        early = [call(place, x) for place, batch in enumerate(batches) for x in batch[:-1]]
+        alone = last_of_all(lambda: (*(tower(x) for tower, x in zip(self._towers, last, strict=True)), *self._as_rows(self._shared())))
+        through = last_of_all(lambda: self._rows_behind(self._together(*last)))
+        losses, _ = cached_gradients([*early, alone], [*early, through], objective, autocast=self._autocast, scale_loss=scale_loss)
+        return losses["loss"].detach()
+
+    def _rows_behind(self, found: Sequence[Features | None]) -> Sequence[Features | None]:
+        towers = len(self._towers)
+        return (*found[:towers], *self._as_rows(found[towers:]))  # type: ignore[arg-type]
+
+    @staticmethod
+    def _as_rows(shared: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Scalars and other shared tensors as one row each, since outputs are laid end to end."""
+        return [None if value is None else value[None] for value in shared]
+
+
+def _named(place: int, features: Features) -> dict[str, Tensor]:
+    return {f"{place}.{number}": output for number, output in enumerate(features if isinstance(features, tuple) else (features,))}
 
 
 def _single(loss: Any) -> Tensor:
@@ -120,25 +121,3 @@ def _single(loss: Any) -> Tensor:
     if loss.numel() != 1:
         raise ValueError(f"GradCache: the loss gave a tensor of shape {tuple(loss.shape)}; it must give one number (its mean, or sum)")
     return loss
-
-
-def _several(features: Features) -> tuple[Tensor, ...]:
-    return features if isinstance(features, tuple) else (features,)
-
-
-def _share_out(whole: Sequence[Tensor], parts: Sequence[tuple[Tensor, ...]]) -> list[list[Tensor | None]]:
-    """The gradients of what each micro-batch gave; None of integers."""
-    columns = [_gradient(tensor).split([len(part[place]) for part in parts]) if tensor.is_floating_point() else [None] * len(parts)
-               for place, tensor in enumerate(whole)]
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _backward(outputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
-    """Backward of the outputs that carry a graph; a frozen tower has none."""
-    pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if output is not None and output.requires_grad]
-    if pairs:
-        torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])

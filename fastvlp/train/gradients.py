@@ -13,9 +13,10 @@ from fastvlp.data.batch import Batch, take_samples
 from fastvlp.systems.system import Losses, Outputs, System
 from fastvlp_kernels.packed import Packed
 
-Parts = Sequence[Sequence[int]]
+Parts = Sequence[Tensor]  # int64 rows of each micro-batch
 Autocast = Callable[[], AbstractContextManager]
 ScaleLoss = Callable[[Tensor], Tensor]
+Encode = Callable[[], Outputs]
 
 
 def gradients(system: System, whole: Batch, parts: Parts, *, autocast: Autocast = nullcontext,
@@ -63,35 +64,61 @@ def _accumulated(system: System, whole: Batch, parts: Parts, autocast: Autocast,
 
 
 def _cached(system: System, whole: Batch, parts: Parts, autocast: Autocast, scale_loss: ScaleLoss) -> tuple[Losses, Outputs]:
+    def objective(leaves: Outputs) -> tuple[Losses, Outputs]:
+        joined = _in_order(leaves, parts, len(whole))
+        return _terms(system, joined, whole), joined
+
+    def call(number: int) -> Encode:
+        def encode() -> Outputs:
+            if torch.is_grad_enabled():
+                _reduce_gradients(system, number == len(parts) - 1)
+            return system.encode(whole.take(parts[number]))
+
+        return encode
+
+    calls = [call(number) for number in range(len(parts))]
+    _reduce_gradients(system, False)
+    losses, joined = cached_gradients(calls, calls, objective, autocast=autocast, scale_loss=scale_loss)
+    return _detached_terms(losses), detached(joined)
+
+
+def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objective: Callable[[Outputs], tuple[Losses, Outputs]], *,
+                     autocast: Autocast = nullcontext, scale_loss: ScaleLoss = lambda loss: loss) -> tuple[Losses, Outputs]:
+    """GradCache: outputs of all calls without a graph, the objective's gradient for them, then each call once more with its share of it.
+
+    Args:
+        first, second: the calls, without and with gradients; pairs of them give the same. Outputs of one name are laid end to end.
+        objective: (outputs of all calls) -> loss terms, and what to hand on.
+
+    Returns:
+        What ``objective`` gave.
+    """
     states, outs = [], []
     with torch.no_grad(), autocast():
-        for rows in parts:
+        for encode in first:
             states.append(random_state())
-            outs.append(detached(system.encode(whole.take(rows))))
+            outs.append(detached(encode()))
     after = random_state()
-    counts = {name: [len(tensor(out[name])) for out in outs] for name in outs[0]}
+    counts = {name: [len(tensor(out[name])) if name in out else 0 for out in outs] for name in _names(outs)}
     leaves = _end_to_end(outs)
     del outs
     for value in leaves.values():
         if tensor(value).is_floating_point():
             tensor(value).requires_grad_()
-    _reduce_gradients(system, False)
     with autocast():
-        joined = _in_order(leaves, parts, len(whole))
-        losses = _terms(system, joined, whole)
+        losses, found = objective(leaves)
     _backward(losses, scale_loss)
 
     shares = {name: grad.split(counts[name]) for name, value in leaves.items() if (grad := tensor(value).grad) is not None}
-    for number, (rows, state) in enumerate(zip(parts, states, strict=True)):
-        _reduce_gradients(system, number == len(parts) - 1)
+    for number, (encode, state) in enumerate(zip(second, states, strict=True)):
         set_random_state(state)
         with autocast():
-            out = system.encode(whole.take(rows))
-        pairs = [(tensor(out[name]), share[number]) for name, share in shares.items() if tensor(out[name]).requires_grad]
+            out = encode()
+        pairs = [(tensor(out[name]), share[number]) for name, share in shares.items() if name in out and tensor(out[name]).requires_grad]
         if pairs:
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
     set_random_state(after)
-    return _detached_terms(losses), detached(joined)
+    return losses, found
 
 
 def _terms(system: System, out: Outputs, batch: Batch) -> Losses:
@@ -134,15 +161,19 @@ def _detached_terms(losses: Losses) -> Losses:
     return {name: value.detach().reshape(()) for name, value in losses.items()}
 
 
-def _end_to_end(outs: Sequence[Outputs]) -> dict[str, Tensor | Packed]:
+def _names(outs: Sequence[Outputs]) -> list[str]:
+    return list({name: None for out in outs for name in out})
+
+
+def _end_to_end(outs: Sequence[Outputs]) -> Outputs:
     """The outputs of all parts, part after part."""
-    columns = {name: [out[name] for out in outs] for name in outs[0]}
-    return {name: Packed.cat(values) if isinstance(values[0], Packed) else torch.cat(values) for name, values in columns.items()}  # type: ignore[arg-type]
+    columns = {name: [out[name] for out in outs if name in out] for name in _names(outs)}
+    return {name: Packed.cat(values) if isinstance(values[0], Packed) else torch.cat(values) for name, values in columns.items()}
 
 
 def _in_order(outs: Outputs, parts: Parts, samples: int) -> Outputs:
     """A row a sample in the order of the batch."""
-    order = torch.tensor([row for rows in parts for row in rows]).argsort()
+    order = torch.cat(list(parts)).argsort()
     return {name: take_samples(value, order, samples) for name, value in outs.items()}
 
 

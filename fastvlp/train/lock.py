@@ -37,7 +37,8 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise ConfigError(f"{self.folder} is in use: {holder} is training there; wait for it, stop it, or choose another run.name") from None
+            raise ConfigError(f"{self.folder} is in use: {holder} is training there; wait for it, stop it, or choose another "
+                              "run.name") from None
         except OSError as error:
             raise ConfigError(f"{self.folder} is on a file system without locks ({error.strerror}): two runs could write there; choose a "
                               "run.dir on another one") from error

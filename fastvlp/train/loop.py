@@ -233,8 +233,8 @@ class Fit:
         bad, seen = len(self.stream.skips), self.trainer.counters.samples + self.recipe.data.batch_size
         if bad > max(10, self.recipe.data.max_bad * seen):
             reasons = ", ".join(f"{reason} ({count})" for reason, count in self.stream.skipped.most_common(3))
-            raise TrainingError(f"{bad} of about {seen} samples could not be used: {reasons}; they are named in {self.folder / 'log.jsonl'}. "
-                                f"Mend the data, or raise data.max_bad (now {self.recipe.data.max_bad:g})")
+            raise TrainingError(f"{bad} of about {seen} samples could not be used: {reasons}; they are named in "
+                                f"{self.folder / 'log.jsonl'}. Mend the data, or raise data.max_bad (now {self.recipe.data.max_bad:g})")
 
     def _settle(self, pending: Pending, waited: float, step: int, mark: float) -> float:
         """Read and tell a step's numbers; returns the time."""

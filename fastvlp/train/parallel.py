@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import debug as tensor_debug
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastvlp._schema import ConfigError
@@ -105,7 +107,10 @@ def join(device_name: str, timeout: float = 1800.0) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        try:
+            yield World(dist.get_rank(), dist.get_world_size(), device)
+        finally:
+            _let_go_of_groups()
         return
     if "WORLD_SIZE" not in os.environ:
         _refuse_other_launchers()
@@ -119,17 +124,34 @@ def join(device_name: str, timeout: float = 1800.0) -> Iterator[World]:
         traceback.clear_frames(error.__traceback__)  # their variables use the group
         raise
     finally:
-        gc.collect()  # FSDP's state is a cycle
+        _let_go_of_groups()
         dist.destroy_process_group()
+
+
+def _let_go_of_groups() -> None:
+    """DTensor's caches (of sharded operators and of redistributions) hold meshes, and meshes their groups; FSDP's state is a cycle.
+
+    The caches are private and there is no other way, so that each is cleared where this torch has it.
+    """
+    clears = [getattr(tensor_debug, "_clear_sharding_prop_cache", None)]
+    for name in ("_redistribute", "_collective_utils"):
+        module = sys.modules.get(f"torch.distributed.tensor.{name}")
+        for found in (*vars(module).values(), *vars(getattr(module, "MeshTopoInfo", object)).values()) if module else ():
+            clears.append(getattr(getattr(found, "__func__", found), "cache_clear", None))
+        clears.append(getattr(module, "clear_redistribute_planner_cache", None))
+    for clear in clears:
+        if callable(clear):
+            clear()
+    gc.collect()
 
 
 def _refuse_other_launchers() -> None:
     """Several processes that each believe to be alone would train in the same folder."""
     for size, rank in LAUNCHERS:
         if int(os.environ.get(size) or 1) > 1 and rank in os.environ:
-            raise ConfigError(f"{size}={os.environ[size]}: {os.environ[size]} processes were started without torchrun's variables (RANK, "
-                              "WORLD_SIZE, MASTER_ADDR), so that each would train alone; start one torchrun on each node, as docs/cluster.md "
-                              "shows")
+            raise ConfigError(f"{size}={os.environ[size]}: that many processes were started without torchrun's variables (RANK, "
+                              "WORLD_SIZE, MASTER_ADDR), so that each would train alone; start one torchrun on each node, as "
+                              "docs/cluster.md shows")
 
 
 def parallelize(system: System, shard: int | str = 1, *, world: World | None = None, compile: bool = False,
@@ -176,7 +198,7 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
 
 def _is_block(module: nn.Module) -> bool:
     """Whether a module is called as a whole: leaves and containers may be read weight by weight, which gathering would not notice."""
-    called = type(module).forward is not nn.Module.forward  # type: ignore[comparison-overlap]
+    called = type(module).forward is not nn.Module.forward
     return called and any(True for _ in module.children()) and next(module.parameters(), None) is not None
 
 
@@ -190,7 +212,7 @@ def _checkpoint(block: nn.Module, selective: bool) -> None:
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     how: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if selective else {}
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **how)  # type: ignore[method-assign]
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **how)
 
 
 def whole_tensor(value: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ class Progress:
         self._next = now + (0.1 if self.live else self.every)
         terms = " + ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in ("loss", "grad_norm", "lr"))
         waiting = f"  {self.rates['waiting']:.0%} waiting for data" if self.rates["waiting"] > 0.05 else ""
-        line = (f"step {step}/{self.total}  loss {values['loss']:.3f}{f' = {terms}' if terms else ''}  {self.rates['samples']:.0f} samples/s  "
-                f"{human(self.rates['tokens'])} tokens/s{waiting}  {human(memory_in_use(), 'B')}  "
+        line = (f"step {step}/{self.total}  loss {values['loss']:.3f}{f' = {terms}' if terms else ''}  "
+                f"{self.rates['samples']:.0f} samples/s  {human(self.rates['tokens'])} tokens/s{waiting}  {human(memory_in_use(), 'B')}  "
                 f"ETA {clock((self.total - step) * self.rates['step'])}{note}")
         if self.live:
             width = shutil.get_terminal_size().columns

@@ -88,7 +88,7 @@ def finish(recipe: Recipe, trainer: Trainer, folder: Path, log: Log, progress: P
     with trainer.evaluation_weights():
         state = get_model_state_dict(system, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if world.rank == 0:
-            files.save(folder / "model", system, recipe, state)
+            files.save(folder / "model", system, recipe, state)  # type: ignore[arg-type]  # torch types any value
         del state
     scores = score(recipe, trainer, counters.step, log, Progress(0, 0, enabled=False))
     evaluation_seconds, began = time.perf_counter() - began, time.perf_counter()

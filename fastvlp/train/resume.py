@@ -54,8 +54,8 @@ def find(recipe: Recipe, folder: Path, say: Callable[[str], object]) -> Past | N
     if changed:
         say(f"continuing with other settings than before: {_short(changed)}")
     if where != "auto" and steps_done(described, recipe) >= recipe.steps:
-        raise ConfigError(f"{path} was trained for {described['counters']['step']} steps and this run has {recipe.steps}: nothing is left to "
-                          "do; raise schedule.steps, or take its weights alone with run.start")
+        raise ConfigError(f"{path} was trained for {described['counters']['step']} steps and this run has {recipe.steps}: nothing is "
+                          "left to do; raise schedule.steps, or take its weights alone with run.start")
     return Past(path, described)
 
 

@@ -113,7 +113,8 @@ def restore(trainer: Trainer, path: Path, described: dict[str, Any]) -> None:
     try:
         read_state(values, path / checkpoint.STATE, alone=trainer.world.size == 1)
     except CheckpointException as error:  # what happened on every process, in one bundle that is no Exception
-        raise CheckpointError(f"{path} does not fit this model: {_first_line(error)}; run.start takes weights as far as they fit") from error
+        raise CheckpointError(f"{path} does not fit this model: {_first_line(error)}; run.start takes weights as far as they "
+                              "fit") from error
     set_state_dict(trainer.system, trainer.optimizer, model_state_dict=values["model"], optim_state_dict=values["optim"])
     if trainer.ema is not None:
         trainer.ema.updates = described["ema_updates"] or 0

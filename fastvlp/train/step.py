@@ -151,7 +151,7 @@ class Trainer:
         """The averaged weights, where there are any, inside this context."""
         return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
 
-    def _agree(self, batch: Batch, stop: int) -> tuple[Batch, list[list[int]], int, dict[str, int]]:
+    def _agree(self, batch: Batch, stop: int) -> tuple[Batch, list[Tensor], int, dict[str, int]]:
         """What the processes have to know of one another before a step, in one exchange of a few integers between the hosts."""
         counts = self.system.counts(batch)
         packed = {name: stream.total for name, stream in batch.streams.items() if isinstance(stream, Packed)}
@@ -225,4 +225,4 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" else "none"
     dtypes: Mapping[str, Any] = {"none": None, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return dtypes[amp]  # type: ignore[no-any-return]
+    return dtypes[amp]

@@ -77,7 +77,7 @@ def test_navit_is_measured_on_pictures_alone():
     found = task.canonical(results(task, "forward+backward"))
     assert found["value"].shape == upstream.shape and found["image"].any()
     layers = {name for name in task.leaves if name.endswith("to_q.weight") and ".transformer." in name}
-    assert len(layers) == problem.inputs["model"].config.image.depth
+    assert len(layers) == len(problem.inputs["model"].image.blocks)
     assert build([navit], case.problem(captions, CPU)) == ({}, {"NaViT": "it has no text tower"})
 
 

@@ -66,10 +66,10 @@ def blocks(depth: int, c: int = 192) -> int:
 
 
 def test_non_embedding_parameters_of_both_systems(tmp_path):
-    from fastvlp.models import TwoTower
+    from fastvlp.systems import clip, files
 
-    folder = tmp_path / "run"
-    TwoTower().save(folder / "model")
+    folder, recipe = tmp_path / "run", clip.recipe()
+    files.save(folder / "model", files.build_system(recipe), recipe)
     (folder / "results.json").write_text(json.dumps({
         "zero_shot": {"top1": 0.1, "top5": 0.2}, "retrieval": {"i2t_r10": 0.3},
         "train_seconds": 1.0, "steps": 2, "images_per_second": 3.0}))  # fmt: skip

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import html, ladder, measure, open_clip_baseline, report, rivals, scaling
+from benchmarks import batches, html, ladder, measure, open_clip_baseline, report, rivals, scaling
+from fastvlp.data import pack_images
 
 pytestmark = pytest.mark.skipif(rivals.version("open_clip_torch") is None, reason="both begin with open_clip, which is not installed")
 CPU = torch.device("cpu")
@@ -32,11 +33,13 @@ def pairs():
 
 
 def test_both_batches_hold_the_same_pairs(pairs):
-    assert pairs.clip.keys == pairs.own.keys and all(map(torch.equal, pairs.clip.images, pairs.own.images))
-    ids, square = pairs.padded(), pairs.square()
-    assert [row[row != 0].tolist() for row in ids] == [text.tolist() for text in pairs.clip.texts]
-    assert torch.equal(ids.argmax(1), torch.tensor([len(text) - 1 for text in pairs.clip.texts]))  # where open_clip pools
-    for canvas, picture in zip(square, pairs.clip.images, strict=True):
+    assert pairs.clip.keys == pairs.own.keys and torch.equal(pairs.clip.image.x, pairs.own.image.x)
+    ids, square, pictures = pairs.padded(), pairs.square(), batches.pictures(pairs.clip.image)
+    again = pack_images(pictures, 16)
+    assert torch.equal(again.x, pairs.clip.image.x) and torch.equal(again.pos, pairs.clip.image.pos)
+    assert [row[row != 0].tolist() for row in ids] == [text.tolist() for text in pairs.clip.text.segments()]
+    assert torch.equal(ids.argmax(1), pairs.clip.text.lengths - 1)  # where open_clip pools
+    for canvas, picture in zip(square, pictures, strict=True):
         height, width = picture.shape[:2]
         top, left = (64 - height) // 2, (64 - width) // 2
         assert torch.equal(canvas[:, top : top + height, left : left + width].permute(1, 2, 0), picture)
@@ -76,9 +79,9 @@ def test_a_gpu_s_ladder_has_steps_beside_it_and_runs_in_bfloat16(monkeypatch):
     monkeypatch.setattr(ladder, "_training", lambda model, backward: backward)
     monkeypatch.setattr(ladder, "MICRO_BATCHES", 2)
     pairs = ladder.invent(5, CPU, size)
-    lengths = [len(ids) for ids in pairs.clip.texts]
+    lengths = pairs.clip.text.lengths.tolist()
     assert pairs.padded().shape == (5, 30) and pairs.padded().argmax(1).tolist() == [length - 1 for length in lengths]
-    assert [len(ids) for ids in pairs.own.texts] == lengths and pairs.square().shape == (5, 3, 32, 32)
+    assert pairs.own.text.lengths.tolist() == lengths and pairs.square().shape == (5, 3, 32, 32)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *tensors, real=torch.nn.functional.linear: seen(dtypes, real(*tensors)))
     steps = ladder.rungs(pairs)
     assert list(steps) == list(ladder.RUNGS) and len(compiled) == 1
@@ -97,15 +100,14 @@ def seen(dtypes, result):
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_grad_cache_splits_the_batch_that_the_rung_before_takes_whole(pairs, drop, monkeypatch):
-    from fastvlp.train import grad_cache
-
     seen = []
-    real = grad_cache.backward
-    monkeypatch.setattr(grad_cache, "backward", lambda towers, model, micro, *rest: seen.append(micro) or real(towers, model, micro, *rest))
+    real = ladder.gradients
+    monkeypatch.setattr(ladder, "gradients", lambda system, whole, parts, **rest: seen.append((whole, parts)) or real(
+        system, whole, parts, **rest))  # fmt: skip
     ladder.RUNGS["GradCache" if drop else "half of the patches"][1](pairs)()
-    (micro,) = seen
-    assert micro.image_tokens == sum(max(1, int(i.shape[0] * i.shape[1] / 256 * 0.5 + 0.5)) for i in pairs.own.images)
-    assert (len(micro.images) > 1) == (len(micro.texts) > 1) == drop
+    ((whole, parts),) = seen
+    assert whole.image.total == sum(max(1, int(n * 0.5 + 0.5)) for n in pairs.own.image.lengths.tolist())
+    assert len(parts) == (ladder.MICRO_BATCHES if drop else 1) and sorted(sum(parts, [])) == list(range(6))
 
 
 def test_what_does_not_fit_is_named_and_the_other_goes_on(monkeypatch):
@@ -138,6 +140,7 @@ def test_a_slow_point_is_called_once(monkeypatch):
     assert made.count(128) == 6 and made.count(256) == 2
 
 
+@pytest.mark.slow
 def test_all_sweeps_are_measured_written_and_drawn(tmp_path):
     found = scaling.run(options(), tmp_path)
     sweeps = {(row["sweep"], row["x"]): set() for row in found["rows"]}

@@ -10,8 +10,8 @@ from benchmarks import __main__ as command_line
 from benchmarks import e2e, padded_train, quality, report
 from fastvlp import config
 from fastvlp.data import pack_images, pack_texts
-from fastvlp.models import ModelConfig, TwoTower
 from fastvlp.profile import profile
+from fastvlp.towers import Text, Vit
 from tests.benchmarks.test_benchmark_e2e import SCORES
 
 
@@ -36,11 +36,11 @@ def test_the_variants_differ_in_their_tokens_alone():
 
 def test_the_padded_towers_are_the_packed_ones():
     torch.manual_seed(0)
-    model = TwoTower(ModelConfig(embed_dim=16)).double()
+    vit, text = Vit().double(), Text().double()
     images = pack_images([torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for size in ((32, 48), (64, 64), (16, 16))], 16)
     texts = pack_texts([torch.randint(0, 4096, (n,)) for n in (3, 9, 1)])
-    torch.testing.assert_close(padded_train.encode_image(model.image, images), model.image(images))
-    torch.testing.assert_close(padded_train.encode_text(model.text, texts), model.text(texts))
+    torch.testing.assert_close(padded_train.encode_image(vit, images).x, vit(images).x)
+    torch.testing.assert_close(padded_train.encode_text(text, texts).x, text(texts).x)
 
 
 def test_one_variant_at_a_time_and_the_table_of_those_that_are_there(tmp_path, monkeypatch, capsys):

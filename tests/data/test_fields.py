@@ -1,129 +1,108 @@
 """Fields against loops over samples made by hand."""
 
 import itertools
+import json
 import pickle
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tar_files import encoded, picture, small_tokenizer
+from records import MASK, MODEL, RECORDS, TOKENIZER, WORDS, bound, places, record, segments
+from tar_files import encoded, picture
 
-from fastvlp.data import Caption, Image, Other, Stage, load_tokenizer, pack_images
+from fastvlp import config
+from fastvlp.data import Caption, Frames, Image, Label, Other, Pages, Regions, Source, Stage, Vector, load_tokenizer, pack_images
+from fastvlp.data.batch import take_samples
 from fastvlp.data.fields import Field, bind
 from fastvlp.data.images import augment, augmentations, fit
-
-TOKENIZER = small_tokenizer()
-MODEL = SimpleNamespace(image=SimpleNamespace(image_size=24, patch_size=8),
-                        text=SimpleNamespace(context_length=12, vocab_size=TOKENIZER.vocab_size + 1))
-MASK = TOKENIZER.vocab_size
-WORDS = np.random.default_rng(0).integers(0, 2**64, 40, dtype=np.uint64)
-
-
-class Record(SimpleNamespace):
-    """A sample in memory."""
-
-    def picture(self, size, patch):
-        return fit(self.pil, size, patch)
-
-
-def _record(number, captions=None, **more):
-    return Record(key=str(number), pil=picture(number, (20 + number % 5, 14 + number % 7)), values={},
-                  captions=captions or tuple(f"red circle {number} a picture of tree dog {i}" for i in range(1 + number % 4)), **more)
-
-
-RECORDS = [_record(number, other=_record(number + 100)) for number in range(40)]
-
-
-def _bound(field, tokenizer=TOKENIZER):
-    return field.bind(MODEL, tokenizer)
-
-
-def _segments(packed):
-    return [segment.tolist() for segment in packed.segments()]
-
-
-def _places(packed):
-    return [[tuple(place) for place in pos.tolist()] for pos in packed.pos.split(packed.lengths.tolist())]
+from fastvlp.systems import clip
 
 
 @pytest.mark.parametrize("field", [
     Image(augment=0.7), Image(views=3, augment=1.0, keep=0.5), Caption(), Caption(pick=3, mask=0.4, mask_id=MASK, shear=4),
-    Other(Caption(pick=2)), Other(Image()),
+    Other(Caption(pick=2)), Other(Image()), Frames(3, keep=0.5, augment=1.0), Pages(augment=1.0), Regions(augment=1.0), Vector("v"),
+    Label("n"),
 ], ids=repr)
 def test_a_field_is_a_function_of_each_sample_and_its_word(field):
     """Whole, one by one, in another order, and in another process: the same."""
-    field = _bound(field)
-    whole = field(RECORDS, WORDS, Stage())
-    each = len(whole) // len(RECORDS)
-    assert len(whole) == each * len(RECORDS)
+    field = bound(field)
+    records = [record(n, other=record(n + 100), values={"v": [n, 0.5], "n": n, "boxes": [[0.1, 0.2, 0.9, 0.8]] * (n % 3)})
+               for n in range(40)]
+    records[0].moving = [picture(n, (16, 24)) for n in range(5)]
+    whole = field(records, WORDS, Stage())
     again = pickle.loads(pickle.dumps(field))
     for row in (39, 0, 17):
-        part, mine = again([RECORDS[row]], WORDS[row:row + 1], Stage()), whole.take(range(row * each, row * each + each))
-        assert torch.equal(part.x, mine.x) and torch.equal(part.pos, mine.pos) and torch.equal(part.lengths, mine.lengths)
+        field.check(records[row], Stage())
+        part, mine = again([records[row]], WORDS[row:row + 1], Stage()), take_samples(whole, torch.tensor([row]), len(records))
+        if isinstance(whole, torch.Tensor):
+            assert torch.equal(part, mine)
+        else:
+            assert torch.equal(part.x, mine.x) and torch.equal(part.lengths, mine.lengths)
+            assert whole.pos is None or torch.equal(part.pos, mine.pos)
 
 
 def test_where_an_image_gets_its_settings():
     stage = Stage(image_size=32, keep=0.5, augment=2.0)
-    assert _bound(Image()).at(Stage()) == (24, 8, 1.0, 0.0)
-    assert _bound(Image()).at(stage) == (32, 8, 0.5, 2.0)
-    assert _bound(Image(size=40, patch=4, keep=1.0, augment=0.0)).at(stage) == (40, 4, 1.0, 0.0)
+    assert bound(Image()).at(Stage()) == (24, 8, 1.0, 0.0)
+    assert bound(Image()).at(stage) == (32, 8, 0.5, 2.0)
+    assert bound(Image(size=40, patch=4, keep=1.0, augment=0.0)).at(stage) == (40, 4, 1.0, 0.0)
     assert Image(size=40, patch=4).bind(None, None).at(Stage()) == (40, 4, 1.0, 0.0)
 
 
 def test_image_is_the_fitted_picture_in_patches():
-    packed = _bound(Image())(RECORDS, WORDS, Stage())
+    packed = bound(Image())(RECORDS, WORDS, Stage())
     expected = pack_images([torch.tensor(fit(record.pil, 24, 8)) for record in RECORDS], 8)
     assert torch.equal(packed.x, expected.x) and torch.equal(packed.pos, expected.pos) and torch.equal(packed.lengths, expected.lengths)
 
 
 def test_kept_patches_show_the_same_augmented_picture():
     stage = Stage(augment=1.0)
-    full, kept = _bound(Image())(RECORDS, WORDS, stage), _bound(Image(keep=0.4))(RECORDS, WORDS, stage)
+    full, kept = bound(Image())(RECORDS, WORDS, stage), bound(Image(keep=0.4))(RECORDS, WORDS, stage)
     place, colour = augmentations(WORDS, 1.0)
     expected = pack_images([torch.tensor(augment(fit(r.pil, 24, 8), *each)) for r, *each in zip(RECORDS, place, colour, strict=True)], 8)
     assert torch.equal(full.x, expected.x)
-    for patches, places, some, where in zip(full.segments(), _places(full), kept.segments(), _places(kept), strict=True):
+    for patches, all_places, some, where in zip(full.segments(), places(full), kept.segments(), places(kept), strict=True):
         assert len(some) == max(1, int(len(patches) * 0.4 + 0.5)) and where == sorted(set(where))
-        assert all(torch.equal(patch, patches[places.index(place)]) for patch, place in zip(some, where, strict=True))
+        assert all(torch.equal(patch, patches[all_places.index(place)]) for patch, place in zip(some, where, strict=True))
 
 
 def test_views_differ_and_stay_with_their_sample():
-    views = _bound(Image(views=2, augment=1.0))(RECORDS, WORDS, Stage())
-    plain = _bound(Image(views=2))(RECORDS, WORDS, Stage())
+    views = bound(Image(views=2, augment=1.0))(RECORDS, WORDS, Stage())
+    plain = bound(Image(views=2))(RECORDS, WORDS, Stage())
     assert len(views) == 80 and views.lengths.tolist() == plain.lengths.tolist()
     first, second = views.take(range(0, 80, 2)).segments(), views.take(range(1, 80, 2)).segments()
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert torch.equal(plain.take(range(0, 80, 2)).x, _bound(Image())(RECORDS, WORDS, Stage()).x)
-    half = _bound(Image(views=2, keep=0.5))(RECORDS, WORDS, Stage())
-    assert sum(a != b for a, b in zip(_places(half)[::2], _places(half)[1::2], strict=True)) > 20  # each view keeps its own patches
+    assert torch.equal(plain.take(range(0, 80, 2)).x, bound(Image())(RECORDS, WORDS, Stage()).x)
+    half = bound(Image(views=2, keep=0.5))(RECORDS, WORDS, Stage())
+    assert sum(a != b for a, b in zip(places(half)[::2], places(half)[1::2], strict=True)) > 20  # each view keeps its own patches
 
 
 def test_captions_are_drawn_evenly():
-    records = [_record(3)] * 4000
+    records = [record(3)] * 4000
     words = np.random.default_rng(1).integers(0, 2**64, 4000, dtype=np.uint64)
-    texts = _bound(Caption()).texts(records, words)
+    texts = bound(Caption()).texts(records, words)
     counts = [texts.count(caption) for caption in records[0].captions]
     assert sum(counts) == 4000 and all(abs(count - 1000) < 5 * (4000 * 3 / 16) ** 0.5 for count in counts)  # five standard deviations
-    pairs = _bound(Caption(pick=2)).texts(records, words)
+    pairs = bound(Caption(pick=2)).texts(records, words)
     assert set(zip(pairs[::2], pairs[1::2], strict=True)) == set(itertools.permutations(records[0].captions, 2))
 
 
 def test_captions_are_not_drawn_twice_while_there_are_enough():
-    texts = _bound(Caption(pick=3)).texts(RECORDS, WORDS)
-    one = _bound(Caption()).texts(RECORDS, WORDS)
-    for record, first, at in zip(RECORDS, one, range(0, 120, 3), strict=True):
+    texts = bound(Caption(pick=3)).texts(RECORDS, WORDS)
+    one = bound(Caption()).texts(RECORDS, WORDS)
+    for sample, first, at in zip(RECORDS, one, range(0, 120, 3), strict=True):
         chosen = texts[at:at + 3]
-        assert set(chosen) <= set(record.captions) and chosen[0] == first  # what a field with one caption shows
-        assert len(set(chosen)) == min(3, len(record.captions))
-    assert _bound(Caption(max_captions=1)).texts(RECORDS, WORDS) == [record.captions[0] for record in RECORDS]
+        assert set(chosen) <= set(sample.captions) and chosen[0] == first  # what a field with one caption shows
+        assert len(set(chosen)) == min(3, len(sample.captions))
+    assert bound(Caption(max_captions=1)).texts(RECORDS, WORDS) == [sample.captions[0] for sample in RECORDS]
 
 
 def test_caption_tokens():
-    packed = _bound(Caption())(RECORDS, WORDS, Stage())
-    assert _segments(packed) == [TOKENIZER.encode(text, 12) for text in _bound(Caption()).texts(RECORDS, WORDS)]
+    packed = bound(Caption())(RECORDS, WORDS, Stage())
+    assert segments(packed) == [TOKENIZER.encode(text, 12) for text in bound(Caption()).texts(RECORDS, WORDS)]
     assert packed.x.dtype == torch.int64 and packed.pos[:, 0].max() == 11 and (packed.pos[:, 1:] == -1).all()
-    assert _bound(Caption(length=5))(RECORDS, WORDS, Stage()).lengths.tolist() == [5] * 40
+    assert bound(Caption(length=5))(RECORDS, WORDS, Stage()).lengths.tolist() == [5] * 40
 
 
 def _owners(tokenizer, tokens):
@@ -138,32 +117,32 @@ def _owners(tokenizer, tokens):
 @pytest.mark.parametrize("name", ["small", "clip"])
 def test_masking_hides_whole_words(share, name):
     tokenizer = TOKENIZER if name == "small" else load_tokenizer("clip")
-    records = [_record(0, ("a hippopotamus",)), _record(1, ("photographing kaleidoscopes twice",)), _record(2, ("red",)), *RECORDS]
+    records = [record(0, ("a hippopotamus",)), record(1, ("photographing kaleidoscopes twice",)), record(2, ("red",)), *RECORDS]
     words = np.random.default_rng(2).integers(0, 2**64, len(records), dtype=np.uint64)
     plain, masked = (Caption(14, mask=mask, mask_id=60000).bind(None, tokenizer)(records, words, Stage()) for mask in (0.0, share))
     split = 0
-    for whole, hidden in zip(_segments(plain), _segments(masked), strict=True):
-        places = [i for i, (a, b) in enumerate(zip(whole, hidden, strict=True)) if a != b]
-        assert all(hidden[i] == 60000 for i in places) and whole[0] == hidden[0] and whole[-1] == hidden[-1]
+    for whole, hidden in zip(segments(plain), segments(masked), strict=True):
+        changed = [i for i, (a, b) in enumerate(zip(whole, hidden, strict=True)) if a != b]
+        assert all(hidden[i] == 60000 for i in changed) and whole[0] == hidden[0] and whole[-1] == hidden[-1]
         owners = _owners(tokenizer, whole[1:-1])
-        chosen = {owners[i - 1] for i in places}
+        chosen = {owners[i - 1] for i in changed}
         assert len(chosen) == max(1, int(len(set(owners)) * share + 0.5))
-        assert places == [i for i, owner in enumerate(owners, 1) if owner in chosen]
-        split += len(places) > len(chosen)
+        assert changed == [i for i, owner in enumerate(owners, 1) if owner in chosen]
+        split += len(changed) > len(chosen)
     assert split > 0  # some hidden word had several tokens
 
 
 def test_every_word_is_hidden_as_often():
-    records = [_record(0, ("red green blue dog",))] * 4000
+    records = [record(0, ("red green blue dog",))] * 4000
     words = np.random.default_rng(3).integers(0, 2**64, 4000, dtype=np.uint64)
-    masked = _bound(Caption(mask=0.25, mask_id=MASK))(records, words, Stage())
+    masked = bound(Caption(mask=0.25, mask_id=MASK))(records, words, Stage())
     word_of = TOKENIZER.core.encode("red green blue dog", add_special_tokens=False).word_ids
     hidden = (masked.x.view(4000, -1)[:, 1:-1] == MASK).sum(0).tolist()
     assert all(abs(count - 1000) < 5 * (4000 * 3 / 16) ** 0.5 for count in hidden) and max(word_of) == 3
 
 
 def test_shearing_keeps_a_stretch_of_words():
-    full, sheared = (_bound(Caption(shear=shear)).texts(RECORDS, WORDS) for shear in (None, 3))
+    full, sheared = (bound(Caption(shear=shear)).texts(RECORDS, WORDS) for shear in (None, 3))
     starts = set()
     for text, part in zip(full, sheared, strict=True):
         words = text.split()
@@ -171,12 +150,12 @@ def test_shearing_keeps_a_stretch_of_words():
         assert found
         starts.add(found[0])
     assert starts == set(range(7))
-    assert _bound(Caption(shear=50)).texts(RECORDS, WORDS) == full
+    assert bound(Caption(shear=50)).texts(RECORDS, WORDS) == full
 
 
 def test_other_shows_another_sample():
-    other = _bound(Other(Caption(max_captions=1)))
-    assert _segments(other(RECORDS, WORDS, Stage())) == [TOKENIZER.encode(record.other.captions[0], 12) for record in RECORDS]
+    other = bound(Other(Caption(max_captions=1)))
+    assert segments(other(RECORDS, WORDS, Stage())) == [TOKENIZER.encode(record.other.captions[0], 12) for record in RECORDS]
 
 
 def test_preparing_what_someone_has_in_hand(tmp_path):
@@ -184,14 +163,14 @@ def test_preparing_what_someone_has_in_hand(tmp_path):
     (tmp_path / "x.png").write_bytes(encoded(pil))
     array = np.asarray(pil)
     raw = [pil, array, torch.tensor(array), torch.tensor(array).permute(2, 0, 1) / 255, tmp_path / "x.png", str(tmp_path / "x.png")]
-    packed = _bound(Image(keep=0.3, augment=2.0, views=4)).prepare(raw)
+    packed = bound(Image(keep=0.3, augment=2.0, views=4)).prepare(raw)
     expected = pack_images([torch.tensor(fit(pil, 24, 8))], 8)
     assert all(torch.equal(x, expected.x) for x in packed.segments()) and len(packed) == 6
-    assert _segments(_bound(Caption(shear=1, mask=1.0, mask_id=MASK)).prepare(["a red dog", ""])) == [TOKENIZER.encode("a red dog", 12),
+    assert segments(bound(Caption(shear=1, mask=1.0, mask_id=MASK)).prepare(["a red dog", ""])) == [TOKENIZER.encode("a red dog", 12),
                                                                                                  TOKENIZER.encode("", 12)]
-    assert _bound(Caption()).prepare([]).total == 0 and _bound(Image()).prepare([]).total == 0
+    assert bound(Caption()).prepare([]).total == 0 and bound(Image()).prepare([]).total == 0
     with pytest.raises(TypeError, match="pass a list of strings"):
-        _bound(Caption()).prepare("a red dog")
+        bound(Caption()).prepare("a red dog")
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -239,3 +218,12 @@ def test_a_field_of_ones_own():
     assert bind({"n": Lengths()}, None, None)["n"](RECORDS[:4], WORDS[:4], Stage()).tolist() == [1, 2, 3, 4]
     with pytest.raises(NotImplementedError, match="Lengths reads samples"):
         Lengths().prepare([])
+
+
+def test_a_recipe_with_any_field_is_written_and_read_back():
+    fields = {"clip": Frames(4, stride=2), "other": Other(Image(keep=0.5)), "vector": Vector("x", 3), "label": Label(names=("a", "b")),
+              "boxes": Regions(), "page": Pages(), "text": Caption(pick=2, mask=0.2, mask_id=7)}
+    made = clip.recipe()
+    made = replace(made, data=replace(made.data, train=(Source("mini:train", 2.0, fields), Source("mini:train")), fields=fields))
+    back = config.from_dict(json.loads(json.dumps(config.to_dict(made))))
+    assert back.data == made.data

@@ -169,6 +169,24 @@ def test_a_shift_moves_the_picture():
     assert zoomed[18:30, 18:30].max() == 0 and zoomed[:14].min() == 255
 
 
+def test_saturation_changes_by_up_to_its_range():
+    """Gains taken out, the colour matrix is a turn about the grey axis times the saturation across it: its scale there is what is drawn."""
+    _, colour = augmentations(np.arange(20_000, dtype=np.uint64), 1.0)
+    matrix = colour.reshape(-1, 3, 4)[:, :, :3]
+    across = matrix / matrix.sum(2, keepdims=True) - 1 / 3
+    saturation = np.sqrt((across ** 2).sum((1, 2)) / 2)
+    assert abs(saturation.max() - 1.35) < 0.001 and abs(saturation.min() - 1 / 1.35) < 0.001
+    drawn = np.log(saturation) / np.log(1.35)  # uniform in -1..1
+    assert abs(drawn.mean()) < 0.02 and abs(drawn.std() - 1 / np.sqrt(3)) < 0.02
+
+
+def test_saturation_shows_in_pictures():
+    pixels = np.full((16, 16, 3), (180, 100, 100), dtype=np.uint8)
+    place, colour = augmentations(np.arange(300, dtype=np.uint64), 1.0)
+    ratio = [np.ptp(augment(pixels, [1, 0, 1, 0], row)[8, 8].astype(float)) / 80 for row in colour]
+    assert min(ratio) < 0.85 and max(ratio) > 1.3
+
+
 def test_colour_matrix_by_hand():
     """Turning the hue leaves greys alone and keeps the sum of the channels; saturation 0 would be grey."""
     _, colour = augmentations(np.arange(200, dtype=np.uint64), 1.0)

@@ -20,6 +20,20 @@ def test_where_captions_come_from():
     assert parse(None, b'{"captions": ["ok", "bad \\ud800", "nul \\u0000"]}').captions == ("ok",)
 
 
+@pytest.mark.parametrize("fields", [b'{"captions": [null]}', b'{"captions": [""]}', b'{"captions": ["\\ud800"]}', b'{"caption": 3}', b"",
+                                    b'[{"bbox": [1, 2, 3, 4], "label": "dog"}]', b'"a dog"', b"{broken", b"\xff\xfe{}", b"[" * 100_000,
+                                    b'{"class": "a' + b"x" * (1 << 20) + b'"}', b"9" * 5000])
+def test_a_good_caption_beside_any_json(tmp_path, fields):
+    path = write_tar(tmp_path / "x.tar", [("0.png", encoded(picture())), ("0.txt", b"a good caption"), ("0.json", fields)])
+    assert [sample.labels.captions for sample in samples(path)] == [("a good caption",)]
+
+
+def test_a_good_json_beside_any_text(tmp_path):
+    for text in (b"", b"\xe9", b"a" * (1 << 20 | 1)):
+        path = write_tar(tmp_path / "x.tar", [("0.png", encoded(picture())), ("0.txt", text), ("0.json", b'{"caption": "good"}')])
+        assert [sample.labels.captions for sample in samples(path)] == [("good",)]
+
+
 def test_ids_are_those_of_the_class_or_the_first_caption():
     dog = parse(None, metadata("one", "two", **{"class": " Dog "}))
     assert dog.name == "Dog" and dog.id == parse(b"DOG", None).id == parse(None, metadata("x", **{"class": "dog"})).id
@@ -33,8 +47,10 @@ def test_ids_are_those_of_the_class_or_the_first_caption():
     ("caf\u00e9".encode("latin-1"), None, "caption is not UTF-8"), ("dog".encode("utf-16"), None, "caption is not UTF-8"),
     ("dog".encode("utf-16-le"), None, "caption is not UTF-8"), (None, b'{"captions": ["\\udfff"]}', "caption is not UTF-8"),
     (None, b"{}", "no caption"), (None, b'{"captions": [1, null]}', "no caption"),
-    (b"fine", b"{broken", "json is broken"), (b"fine", b"[1]", "json is broken"), (b"fine", b"\xff\xfe{}", "json is broken"),
-    (b"fine", b"[" * 100_000, "json is broken"), (b"fine", b"", "json is broken"),
+    (None, b"{broken", "json is broken"), (None, b"[1]", "no caption"), (None, b'"a dog"', "no caption"), (None, b"7", "no caption"),
+    (None, b"\xff\xfe{}", "json is broken"), (None, b"[" * 100_000, "json is broken"), (None, b"", "json is broken"),
+    (None, b'{"captions": ' + b"9" * 10_000 + b"}", "json is broken"), (b"\xe9", b"{broken", "caption is not UTF-8"),
+    (b" ", b'{"captions": ["\\ud800"]}', "caption is not UTF-8"),
 ])
 def test_unusable_labels(text, fields, reason):
     with pytest.raises(Unusable, match=f"^{reason}$"):

@@ -49,7 +49,7 @@ def _assert_same(a, b):
 def _joined(parts):
     """Slices of one batch put together."""
     streams = {name: Packed.cat([part.streams[name] for part in parts]) for name in parts[0].streams}
-    return Batch(streams, torch.cat([p.ids for p in parts]), total=0, index=parts[0].index, keys=[k for p in parts for k in p.keys],
+    return Batch(streams, torch.cat([p.ids for p in parts]), index=parts[0].index, keys=[k for p in parts for k in p.keys],
                  positions=parts[0].positions)
 
 
@@ -133,8 +133,9 @@ def test_ranks_see_slices_of_the_same_batches(shards, world_size, request):
     parts = [_take(_stream(shards, **options, rank=r, world_size=world_size, start=2), 8) for r in range(world_size)]
     for batch, *slices in zip(whole[2:], *parts, strict=True):
         _assert_same(batch, _joined(slices))
-        assert [part.total for part in slices] == [len(rows) for rows in torch.arange(11).tensor_split(world_size)]
-        assert {part.world for part in slices} == {world_size}
+        assert [len(part) for part in slices] == [len(rows) for rows in torch.arange(11).tensor_split(world_size)]
+        assert all(part.total == 11 and list(part.sizes) == [len(other) for other in slices] for part in slices)
+        assert [part.first for part in slices] == [sum(len(other) for other in slices[:rank]) for rank in range(world_size)]
 
 
 def test_another_batch_size_neither_repeats_nor_leaves_out(good):
@@ -201,10 +202,36 @@ def test_broken_samples_are_counted_and_named_once(damaged, workers):
     # shard 0 ends within page0
     assert stream.skipped == {"image is broken": 5, "caption is not UTF-8": 5, "not an image": 4, "caption is empty": 4, "no caption": 4,
                               "shard is cut short": 1, "broken tar header": 1, "shard cannot be opened": 1}
-    assert stream.skips == set(named) and stream.skipped == Counter(reason for reason, _ in named)
+    assert len(stream.skips) == len(named) and stream.skipped == Counter(reason for reason, _ in named)
     assert ("broken tar header", f"{folder}/5.tar") in named and ("not an image", f"{folder}/3.tar: page3") in named
     assert ("shard cannot be opened", f"{folder}/6.tar: No such file or directory") in named
     assert len(set(named)) == len(named)
+
+
+def test_ranks_together_name_each_bad_sample(damaged):
+    """What a rank met is not what another met; the names say which samples are the same."""
+    alone = _stream(damaged)
+    _take(alone, 30)
+    ranks = [_stream(damaged, rank=rank, world_size=2) for rank in range(2)]
+    for stream in ranks:
+        _take(stream, 30)
+    assert ranks[0].skips | ranks[1].skips == alone.skips and ranks[0].skips & ranks[1].skips
+
+
+def test_another_sample_shows_something_else_and_costs_no_picture(tmp_path, monkeypatch):
+    image, read = encoded(picture()), []
+    members = [m for i in range(24) for m in ((f"{i}.png", image), (f"{i}.json", metadata(f"red {i}", **{"class": f"class {i % 3}"})))]
+    shard = write_tar(tmp_path / "x.tar", members + [("bad.png", b"404"), ("bad.json", metadata("red bad"))])
+    right = Reader.image
+    monkeypatch.setattr(Reader, "image", lambda self, *place, **options: read.append(place) or right(self, *place, **options))
+    fields = bind({**FIELDS, "other": Other(Caption(9)), "again": Other(Caption(9))}, None, TOKENIZER)
+    batches = _take(_stream(shard, batch_size=12, fields=fields), 20)
+    caption = {tuple(TOKENIZER.encode(f"red {i}", 9)): i % 3 for i in range(24)} | {tuple(TOKENIZER.encode("red bad", 9)): 3}
+    own, other = ([caption[tuple(text.tolist())] for batch in batches for text in batch.streams[name].segments()]
+                  for name in ("text", "other"))
+    assert all(a != b for a, b in zip(own, other, strict=True)) and Counter(other).keys() == {0, 1, 2, 3}
+    assert all(torch.equal(batch.other.x, batch.again.x) for batch in batches)
+    assert len(set(read)) == 25  # the other sample's picture is not asked for, so that a bad one does not matter
 
 
 def test_workers_outlive_ctrl_c(good):
@@ -224,7 +251,7 @@ def test_what_workers_get_can_be_pickled(good):
     stream = _stream(good)
     request = next(stream._requests())
     copy = pickle.loads(pickle.dumps(stream._loader))
-    _assert_same(pickle.loads(pickle.dumps(copy[request])).batch(1), stream._loader[request].batch(1))
+    _assert_same(pickle.loads(pickle.dumps(copy[request])).batch((10,), 0), stream._loader[request].batch((10,), 0))
 
 
 def test_skips_go_to_the_log(damaged, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import sys
 
 import pytest
@@ -41,6 +42,43 @@ def test_captions_are_cut_before_the_end_token():
     assert tokenizer.encode(text, 100) == whole and tokenizer.encode("") == [0, 1]
     with pytest.raises(ValueError, match="context_length is 2.*at least 3"):
         tokenizer.encode(text, 2)
+
+
+def _long_texts():
+    draw = random.Random(0)
+    yield "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=30_000))
+    yield "".join(draw.choices("aAbB\u00e9e\u0301 ,_\n名🎉", k=30_000))
+    yield "word" * 8000
+    yield "a" + " " * 30_000 + "dog and more words"
+    yield " ".join(["many words"] * 4000)
+
+
+@pytest.mark.parametrize("name", ["mini", pytest.param("clip", marks=pytest.mark.skipif(
+    version("open_clip_torch") is None, reason="open_clip_torch is not installed"))])
+def test_the_first_tokens_of_long_texts_are_those_of_the_whole(name):
+    """Only so much of a long caption is encoded as is needed."""
+    tokenizer = load_tokenizer(name)
+    for text in _long_texts():
+        whole = tokenizer.core.encode(text, add_special_tokens=False).ids
+        for length in (3, 24, 77):
+            room = length - len(tokenizer.start) - len(tokenizer.end)
+            assert tokenizer.encode(text, length) == [*tokenizer.start, *whole[:room], *tokenizer.end]
+
+
+def test_what_is_remembered_has_a_bound_in_bytes(monkeypatch):
+    monkeypatch.setattr("fastvlp.data.tokenizer.KNOWN", 64_000)
+    tokenizer = load_tokenizer("mini", 24)
+    texts = [f"caption {i} " + "words " * (i % 7) for i in range(500)] + ["long " * 2000]
+    expected = [tokenizer.encode(text) for text in texts]
+    assert sum(map(sys.getsizeof, tokenizer._known)) + sum(map(sys.getsizeof, tokenizer._known.values())) < 64_000
+    assert len(tokenizer._known) > 20 and [tokenizer.encode(text) for text in texts] == expected
+
+
+def test_a_file_of_gigabytes_is_no_tokenizer(tmp_path):
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ValueError, match="3,221,225,472 bytes; a tokenizer.json has at most"):
+        load_tokenizer(tmp_path)
 
 
 def test_files_folders_and_pickles_are_the_same_tokenizer(tmp_path):

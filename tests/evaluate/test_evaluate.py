@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from fastvlp import evaluate
-from fastvlp.data import load_tokenizer
 from fastvlp.evaluate.features import ranks
 from fastvlp.evaluate.zero_shot import class_features
-from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
+from tests.systems.recipes import small
 
 WIDTH = 6
 
@@ -153,10 +152,18 @@ def test_class_files(tmp_path, text):
 
 @pytest.mark.parametrize("content, message", [(b"", "must name its classes"), (b"[]", "must name its classes"), (b'["a", 3]', "must name"),
                                               (b'["a", "b", "a"]', "1 classes more than once, for example 'a'"), (b'["a"', "neither JSON"),
-                                              (b"caf\xe9", "neither JSON nor lines of UTF-8")])
+                                              (b"caf\xe9", "neither JSON nor lines of UTF-8"), (b"[" * 100_000, "neither JSON"),
+                                              (b'["a", " a"]', "1 classes more than once")])
 def test_wrong_class_files(tmp_path, content, message):
     (tmp_path / "classes").write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        evaluate.load_classes(tmp_path / "classes")
+
+
+def test_a_file_of_gigabytes_names_no_classes(tmp_path):
+    with open(tmp_path / "classes", "wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ValueError, match="3,221,225,472 bytes; a list of classes has at most"):
         evaluate.load_classes(tmp_path / "classes")
 
 
@@ -168,10 +175,7 @@ def test_shipped_classes_cover_the_shipped_emoji():
 
 
 def test_a_real_model_of_random_weights_is_near_chance(tmp_path):
-    torch.manual_seed(0)
-    tower = {"width": 16, "depth": 1, "heads": 1}
-    model = TwoTower(ModelConfig(embed_dim=16, image=ImageConfig(**tower), text=TextConfig(**tower))).eval()
-    model.tokenizer = load_tokenizer("mini", 24)
+    _, model = small()
     scores = evaluate.zero_shot(model, "mini:val-emoji", evaluate.load_classes("mini:emoji"), batch_size=512)
     assert scores["n"] == 1237 and scores["top5"] < 0.02
     scores = evaluate.retrieval(model, "mini:val-openclipart")

@@ -34,7 +34,7 @@ def flexible(lengths=((2, 3), (4, 4), (1, 5))):
 
 def _timm(name, **options):
     timm = importlib.import_module("timm")
-    size = {"img_size": SIDE} if name == "vit_tiny_patch16_224" else {}
+    size = {} if name.startswith("naflexvit") else {"img_size": SIDE}
     model = timm.create_model(name, **size, patch_size=PATCH, embed_dim=WIDTH, num_heads=HEADS, depth=DEPTH, num_classes=5, **options)
     return model, images(), model
 
@@ -45,6 +45,11 @@ def timm_class():
 
 def timm_registers():
     return _timm("vit_tiny_patch16_224", reg_tokens=2, global_pool="avg")
+
+
+def deit_distilled():
+    """A class and a distillation token, both of which the head reads."""
+    return _timm("deit_tiny_distilled_patch16_224")
 
 
 def naflexvit():

@@ -1,7 +1,7 @@
-"""One process of a series of runs of open_clip's trainer: ``python open_clip_runs.py plan.json SIDE RANK``.
+"""Series of runs of open_clip's trainer: ``python open_clip_runs.py plan.json`` imports it once and forks two ranks.
 
-SIDE is "open_clip", which starts ``open_clip_train.main``, or "fastvlp", which starts ``fastvlp.integrations.open_clip``. First the runs
-that the plan gives to this rank alone, then those of two processes.
+Each rank runs what the plan gives to it alone, then both the runs of two processes: each first by ``open_clip_train.main`` and then by
+``fastvlp.integrations.open_clip``.
 """
 
 import json
@@ -9,44 +9,56 @@ import logging
 import os
 import sys
 
-import torch
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import multiprocessing, nn
+from torch.nn import parallel
 
 from benchmarks.rivals import import_open_clip
 
+import_open_clip()
+from open_clip import coca_model  # noqa: E402
+from open_clip_train.main import main as theirs  # noqa: E402
 
-class OnTheCpu(DistributedDataParallel):
+from fastvlp.integrations.open_clip import main as ours  # noqa: E402
+
+SIDES = {"open_clip": theirs, "fastvlp": ours}
+
+
+class OnTheCpu(parallel.DistributedDataParallel):
     """open_clip names the device of a module also where it is the CPU, which DDP refuses."""
 
     def __init__(self, module, device_ids, **options):
         super().__init__(module, **options)
 
 
-def main(path, side, rank):
-    import_open_clip()
-    from open_clip_train.main import main as theirs
+class Initialised(coca_model.MultimodalTransformer):
+    """open_clip 3.3 leaves this projection as ``torch.empty`` made it, so that a run depends on what the memory held before."""
 
-    from fastvlp.integrations.open_clip import main as ours
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
 
-    train = ours if side == "fastvlp" else theirs
-    with open(path) as file:
-        plan = json.load(file)
-    common = [*plan["common"], "--logs", plan["logs"]]
 
-    def run(name, arguments):
+def run_series(rank, plan):
+    coca_model.MultimodalTransformer = Initialised
+
+    def run(side, name, arguments):
         logging.root.handlers.clear()
-        train([*common, "--name", f"{side}-{name}", *arguments])
+        SIDES[side]([*plan["common"], "--logs", plan["logs"], "--name", f"{side}-{name}", *arguments])
 
-    for name, arguments in plan["alone"][int(rank)].items():
-        run(name, arguments)
-    torch.nn.parallel.DistributedDataParallel = OnTheCpu
-    for place, (name, arguments) in enumerate(plan["together"].items()):
-        port = plan["ports"][side] + place
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        run(name, arguments)
-        dist.destroy_process_group()
+    for name, arguments in plan["alone"][rank].items():
+        for side in SIDES:
+            run(side, name, arguments)
+    parallel.DistributedDataParallel = OnTheCpu
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    ports = iter(plan["ports"])
+    for name, arguments in plan["together"].items():
+        for side in SIDES:
+            os.environ["MASTER_PORT"] = str(next(ports))
+            run(side, name, arguments)
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with open(sys.argv[1]) as file:
+        multiprocessing.start_processes(run_series, (json.load(file),), nprocs=2, start_method="fork")

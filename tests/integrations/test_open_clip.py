@@ -1,5 +1,6 @@
 """open_clip's own trainer gives the same loss curves with fastvlp's losses as with its own."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,8 @@ from fastvlp.integrations.open_clip import create_loss  # noqa: E402
 from fastvlp.losses import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
-PAIRS, BATCH, EPOCHS = 160, 16, 5
+PAIRS, BATCH = 160, 16
+STEPS = {"clip": 50, "accumulated": 10, "accumulated-2": 4}  # that log something; the others alone 20, on two processes 10
 VISION = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 MODELS = {
@@ -39,10 +40,10 @@ ALONE = ("clip", "siglip", "accumulated", "coca", "distilled")
 TOGETHER = ("clip-2", "siglip-2", "distilled-2", "accumulated-2")
 
 
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def _free_ports(count):
+    with contextlib.ExitStack() as open_ones:
+        listeners = [open_ones.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 def _unpack(folder):
@@ -68,70 +69,52 @@ def _curves(log):
     return found
 
 
-def _wait(runs):
-    """Until all have ended, or one has failed, for which the other one of its group would wait."""
-    deadline = time.monotonic() + 280
-    while any(run.poll() is None for run in runs.values()) and not any(run.poll() for run in runs.values()):
-        assert time.monotonic() < deadline, [output.read_text()[-1000:] for output in runs]
-        time.sleep(0.2)
-    for output, run in runs.items():
-        assert not run.poll(), output.read_text()[-3000:]
-
-
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """The curves of every run, by side: two processes of each side train side by side."""
+    """The curves of every run, by side."""
     folder = tmp_path_factory.mktemp("trainer")
     for name, config in MODELS.items():
         (folder / name).mkdir()
         (folder / name / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     model = {name: ["--model", f"local-dir:{folder / name}"] for name in MODELS}
-    long, once = (["--epochs", str(epochs)] for epochs in (EPOCHS, 2))
     right = ["--local-loss", "--gather-with-grad"]
     teacher = [*model["student"], "--distill-model", f"local-dir:{folder / 'teacher'}", "--distill-pretrained", "none"]
     plan = {
-        "common": f"--dataset-type csv --train-data {_unpack(folder)} --batch-size {BATCH} --workers 0 --lr 1e-3 --warmup 5 --seed 3"
-        " --device cpu --precision fp32 --log-every-n-steps 1 --save-frequency 0".split(),
+        # Adam with a small eps makes whole steps of the rounding of gradients that are 0.
+        "common": f"--dataset-type csv --train-data {_unpack(folder)} --batch-size {BATCH} --workers 0 --lr 1e-2 --eps 1e-3 --warmup 5"
+        " --seed 3 --epochs 2 --device cpu --precision fp32 --log-every-n-steps 1 --save-frequency 0".split(),
         "logs": str(folder / "logs"),
         "alone": [
             {
-                "clip": [*model["student"], *long],
-                "siglip": [*model["student"], "--siglip", *long],
-                "accumulated": [*model["student"], "--accum-freq", "2", *long],
+                "clip": [*model["student"], "--epochs", "5"],
+                "siglip": [*model["student"], "--siglip"],
+                "accumulated": [*model["student"], "--accum-freq", "2"],
             },
-            {"coca": [*model["coca"], *long], "distilled": [*teacher, *long]},
+            {"coca": model["coca"], "distilled": teacher},
         ],
         "together": {
-            "clip-2": [*model["student"], *right, *once],
-            "siglip-2": [*model["student"], "--siglip", *once],
-            "distilled-2": [*teacher, *right, *once],
-            "accumulated-2": [*model["student"], *right, "--accum-freq", "2", *once],
+            "clip-2": [*model["student"], *right],
+            "siglip-2": [*model["student"], "--siglip"],
+            "distilled-2": [*teacher, *right],
+            "accumulated-2": [*model["student"], *right, "--accum-freq", "2"],
         },
-        "ports": {"open_clip": _free_port(), "fastvlp": _free_port()},
+        "ports": _free_ports(2 * len(TOGETHER)),
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    runs = {}
-    for side, rank in [(side, rank) for side in plan["ports"] for rank in "01"]:
-        output = folder / f"{side}-{rank}.txt"
-        command = [sys.executable, str(Path(__file__).with_name("open_clip_runs.py")), str(folder / "plan.json"), side, rank]
-        runs[output] = subprocess.Popen(command, env=environment, stdout=output.open("w"), stderr=subprocess.STDOUT)
-    try:
-        _wait(runs)
-    finally:
-        for run in runs.values():
-            run.kill()
-            run.wait()
+    command = [sys.executable, str(Path(__file__).with_name("open_clip_runs.py")), str(folder / "plan.json")]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:]
     return {side: {name: _curves(folder / "logs" / f"{side}-{name}" / "out.log") for name in (*ALONE, *TOGETHER)}
             for side in ("open_clip", "fastvlp")}  # fmt: skip
 
 
 @pytest.mark.parametrize("run", (*ALONE, *TOGETHER))
 def test_the_curve_is_open_clips(curves, run):
-    """At each of 50 steps (fewer on two processes and with accumulation), every loss that it logs, to the digits that it logs."""
+    """At each of up to 50 steps, every loss that it logs, to the digits that it logs."""
     ours, theirs = (curves[side][run] for side in ("fastvlp", "open_clip"))
     assert set(ours) == set(theirs)
-    assert len(theirs["Loss"]) == {"accumulated": 25, "accumulated-2": 4}.get(run, 50 if run in ALONE else 10)
+    assert len(theirs["Loss"]) == STEPS.get(run, 20 if run in ALONE else 10)
     assert theirs["Loss"][-1] < theirs["Loss"][0]
     for name, values in theirs.items():
         assert ours[name] == pytest.approx(values, rel=2e-4), name

@@ -4,6 +4,8 @@ import copy
 import importlib
 import inspect
 import io
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastvlp
 from benchmarks.rivals import import_open_clip
 from fastvlp_kernels._testing import forbid_large_tensors
+from tests.kernels.interpreter import in_a_process
 
 WIDTH, PAIRS = 32, 13
 TEXT = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99,
@@ -231,11 +234,15 @@ def test_low_precision(transformers, name):
         assert model.logit_scale.grad.isfinite()
 
 
-def _rank(rank, store, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def two_ranks(folder):
+    """transformers is imported once, for both."""
     import_open_clip()
     transformers = importlib.import_module("transformers")
+    torch.multiprocessing.start_processes(rank_of_two, (transformers, folder), nprocs=2, start_method="fork")
+
+
+def rank_of_two(rank, transformers, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = []
     for name in ("CLIP", "Siglip"):
         for group in (None, dist.group.WORLD):
@@ -246,14 +253,14 @@ def _rank(rank, store, results):
             output, gradients = differentiated(wrapped, batch | {"return_loss": True})
             assert "logits_per_text" not in output.keys()
             found.append((output.loss.item(), gradients["module.text_model.embeddings.token_embedding.weight"].norm().item()))
-    results[rank] = found
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def test_pairs_of_all_processes(transformers, tmp_path):
     """With a group, DDP's average is the stock loss of both batches together; without, the mean of their own."""
-    results = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), results), nprocs=2)
+    in_a_process(two_ranks, str(tmp_path))
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for place, (name, pairs) in enumerate((name, pairs) for name in ("CLIP", "Siglip") for pairs in (6, 12)):
         model, whole = build(transformers, name), inputs(name, 12)
         batches = [{key: value[start : start + pairs] for key, value in whole.items()} for start in range(0, 12, pairs)]

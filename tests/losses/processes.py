@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import faulthandler
 import gc
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import forkserver
 
 # Seconds beyond a group's timeout in which every process of it has to answer.
 GRACE = 60
@@ -59,7 +60,7 @@ class _Worker:
     """One process, the pipe to it, and the file where it writes what its threads do when it is asked to."""
 
     def __init__(self, folder: str) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         self.pipe, theirs = context.Pipe()
         handle, path = tempfile.mkstemp(dir=folder)
         os.close(handle)

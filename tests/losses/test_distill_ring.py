@@ -1,11 +1,9 @@
 """DistillClipLoss by ring and grouped: what one process gets from the whole batch, block after block, and never all features at once."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
-from test_ring import Delayed
+from test_ring import passing
 from torch import distributed as dist
 from torch.nn import functional as F
 
@@ -221,33 +219,17 @@ def test_a_text_travels_with_its_teacher_and_its_gradient_alone(processes):
 
 
 def timed(rank, size, strategy, hop, work):
-    """Seconds of forward and backward where every hop takes ``hop`` seconds more, and every block ``work`` seconds more."""
-
-    def slow(compute):
-        def block(*args):
-            time.sleep(work)
-            return compute(*args)
-
-        return block
-
+    """Seconds of forward and backward where nothing but hops and blocks takes time."""
     tensors = share_of(rank, (3,) * size, torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        start = Exchange.start
-        patch.setattr(Exchange, "start", lambda exchange: Delayed(start(exchange), hop))
-        for name in ("distill_block", "distill_block_backward"):
-            patch.setattr(distill_ring, name, slow(getattr(distill_ring, name)))
-        dist.barrier()
-        begin = time.perf_counter()
+    with passing(distill_ring, ("distill_block", "distill_block_backward"), hop, work) as clock:
         losses = call(made(strategy, size), tensors, local_sizes=[3] * size)
-        middle = time.perf_counter()
+        forward = clock.now
         sum(losses).backward()
-        return middle - begin, time.perf_counter() - middle
+        return forward, clock.now - forward
 
 
 @pytest.mark.parametrize("strategy,blocks", [("ring", 4), ("grouped", 3)])
 def test_hops_hide_behind_work(processes, strategy, blocks):
-    """Blocks take at most 1.2 * blocks * max(hop, work), forward and backward; load on the machine only adds."""
-    limit, rounds = 1.2 * blocks * 0.3, []
-    while len(rounds) < 5 and not any(max(both) <= limit for both in rounds):
-        rounds.append([max(part) for part in zip(*processes.results(4, timed, strategy, 0.3, 0.3), strict=True)])
-    assert (blocks - 1) * 0.3 < min(rounds[-1]) and max(rounds[-1]) <= limit, f"(forward, backward) were {rounds}, allowed {limit}"
+    """Blocks take at most blocks * max(hop, work), forward and backward."""
+    for times in processes.results(4, timed, strategy, 3, 3):
+        assert (blocks - 1) * 3 < min(times) and max(times) <= blocks * 3

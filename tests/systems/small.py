@@ -83,8 +83,7 @@ def whole() -> Batch:
 
     def images(each: int = 1) -> Packed:
         grids = [(number(2, 5), number(2, 5)) for _ in range(SAMPLES * each)]
-        places = [torch.cartesian_prod(torch.zeros(1, dtype=torch.int32), torch.arange(r, dtype=torch.int32), torch.arange(c, dtype=torch.int32))
-                  for r, c in grids]
+        places = [torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), torch.arange(r), torch.arange(c)).int() for r, c in grids]
         return Packed.from_list([torch.rand(r * c, 3 * PATCH**2, generator=generator, dtype=torch.float64) * 255 for r, c in grids], places)
 
     def captions(rows: list[torch.Tensor]) -> Packed:

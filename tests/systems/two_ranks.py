@@ -23,7 +23,7 @@ SIZES = (5, 3)
 def train(system: System, batch: Batch, parts: int, steps: int = 2) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The gradients of the last of some steps of SGD, and the state afterwards."""
     optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], 0.1)
-    rows = [part.tolist() for part in torch.arange(len(batch)).flip(0).tensor_split(parts)]
+    rows = list(torch.arange(len(batch)).flip(0).tensor_split(parts))
     for _ in range(steps):
         optimizer.zero_grad()
         _, out = gradients(system, batch, rows)

@@ -105,8 +105,8 @@ def log_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights, not averaged, of a run's last checkpoint, read by torch's own conversion."""
+def whole_state(folder: Path) -> dict:
+    """What a run's last checkpoint holds ("model", "ema", "optim"), whatever wrote it, read by torch's own conversion."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     last = sorted((folder / "checkpoints").glob("step-*"))[-1]
@@ -114,6 +114,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of no process group
         dcp_to_torch_save(last / "state", target)
-    found = torch.load(target)["model"]
+    found = torch.load(target)
     target.unlink()
     return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights, not averaged, of a run's last checkpoint."""
+    return whole_state(folder)["model"]

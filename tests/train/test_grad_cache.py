@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
+from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
 from torch import nn
 from torch.nn import functional as F
 
 from fastvlp.data import Batch, Stage, pack_images, pack_texts
 from fastvlp.losses import ClipLoss, SigLipLoss, contrastive_loss
 from fastvlp.losses.filip import filip_loss
-from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
 from fastvlp.train import GradCache, batches, grad_cache
 from fastvlp_kernels.packed import Packed
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
 
 from fastvlp.config import OptimConfig
-from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
 from fastvlp.train.ema import Ema
 from fastvlp.train.optim import build_optimizer, parameter_groups
 

@@ -7,13 +7,12 @@ import time
 
 import pytest
 import torch
-import yaml
 
 from fastvlp import config
 from fastvlp.train import train
-from fastvlp.train.checkpoint import checkpoints, load
+from fastvlp.train.checkpoint import checkpoints, verify
 from fastvlp.train.interrupt import StopRequest
-from tests.train.conftest import log_lines, run, start
+from tests.train.conftest import log_lines, recipe_of, run, start, weights, whole_state
 
 STEPS = 40
 
@@ -24,14 +23,14 @@ def long(settings, tmp_path):
     settings["schedule"]["steps"] = STEPS
     settings["train"] |= {"checkpoint_every": 2, "ema": 0.9}
     path = tmp_path / "long.yaml"
-    path.write_text(config.dump(config.from_dict(settings)))
+    path.write_text(config.dump(recipe_of(settings)))
     return path
 
 
 def state_of(tmp_path, name):
-    state = load(checkpoints(tmp_path / "runs" / name / "checkpoints")[-1])
-    assert state["step"] == STEPS
-    return state
+    """Weights, averages and optimizer of a finished run, by torch's own conversion."""
+    assert verify(checkpoints(tmp_path / "runs" / name / "checkpoints")[-1])["counters"]["step"] == STEPS
+    return whole_state(tmp_path / "runs" / name)
 
 
 def wait_for_log(path, lines, process):
@@ -57,10 +56,12 @@ def test_sigkill_at_random_moments_changes_no_bit(long, tmp_path):
     assert "continuing" in result.stdout
     train(config.load(str(long), ["run.name=whole"]))
     one, other = (state_of(tmp_path, name) for name in ("whole", "killed"))
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    assert all(torch.equal(one["ema"]["averages"][name], other["ema"]["averages"][name]) for name in one["ema"]["averages"])
-    for a, b in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][name], other[part][name]) for name in {**one[part], **other[part]})
+    moments = one["optim"]["state"], other["optim"]["state"]
+    assert len(moments[0]) > 20
+    for name in moments[0]:
+        assert all(torch.equal(moments[0][name][key], moments[1][name][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
     losses = [[(line["step"], line["loss"]) for line in log_lines(tmp_path / "runs" / name)] for name in ("whole", "killed")]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
 
@@ -72,7 +73,7 @@ def test_ctrl_c_writes_a_checkpoint_and_ends_with_130(long, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     saved, = checkpoints(tmp_path / "runs" / "run" / "checkpoints")
-    step = load(saved)["step"]
+    step = verify(saved)["counters"]["step"]
     assert f"stopped at step {step}" in err and "continues" in err and "Traceback" not in err
 
 
@@ -100,26 +101,61 @@ def torchrun(*arguments):
     return run("--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000), *arguments, module="torch.distributed.run")
 
 
-@pytest.mark.parametrize("name,strategy", [("clip", "gather"), ("siglip", "ring"), ("clip", "grouped")])
-def test_two_processes_give_the_curve_of_one(settings, tmp_path, name, strategy):
-    """An odd batch, micro-batches, dropped patches: the same losses, gradient norms and weights to float32 rounding."""
-    settings["loss"] = {"name": name, "strategy": strategy}
-    settings["model"]["init_bias"] = -3.0 if name == "siglip" else None
+@pytest.mark.parametrize("base,strategy,split", [("clip", "gather", 1), ("siglip", "ring", 2), ("clip", "grouped", 2)])
+def test_two_processes_give_the_curve_of_one(settings, tmp_path, base, strategy, split):
+    """An odd batch, micro-batches, dropped patches, replicas, shards: the same losses, gradient norms and weights to float32 rounding."""
+    settings["model"]["strategy"] = strategy
     settings["data"]["batch_size"] = 13
     settings["optim"]["eps"] = 1e-3  # attention's key biases have gradient 0; Adam would blow its rounding up to whole steps
-    settings["train"] |= {"image_tokens": 60, "text_tokens": 40}
+    settings["train"] |= {"tokens": {"image": 60, "text": 40}, "ema": 0.9}
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(config.to_dict(config.from_dict(settings))))
+    path.write_text(config.dump(recipe_of(settings, base)))
     train(config.load(str(path), ["run.name=one"]))
-    pair = torchrun("-m", "tests.train.two_ranks", path, "run.name=two")
+    pair = torchrun("-m", "tests.train.two_ranks", path, "run.name=two", f"train.shard={split}")
     assert pair.returncode == 0, pair.stderr
     assert pair.stdout.count("decided together") == 2
     assert "2 x cpu" in pair.stdout and pair.stdout.count("trained 10 steps") == 1
     one, two = (log_lines(tmp_path / "runs" / name) for name in ("one", "two"))
     for name in ("loss", "grad_norm"):
         assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4)
-    weights = [load(checkpoints(tmp_path / "runs" / name / "checkpoints")[-1]) for name in ("one", "two")]
-    assert weights[0]["counters"]["image_tokens"] == weights[1]["counters"]["image_tokens"]
-    assert weights[1]["counters"]["samples"] == 130 and len(weights[1]["random"]) == 2
-    for name, value in weights[0]["model"].items():
-        torch.testing.assert_close(weights[1]["model"][name], value, rtol=1e-4, atol=1e-5)
+    described = [verify(checkpoints(tmp_path / "runs" / name / "checkpoints")[-1]) for name in ("one", "two")]
+    assert described[0]["counters"]["tokens"] == described[1]["counters"]["tokens"]
+    assert described[1]["counters"]["samples"] == 130 and described[1]["world"] == 2
+    a, b = (whole_state(tmp_path / "runs" / name) for name in ("one", "two"))
+    for part in ("model", "ema"):
+        for name, value in a[part].items():
+            torch.testing.assert_close(b[part][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sharded_run_that_is_killed_goes_on_alone(settings, tmp_path):
+    """CoCa over two processes, killed with SIGKILL, continued by one that is not sharded: the curve of a run that one process made."""
+    settings["model"] = {"embed_dim": 16, "image": {"width": 32, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32},
+                         "text": {"width": 32, "depth": 1, "heads": 2, "context_length": 12, "causal": True},
+                         "decoder": {"width": 32, "depth": 1, "heads": 2, "vocab_size": None, "source": 32}}
+    settings["optim"]["eps"] = 1e-3
+    settings["schedule"]["steps"] = 30
+    path = tmp_path / "coca.yaml"
+    path.write_text(config.dump(recipe_of(settings, "coca")))
+    train(config.load(str(path), ["run.name=whole"]))
+    process = start("--standalone", "--nproc-per-node", "2", "-m", "fastvlp", "train", str(path), "run.name=killed", "train.shard=2",
+                    module="torch.distributed.run", start_new_session=True)
+    wait_for_log(tmp_path / "runs" / "killed" / "log.jsonl", 9, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    result = run("train", path, "run.name=killed")
+    assert result.returncode == 0, result.stderr
+    assert "train.shard: 2 -> 1" in result.stdout and "continuing" in result.stdout
+    losses = [[line["loss"] for line in log_lines(tmp_path / "runs" / name)] for name in ("whole", "killed")]
+    assert len(losses[1]) == 30 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    one, other = (weights(tmp_path / "runs" / name) for name in ("whole", "killed"))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_processes_that_differ_are_told(settings, tmp_path):
+    """A learning rate of its own on one of two processes, or weights: refused on both, with the key."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.dump(recipe_of(settings)))
+    pair = torchrun("-m", "tests.train.two_that_differ", path, "optim.lr")
+    assert pair.returncode == 0, pair.stderr
+    assert pair.stdout.count("told: ") == 2 and pair.stdout.count("optim.lr=") == 2

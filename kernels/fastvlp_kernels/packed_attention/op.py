@@ -9,7 +9,7 @@ from fastvlp_kernels import _backend, _check
 from fastvlp_kernels._inputs import product_dtype, sum_dtype
 from fastvlp_kernels._ragged import read_lengths
 
-from . import backends, cpu, reference
+from . import backends, cpu, dropout, reference
 
 IMPLEMENTATIONS = ("triton", "cpu", "reference", *backends.NAMES)
 
@@ -127,6 +127,7 @@ def packed_attention(
     causal: bool = False,
     scale: float | None = None,
     return_key_mass: bool = False,
+    dropout_p: float = 0.0,
     lengths: Tensor | None = None,
     lengths_k: Tensor | None = None,
     impl: str | None = None,
@@ -149,6 +150,8 @@ def packed_attention(
         prefix_len: integers [S]; with ``causal`` the first prefix_len[s] keys of segment s are visible to all its queries (prefix-LM).
         causal: query i of n sees key j of m only if j <= i + m - n: the last query sees everything.
         scale: None means 1 / sqrt(d).
+        dropout_p: the chance that an attention weight is dropped, from 0 to below 1 (the caller knows whether it trains). Segments are
+            then padded and attended by PyTorch's own kernels, whatever ``FASTVLP_IMPL`` says; only impl=None, and no mass.
         return_key_mass: also return the mass of each key, its probabilities summed over queries and heads: float32 [Tk], no gradient.
         lengths, lengths_k: integers [S] on the CPU, what cu_seqlens_q and cu_seqlens_k say (``Packed.lengths``). Without them impl
             "cpu", "reference", "xformers" and "sdpa" read them from cu_seqlens, which on a CUDA device costs a synchronisation.
@@ -175,6 +178,14 @@ def packed_attention(
         cu_seqlens_k, lengths_k = cu_seqlens_q, lengths
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    if dropout_p:
+        if not 0 < dropout_p < 1 or impl is not None or return_key_mass:
+            got = f"dropout_p={dropout_p}, impl={impl!r}, return_key_mass={return_key_mass}"
+            raise ValueError(f"packed_attention: got {got}; dropout is from 0 to below 1, with impl=None and without the mass")
+        host_q, host_k = (read_lengths("packed_attention", *given) for given in (
+            ("cu_seqlens_q", cu_seqlens_q, "lengths", lengths), ("cu_seqlens_k", cu_seqlens_k, "lengths_k", lengths_k)
+        ))  # fmt: skip
+        return dropout.packed_attention(q, k, v, host_q, host_k, key_size, key_bias, prefix_len, causal, scale, dropout_p)
     lengths_and_longest = (lengths, lengths_k, max_seqlen_q, max_seqlen_k)
     order = backends.preferred(q, k, v, *lengths_and_longest, key_size, key_bias, prefix_len, causal, return_key_mass)
     chosen = _backend.choose("packed_attention", impl, q.device, order)

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import rivals
-from fastvlp.layers import NaViT
+from fastvlp.integrations.vit_pytorch import NaViT, _Attention
+from fastvlp_kernels import Packed
 
 OPTIONS = {"image_size": 32, "patch_size": 4, "num_classes": 6, "dim": 16, "depth": 2, "heads": 3, "mlp_dim": 24, "dim_head": 8}
 SIZES = ((8, 12), (32, 32), (4, 4), (8, 12), (16, 8), (4, 4))
@@ -84,6 +85,18 @@ def test_vit_pytorch(model):
     theirs = importlib.import_module("vit_pytorch.na_vit").NaViT(**OPTIONS).double().eval()
     theirs.load_state_dict(model.state_dict())
     torch.testing.assert_close(model.eval()(draw()), theirs([[image] for image in draw()]), rtol=1e-6, atol=1e-6)
+
+
+def test_dropped_attention_weights():
+    """In training, and right on average; vit-pytorch drops them too."""
+    torch.manual_seed(0)
+    layer = _Attention(12, 2, 6, dropout=0.5).double()
+    tokens, context = Packed.of(torch.randn(3, 12).double(), [1, 2]), Packed.of(torch.randn(9, 12).double(), [4, 5])
+    layer.to_out = torch.nn.Identity()
+    first, second = layer(tokens, context), layer(tokens, context)
+    assert not torch.equal(first, second)
+    mean = torch.stack([layer.train()(tokens, context) for _ in range(400)]).mean(0)
+    assert (mean - layer.eval()(tokens, context)).abs().max() < 0.3
 
 
 @pytest.mark.parametrize("prob", [0.5, lambda height, width: 0.75 if height > 8 else 0.0], ids=["share", "function"])

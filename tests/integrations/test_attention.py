@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastvlp.attention import BlockDiagonalMask, flash_attn_varlen_func, memory_efficient_attention, varlen_attn
+from fastvlp.integrations.attention import BlockDiagonalMask, flash_attn_varlen_func, memory_efficient_attention, varlen_attn
 
 Q, K = (5, 1, 7, 3), (5, 4, 2, 6)
 
@@ -68,7 +68,7 @@ def test_positions_and_names_are_those_of_the_libraries():
 
 def test_what_is_not_computed_is_refused_by_name():
     q, k, v, cu_q, cu_k = inputs()
-    for name, value in {"dropout_p": 0.1, "window_size": (4, 4), "softcap": 30.0, "alibi_slopes": torch.ones(4), "return_attn_probs": True,
+    for name, value in {"window_size": (4, 4), "softcap": 30.0, "alibi_slopes": torch.ones(4), "return_attn_probs": True,
                         "block_table": torch.ones(1)}.items():  # fmt: skip
         only = f"; only {name}=None is" if isinstance(value, torch.Tensor) else ""
         with pytest.raises(ValueError, match=f"flash_attn_varlen_func: {name}=.*{only}"):
@@ -79,8 +79,10 @@ def test_what_is_not_computed_is_refused_by_name():
             varlen_attn(q, k, v, cu_q, cu_k, 7, 6, **{name: value})
     with pytest.raises(ValueError, match="pass enable_gqa=True"):
         varlen_attn(q, k[:, :2], v[:, :2], cu_q, cu_k, 7, 6)
-    with pytest.raises(ValueError, match="p=0.1"):
-        memory_efficient_attention(q[None], k[None], v[None], p=0.1)
+    with pytest.raises(ValueError, match="op=1 is not computed"):
+        memory_efficient_attention(q[None], k[None], v[None], op=1)
+    with pytest.raises(ValueError, match=r"dropout_p=1.5.*from 0 to below 1"):
+        flash_attn_varlen_func(q, k, v, cu_q, cu_k, 7, 6, 1.5)
     with pytest.raises(ValueError, match="attn_bias is Tensor"):
         memory_efficient_attention(q[None], k[None], v[None], torch.zeros(1))
     with pytest.raises(ValueError, match="batch of 2"):
@@ -110,6 +112,14 @@ def test_xformers_masks(causal):
     torch.testing.assert_close(found[0], torch.einsum("hnm,mhd->nhd", probabilities, v))
 
 
+def test_xformers_masks_move_with_their_tensors():
+    mask = BlockDiagonalMask.from_seqlens(Q, K, device="cpu").make_causal_from_bottomright()
+    moved = mask.to("meta")
+    assert moved.q_starts.is_meta and moved.k_starts.is_meta and moved.causal and torch.equal(moved.q_lengths, mask.q_lengths)
+    itself = BlockDiagonalMask.from_seqlens(Q).to(torch.device("meta"))
+    assert itself.k_starts is itself.q_starts
+
+
 def test_xformers_lists_batches_and_gradients():
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(b, m, 2, 4, dtype=torch.float64, generator=generator).requires_grad_() for b, m in ((2, 3), (1, 5), (3, 1))]
@@ -135,3 +145,44 @@ def test_xformers_lists_batches_and_gradients():
     single = memory_efficient_attention(x[:, :, 0], x[:, :, 0], x[:, :, 0], output_dtype=torch.float32)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single, F.scaled_dot_product_attention(x[:, :, 0], x[:, :, 0], x[:, :, 0]).float())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropped_weights(causal):
+    """Every probability is 0 or divided by 1 - p: with one-hot values the output is the probabilities themselves."""
+    q, k, _, cu_q, cu_k = inputs()
+    one_hot = torch.eye(sum(K), dtype=q.dtype)[:, None].expand(-1, k.shape[1], -1)
+    size = torch.rand(sum(K)) * 3 + 0.1
+    whole = flash_attn_varlen_func(q, k, one_hot, cu_q, cu_k, 7, 6, causal=causal, key_size=size)
+    torch.manual_seed(0)
+    draws = torch.stack([
+        flash_attn_varlen_func(q, k, one_hot, cu_q, cu_k, 7, 6, 0.25, causal=causal, key_size=size) for _ in range(40)
+    ])  # fmt: skip
+    kept = draws != 0
+    torch.testing.assert_close(draws, kept * whole / 0.75)
+    shares = kept.double().mean(0)[whole > 0]
+    assert (shares.mean() - 0.75).abs() < 0.02 and shares.std() < 0.15, "each weight is drawn by itself"
+    mask = BlockDiagonalMask.from_seqlens(Q, K)
+    other = memory_efficient_attention(q[None], k[None], one_hot[None], mask, 0.25)
+    torch.testing.assert_close(other, (other != 0) * memory_efficient_attention(q[None], k[None], one_hot[None], mask) / 0.75)
+
+
+def test_gradients_through_dropped_weights():
+    q, k, v, cu_q, cu_k = (x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs())
+
+    def attend(q, k, v):
+        torch.manual_seed(0)
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, 7, 6, 0.3)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+
+
+def test_the_old_place():
+    import fastvlp.attention
+    import fastvlp.integrations.attention as attention
+    import fastvlp.integrations.tome as tome
+    import fastvlp.tome
+
+    for old, new in ((fastvlp.attention, attention), (fastvlp.tome, tome)):
+        for name in dir(old):
+            assert name.startswith("_") or getattr(old, name) is getattr(new, name)

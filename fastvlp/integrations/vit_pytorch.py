@@ -44,7 +44,7 @@ class _Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, dim_head: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.norm = _LayerNorm(dim)
         self.q_norm, self.k_norm = _HeadNorm(heads, dim_head), _HeadNorm(heads, dim_head)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
@@ -59,6 +59,7 @@ class _Attention(nn.Module):
         out = packed_attention(
             self.q_norm(q), self.k_norm(k), v, x.cu_seqlens, None if context is None else keys.cu_seqlens, x.max_seqlen, keys.max_seqlen,
             scale=1.0, lengths=x.lengths, lengths_k=None if context is None else keys.lengths,
+            dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return cast(Tensor, self.to_out(cast(Tensor, out).flatten(1)))
 
@@ -94,7 +95,7 @@ class NaViT(nn.Module):
     """NaViT (Dehghani et al., https://arxiv.org/abs/2307.06304) with vit-pytorch's constructor, call and state-dict keys.
 
     Attention never crosses images, so they need no grouping: ``group_images`` and lists of lists are taken and change nothing.
-    ``dropout`` acts on the outputs of attention and MLP, not on attention weights.
+    ``dropout`` acts on attention weights (attention is then padded) and on the outputs of attention and MLP.
 
     Args:
         image_size: the largest height and width in pixels, multiples of ``patch_size``.

@@ -1,9 +1,9 @@
-"""``fastvlp.tome`` against ToMe's definition, written as loops."""
+"""``fastvlp.integrations.tome`` against ToMe's definition, written as loops."""
 
 import pytest
 import torch
 
-from fastvlp.tome import bipartite_soft_matching, merge_source, merge_wavg, parse_r
+from fastvlp.integrations.tome import bipartite_soft_matching, merge_source, merge_wavg, parse_r
 
 
 def rows(metric, r, class_token, distill_token):
