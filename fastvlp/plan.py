@@ -207,7 +207,7 @@ class _Loss:
                 yield self._statistics(cluster, self.rows * self.product * (width + (width > 1)))
 
     def _tour(self, nodes: int, width: int, products: int, back: bool, trains: bool) -> Iterator[Turn]:
-        """:func:`fastvlp.losses.tour.tour`, in units of the features of one tower on one process until the last line."""
+        """:func:`fastvlp.losses.across.circulate.circulate`, in units of the features of one tower on one process until the last line."""
         feature, part, total = self.product, self.part, SUMS
         lag = int(width > 1)
         home = nodes + 2 * lag

@@ -1,5 +1,7 @@
 """Contrastive losses: drop-in for open_clip's, exact across processes, and without the batch x batch matrix."""
 
+from .across.gather_batch import gather_batch as gather_batch
+from .across.group import ALONE as ALONE
 from .captions import next_token_nll as next_token_nll
 from .captions import word_nll as word_nll
 from .clip import ClipLoss as ClipLoss
@@ -8,7 +10,6 @@ from .coca import CoCaLoss as CoCaLoss
 from .distill import DistillClipLoss as DistillClipLoss
 from .dynamic_distill import dcd_loss as dcd_loss
 from .dynamic_distill import hard_candidates as hard_candidates
-from .everyone import gather_batch as gather_batch
 from .filip import filip_loss as filip_loss
 from .focal import focal_sigmoid_loss as focal_sigmoid_loss
 from .grouping import group_patches as group_patches
@@ -19,6 +20,7 @@ from .llip import llip_loss as llip_loss
 from .momentum import MomentumEncoder as MomentumEncoder
 from .momentum import queue_contrastive_loss as queue_contrastive_loss
 from .objective import contrastive_loss as contrastive_loss
+from .objective import multi_caption_loss as multi_caption_loss
 from .prolip import gaussian_kl as gaussian_kl
 from .prolip import inclusion_loss as inclusion_loss
 from .prolip import log_inclusion as log_inclusion

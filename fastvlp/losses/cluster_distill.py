@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fastvlp_kernels import _check, _inputs
 
+from .across.group import ALONE
 from .inputs import align, check
 from .objective import contrastive_loss
 from .proto import proto_clip_loss
-from .terms import operand
+from .softmax_terms import operand
 
 NAME = "cluster_instance_loss"
 
@@ -37,9 +38,8 @@ def cluster_instance_loss(
         contrastive_loss(image, text, scale) + cluster * proto_clip_loss(image, prototypes, assignments, scale)
         + instance / 2 * (contrastive_loss(image, teacher_image, scale) + contrastive_loss(text, teacher_text, scale))
 
-    After CLIP-CID (Yang et al. 2024, arXiv:2408.09441), which distils a large model's clusters and instances to a small one; the form of
-    the terms and their weights are this function's. To distil the similarities within a batch see :class:`DistillClipLoss`. Four sweeps;
-    nothing of N x N or N x K is stored.
+    After CLIP-CID (Yang et al. 2024, arXiv:2408.09441), which distils a large model's clusters and instances to a small one. There is no
+    public code: the form of the terms and their weights are this function's. Four sweeps; nothing of N x N or N x K is stored.
 
     Args:
         image, text: [N, D] of the student, row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
@@ -75,10 +75,11 @@ def cluster_instance_loss(
     how: dict[str, Any] = {"compute_dtype": dtype, "impl": impl}
     with torch.autocast(image.device.type, enabled=False):
         x, y = operand(image, dtype), operand(text, dtype)
-        loss = contrastive_loss(x, y, factor, stash_bytes=stash_bytes, **how)
+        loss = contrastive_loss(x, y, factor, stash_bytes=stash_bytes, group=ALONE, **how)
         if cluster:
             loss = loss + cluster * proto_clip_loss(x, prototypes, assignments, factor, **how)
         if instance:
             for own, teacher in ((x, teacher_image), (y, teacher_text)):
-                loss = loss + instance / 2 * contrastive_loss(own, teacher.detach().to(sums), factor, stash_bytes=stash_bytes, **how)
+                target = teacher.detach().to(sums)
+                loss = loss + instance / 2 * contrastive_loss(own, target, factor, stash_bytes=stash_bytes, group=ALONE, **how)
         return loss

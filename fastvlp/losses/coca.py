@@ -6,23 +6,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from fastvlp_kernels import _check, _inputs
 
+from .across.group import Group
 from .clip import ClipLoss
 
 
 class CoCaLoss(ClipLoss):
     """CLIP's loss and the cross-entropy of each caption token, each with its weight (Yu et al. 2022, arXiv:2205.01917).
 
-    Takes the arguments and the call of ``open_clip.CoCaLoss`` 3.3. What :class:`ClipLoss` says of the contrastive part holds here. Of the
-    captions:
-
-    * The mean is over the tokens of the whole batch: the mean over processes of the returned losses is that of one process. open_clip
-      averages the processes' own means, in which a token of a short caption batch weighs more. A batch without tokens has loss 0.
-    * With ``clip_loss_weight=0`` the features and logit_scale have gradient 0 instead of none, which DDP refuses in open_clip.
+    Takes the arguments and the call of ``open_clip.CoCaLoss`` 3.3; for the contrastive part see :class:`ClipLoss`. The mean of the captions
+    is over the tokens of the whole batch, where open_clip averages the processes' own means, in which a token beside short captions weighs
+    more. A batch without tokens has loss 0. With ``clip_loss_weight=0`` features and logit_scale have gradient 0, not none, which DDP
+    would refuse.
 
     Args:
         caption_loss_weight, clip_loss_weight: of the two losses.
@@ -50,7 +48,7 @@ class CoCaLoss(ClipLoss):
         *,
         strategy: str = "gather",
         node_size: int | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
         stash_bytes: int = 0,
     ) -> None:
         super().__init__(
@@ -68,6 +66,10 @@ class CoCaLoss(ClipLoss):
         self.caption_loss_weight = caption_loss_weight
         self.clip_loss_weight = clip_loss_weight
         self.pad_id = pad_id
+
+    def _settings(self) -> dict[str, object]:
+        weights = {"caption_loss_weight": self.caption_loss_weight, "clip_loss_weight": self.clip_loss_weight, "pad_id": self.pad_id}
+        return super()._settings() | weights
 
     def forward(  # type: ignore[override]  # as in open_clip, a ClipLoss that is called with captions too
         self,
@@ -116,8 +118,8 @@ class CoCaLoss(ClipLoss):
             raise TypeError(f"{self.name}: logits are {logits.dtype} and labels {labels.dtype}; they must be floating point and integers")
         if logits.ndim != 3 or logits.shape[:2] != labels.shape or logits.shape[:1] != image.shape[:1]:
             got = f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}"
-            raise ValueError(f"{self.name}: {got} for {len(image)} pairs; they must be [b, L, V] and [b, L], with b the number of pairs")
-        if labels.device.type == "cpu":
+            raise ValueError(f"{self.name}: {got} for {image.shape[0]} pairs; they must be [b, L, V] and [b, L], b the number of pairs")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = labels[(labels != self.pad_id) & ((labels < 0) | (labels >= logits.shape[2]))]
             if len(wrong):
                 raise ValueError(f"{self.name}: a label is {wrong[0]}; allowed: 0 to {logits.shape[2] - 1}, and pad_id, {self.pad_id}")

@@ -9,25 +9,28 @@ from torch import Tensor
 
 from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
-from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+from fastvlp_kernels.similarity_logsumexp import LogSumExp, logsumexp_results
 
-from .base import Given
+from .across.distill_ring import DistillRing
+from .across.gather import GatherRows, gather_texts, merge_columns
+from .autograd import apply
 from .clip import ClipLoss
-from .distill_ring import DistillRing
-from .gather import GatherRows, MergeColumns, gather_texts
+from .drop_in import Given
 from .inputs import align, check
+from .softmax_terms import symmetric_softmax
+
+Statistics = tuple[LogSumExp, LogSumExp, Tensor, Tensor, Tensor]
 
 
 class DistillClipLoss(ClipLoss):
     """CLIP's loss, and the cross-entropy of the student's similarities against the teacher's (as in CLIP-KD, arXiv:2307.12732).
 
     With S the student's matrix of similarities and T the softmax over the rows of the teacher's, the distillation loss of images to
-    texts is 1/N * sum_i (logsumexp_j S_ij - sum_j T_ij S_ij); that of texts to images likewise on the transposed matrices, and the mean of
-    both is returned. Since sum_j T_ij S_ij = logit_scale * <image_i, (T text)_i>, neither matrix is stored: T text is
-    :func:`fastvlp.ops.similarity_attend`, and the student's log-sum-exps serve both losses.
+    texts is 1/N * sum_i (logsumexp_j S_ij - sum_j T_ij S_ij); the mean of it and of the same for texts to images is returned. Since
+    sum_j T_ij S_ij = logit_scale * <image_i, (T text)_i>, neither matrix is stored.
 
-    Takes the arguments and the call of ``open_clip.DistillClipLoss`` 3.3. What :class:`ClipLoss` says of values and gradients across
-    processes holds for both losses. The teacher gets no gradient; its features, of any width E, travel beside the student's.
+    Takes the arguments and the call of ``open_clip.DistillClipLoss`` 3.3; across processes both losses are exact as :class:`ClipLoss`. The
+    teacher gets no gradient; its features, of any width E, travel beside the student's.
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, node_size, group, stash_bytes: as in :class:`ClipLoss`.
@@ -39,6 +42,8 @@ class DistillClipLoss(ClipLoss):
     """
 
     name = "DistillClipLoss"
+    hooks = ()
+    unused = ("get_logits", "get_ground_truth", "dist_loss")
 
     def forward(  # type: ignore[override]  # as in open_clip, a ClipLoss that is called with a teacher too
         self,
@@ -73,16 +78,17 @@ class DistillClipLoss(ClipLoss):
         except (TypeError, ValueError):
             self._tell_refusal(local_sizes)
             raise
-        given = self._given(image_features, text_features, logit_scale, None, local_sizes, teacher[0].shape[1])
+        width = {"width of the teacher's features": teacher[0].shape[1]}
+        given = self._given(image_features, text_features, logit_scale, None, local_sizes, **width)
         batch = given.batch
         teacher = teacher[0].to(batch.sums), teacher[1].to(batch.sums)
         if batch.members.size > 1 and self.strategy != "gather":
-            contrastive, distill = DistillRing.apply(given.image, given.text, given.scale, *teacher, temperature, batch, given.trains)
+            contrastive, distill = apply(DistillRing, given.image, given.text, given.scale, *teacher, temperature, batch, given.trains)
         else:
             terms = self._alone_terms if batch.members.size == 1 else self._across_terms
             row, column, positive, of_row, of_column = terms(given, teacher, temperature)
-            contrastive = ((row - positive) + (column - positive)).sum() * (batch.factor / 2)
-            distill = ((row - of_row) + (column - of_column)).sum() * (batch.factor / 2)
+            contrastive = symmetric_softmax(row, column, positive, positive, batch.factor)
+            distill = symmetric_softmax(row, column, of_row, of_column, batch.factor)
         return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
 
     def _teacher(self, image: Tensor, text: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,28 +99,26 @@ class DistillClipLoss(ClipLoss):
         image, text = align(f"{self.name}, teacher", image, text)
         return image.detach(), text.detach()
 
-    def _alone_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> tuple[Tensor, ...]:
+    def _alone_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> Statistics:
         """Row and column log-sum-exps, positives, and the means of rows and of columns under the teacher's softmax; each [N]."""
         image, text, dtype = given.image.to(given.batch.sums), given.text.to(given.batch.sums), given.batch.dtype
-        row, column, positive = similarity_logsumexp(
-            image, text, given.scale, offset=0, compute_dtype=dtype, stash_bytes=self.stash_bytes
-        )
+        found = logsumexp_results(image, text, given.scale, offset=0, compute_dtype=dtype, stash_bytes=self.stash_bytes)
         of_row = _mean_similarity(image, text, given.scale, teacher[0], teacher[1], temperature, dtype)
         of_column = _mean_similarity(text, image, given.scale, teacher[1], teacher[0], temperature, dtype)
-        return row, column, positive, of_row, of_column
+        return found.row, found.col, found.positive, of_row, of_column
 
-    def _across_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> tuple[Tensor, ...]:
+    def _across_terms(self, given: Given, teacher: tuple[Tensor, Tensor], temperature: Tensor) -> Statistics:
         """The same of this process's pairs, among those of all processes; each [b]."""
         batch = given.batch
         image, text = given.image.to(batch.sums), given.text.to(batch.sums)
-        images, texts = (GatherRows.apply(rows, batch) for rows in (image, text))
+        images, texts = (apply(GatherRows, rows, batch) for rows in (image, text))
         teacher_images, teacher_texts = (gather_texts(rows, batch).to(batch.sums) for rows in teacher)
         start = batch.start(batch.members.rank)
-        row, columns, positive = similarity_logsumexp(image, texts, given.scale, offset=start, compute_dtype=batch.dtype)
-        (column,) = MergeColumns.apply(columns[None], batch, False)
+        found = logsumexp_results(image, texts, given.scale, offset=start, compute_dtype=batch.dtype)
+        column = merge_columns(LogSumExp(*(part[None] for part in found.col)), batch)
         of_row = _mean_similarity(image, texts, given.scale, teacher[0], teacher_texts, temperature, batch.dtype)
         of_column = _mean_similarity(text, images, given.scale, teacher[1], teacher_images, temperature, batch.dtype)
-        return row, column, positive, of_row, of_column
+        return found.row, LogSumExp(column.reference[0], column.log[0]), found.positive, of_row, of_column
 
 
 def _mean_similarity(

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvlp_kernels import _check, _inputs
 
 from .inputs import align, check
-from .terms import operand, softplus
+from .softmax_terms import operand, softplus
 
 NAME = "dcd_loss"
 SCORES = 1 << 22  # of a teacher at a time
@@ -77,10 +77,7 @@ def dcd_loss(
         loss = distill * sum_i trust_i * mean_k (S_ik - T_ik)^2 + (1 - distill) * sum_i doubt_i * mean_k BCE(S_ik, 1 if k = 0 else 0).
 
     So an anchor that the teacher is sure of is learned from it, any other from its label. (The authors' code averages the squares over the
-    anchors before it weights them, which leaves their plain mean.) The teacher gets no gradient. For the other direction call it once
-    more, the sides exchanged.
-
-    Time is O(N K D), memory O((N + M) D): similarities beyond the candidates are never made, and the candidates' features not kept.
+    anchors before it weights them.) The teacher gets no gradient. For the other direction exchange the sides. Memory is O((N + M) D).
 
     Args:
         anchors: [N, D] and others: [M, D], the student's, row i of both is a pair, M >= N; float32, bfloat16 or float16 (float64 on the

@@ -13,7 +13,7 @@ from fastvlp_kernels.packed import Packed, check_packed
 from fastvlp_kernels.segment_pool import segment_pool
 
 from .inputs import align
-from .terms import softplus
+from .softmax_terms import softplus
 
 NAME = "filip_loss"
 
@@ -28,10 +28,9 @@ def filip_loss(
 ) -> Tensor:
     """The symmetric softmax loss over late interactions of image tokens and text tokens (FILIP, Yao et al. 2021, arXiv:2111.07783).
 
-    s_ij is the mean over the tokens of image i of the largest product with a token of text j, t_ij the mean over the tokens of text j of
-    the largest product with a token of image i. Images look for their text along the rows of scale * s, texts for their image along the
-    columns of scale * t; the loss is the mean of both cross-entropies. Products of tokens are never stored (see
-    :func:`fastvlp.ops.maxsim`); s and t, [N, N], are.
+    s_ij is the mean over the tokens of image i of the largest product with a token of text j, t_ij the same of the tokens of text j. The
+    loss is the mean of the cross-entropies of the rows of scale * s and of the columns of scale * t. s and t, [N, N], are stored, products
+    of tokens are not.
 
     Args:
         image: N segments of tokens [Tx, D]. text: N segments of tokens [Ty, D]; segments i of both are a pair. float32, bfloat16 or

@@ -9,7 +9,7 @@ from fastvlp_kernels import _inputs
 
 from .fused import fused_sum
 from .inputs import align, check
-from .terms import operand, softplus
+from .softmax_terms import operand, softplus
 
 NAME = "focal_sigmoid_loss"
 
@@ -26,12 +26,8 @@ def focal_sigmoid_loss(
     """1/N * sum over pairs of -(1 - p_ij)^gamma * log p_ij, p_ij the sigmoid's probability of what the pair (i, j) is.
 
     With S_ij = scale * <image_i, text_j> + bias, p_ii = sigmoid(S_ii) and p_ij = 1 - sigmoid(S_ij) for i != j: the focal loss (Lin et al.
-    2017, arXiv:1708.02002) in the place of the contrastive one (RO-ViT, Kim et al. 2023, arXiv:2305.07011). As in the authors' code, pairs
-    and negatives weigh alike, and ``gamma`` is 1 if left out. The sigmoid is symmetric, so that both directions are one sum. ``gamma=0``
-    is the loss of SigLIP.
-
-    Value and gradients come from one sweep over tiles of plain PyTorch; S is never stored. For a focus on the probability of a softmax
-    see ``focal_gamma`` of :func:`contrastive_loss`.
+    2017, arXiv:1708.02002) in the place of the contrastive one (RO-ViT, Kim et al. 2023, arXiv:2305.07011; ``gamma`` and the equal weights
+    of pairs and negatives are the authors'). ``gamma=0`` is the loss of SigLIP. Value and gradients come from one sweep; S is never stored.
 
     Args:
         image, text: [N, D], row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).

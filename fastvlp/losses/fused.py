@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvlp_kernels._inputs import needs_grad
 
-from .once import no_second_derivatives
+from .autograd import apply, no_second_derivatives
 
 # tile(blocks, rows, columns, needs): the sum over a tile and, for each matrix that needs it, the gradient of its block [rows, columns].
 # Blocks may be overwritten.
@@ -43,7 +43,7 @@ def fused_sum(
         A 0-d tensor in the dtype of sums.
     """
     bias = scale.new_zeros(()) if bias is None else bias
-    total: Tensor = _Fused.apply(tile, pairs, whole_rows, needs_grad(scale, bias, *features), scale, bias, *features)
+    total: Tensor = apply(_Fused, tile, pairs, whole_rows, needs_grad(scale, bias, *features), scale, bias, *features)
     return total
 
 

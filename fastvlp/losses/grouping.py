@@ -10,6 +10,7 @@ from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels._ragged import batches
 from fastvlp_kernels.packed import Packed, check_packed
 
+from .across.group import ALONE
 from .objective import contrastive_loss
 
 NAME = "grouping_loss"
@@ -91,7 +92,7 @@ def grouping_loss(
     if captions.total == 0:
         raise ValueError(f"{NAME}: there are no sub-captions; at least one is needed")
     words = F.normalize(captions.x.to(grouped.x.dtype), dim=1)
-    return contrastive_loss(grouped.x, words, scale, compute_dtype=compute_dtype, stash_bytes=stash_bytes, impl=impl)
+    return contrastive_loss(grouped.x, words, scale, compute_dtype=compute_dtype, stash_bytes=stash_bytes, impl=impl, group=ALONE)
 
 
 def _check_segments(patches: Packed, captions: Packed, threshold: float | None) -> None:

@@ -8,9 +8,10 @@ from torch import Tensor
 from fastvlp_kernels import _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
 
+from .across.group import ALONE
 from .inputs import align, check
 from .objective import contrastive_loss
-from .terms import operand
+from .softmax_terms import operand
 
 NAME = "light_clip_loss"
 
@@ -42,13 +43,11 @@ def light_clip_loss(
     """CLIP's loss, with a share of each target spread over the negatives that are like the positive.
 
     An image's target is its own text with probability 1 - soft, and another text j with soft * softmax over j != i of
-    target_scale * <image_i, image_j>; a text's target likewise, from the similarities among texts. LightCLIP (Nie et al. 2023,
-    arXiv:2312.00674) softens the labels of negatives progressively, because pairs of a batch may fit one another too. How is this
-    function's choice: along a line (:func:`softness`), and by similarities within a modality, which SoftCLIP's targets (Gao et al. 2023,
-    arXiv:2303.17561) come from. Targets have no gradient.
+    target_scale * <image_i, image_j>; a text's target likewise, from similarities among texts. Targets have no gradient. After LightCLIP
+    (Nie et al. 2023, arXiv:2312.00674), which softens the labels of negatives progressively. There is no public code: the line
+    (:func:`softness`) and the similarities within a modality (SoftCLIP, Gao et al. 2023, arXiv:2303.17561) are this function's choice.
 
-    The mean over a target of a row of S is a similarity with a mean of features, so neither S nor the targets are stored. ``soft`` adds
-    two sweeps of :func:`fastvlp.ops.similarity_attend` to the one of :func:`contrastive_loss`, and 0 adds none.
+    Neither S nor the targets are stored. ``soft`` adds two sweeps to the one of :func:`contrastive_loss`, and 0 adds none.
 
     Args:
         image, text: [N, D], row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
@@ -72,9 +71,9 @@ def light_clip_loss(
     sharpness = (factor if target_scale is None else _inputs.scalar(NAME, "target_scale", target_scale, image, sums)).detach()
     with torch.autocast(image.device.type, enabled=False):
         if not soft:
-            return contrastive_loss(image, text, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl)
+            return contrastive_loss(image, text, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl, group=ALONE)
         x, y = operand(image, dtype), operand(text, dtype)
-        loss = contrastive_loss(x, y, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl)
+        loss = contrastive_loss(x, y, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl, group=ALONE)
         places = torch.arange(len(x), device=x.device)
         for anchors, others in ((x, y), (y, x)):
             like = anchors.detach()

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvlp_kernels import _check, _inputs
+from fastvlp_kernels._op import refuse_forward_mode
 
-from .terms import SHORTEST
+from .softmax_terms import SHORTEST
 
 NAME = "llip_loss"
 LAYOUTS = {"keys": "MKHC", "values": "MKHE", "queries": "NHC", "output_projection": "FD", "text": "ND"}
@@ -43,8 +44,7 @@ def llip_loss(
     and the loss is the sum over all pairs of softplus(-z_mn (scale * S_mn + bias)), z_mn = 1 for m = n and -1 otherwise, divided by the
     number of pairs (m, m). Where M and N differ, what is beyond the shorter side is negative to everything.
 
-    The pairs are swept once, in tiles; the gradients are made in the same sweep. Memory is that of the gradients in float32 and of one
-    tile; nothing of M x N exists, let alone M x N x K.
+    One sweep makes the gradients too, in the memory of these and of one tile: nothing of M x N exists.
 
     Args:
         keys: [M, K, H, C] and values: [M, K, H, E], the projected mixture tokens; float32, bfloat16 or float16 (float64 on the CPU).
@@ -71,6 +71,7 @@ def llip_loss(
     sums = _inputs.sum_dtype(dtype)
     scale, bias = (_inputs.scalar(NAME, name, value, keys, sums) for name, value in (("scale", scale), ("bias", bias)))
     inputs = (keys, values, queries, text, output_projection, scale, bias)
+    refuse_forward_mode(NAME, *inputs)
     return _forward(*inputs, float(temperature), dtype, _inputs.needs_grad(*inputs))[0]
 
 

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp_kernels import _check, _inputs
-from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+from fastvlp_kernels.similarity_logsumexp import logsumexp_results, merge
 
 from .inputs import align, check
 from .queue import NegativeQueue
-from .terms import operand, softplus
+from .softmax_terms import operand, softplus
 
 NAME = "queue_contrastive_loss"
+NARROW = (torch.bfloat16, torch.float16)
 
 
 class MomentumEncoder(nn.Module):
     """A copy of an encoder that follows it: weights <- m * weights + (1 - m) * the encoder's (He et al. 2020, arXiv:1911.05722).
+
+    Averages of 16-bit weights are kept in float32, in buffers named ``average_0``, ... of the state dict: at m = 0.999 a step is smaller
+    than half a unit of theirs, and the copy would never move.
 
     Args:
         encoder: any module; it is copied, and the copy takes no gradient.
@@ -35,6 +39,9 @@ class MomentumEncoder(nn.Module):
             raise ValueError(f"MomentumEncoder: momentum={momentum}; it must be from 0 (a plain copy) to 1 (never moves)")
         self.momentum = momentum
         self.module = copy.deepcopy(encoder).requires_grad_(False)
+        for place, weight in enumerate(self.module.parameters()):
+            if weight.dtype in NARROW:
+                self.register_buffer(f"average_{place}", weight.detach().float())
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,15 +56,31 @@ class MomentumEncoder(nn.Module):
             ValueError: its parameters or buffers are not of the shapes and dtypes of the copy's.
         """
         for part in (nn.Module.parameters, nn.Module.buffers):
-            own, theirs = ([(tensor.shape, tensor.dtype) for tensor in part(module)] for module in (self.module, encoder))
-            if own != theirs:
+            own, other = ([(tensor.shape, tensor.dtype) for tensor in part(module)] for module in (self.module, encoder))
+            if own != other:
                 raise ValueError(
                     f"MomentumEncoder: update got a {type(encoder).__name__} whose {part.__name__} differ from the copy's in number, shape "
                     "or dtype; pass the encoder it was made of"
                 )
-        torch._foreach_lerp_(list(self.module.parameters()), list(encoder.parameters()), 1 - self.momentum)
+        weights = list(self.module.parameters())
+        averages = [getattr(self, f"average_{place}", weight) for place, weight in enumerate(weights)]
+        theirs = [new.to(old.dtype) for old, new in zip(averages, encoder.parameters(), strict=True)]
+        torch._foreach_lerp_(averages, theirs, 1 - self.momentum)
+        for weight, average in zip(weights, averages, strict=True):
+            if average is not weight:
+                weight.copy_(average)
         for kept, new in zip(self.module.buffers(), encoder.buffers(), strict=True):
             kept.copy_(new)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MomentumEncoder:
+        """As ``nn.Module``, with averages for weights that have become 16-bit, and in float32 whatever the weights are cast to."""
+        before = [self._buffers.get(f"average_{place}", weight.detach()) for place, weight in enumerate(self.module.parameters())]
+        super()._apply(fn, recurse)
+        for place, (weight, old) in enumerate(zip(self.module.parameters(), before, strict=True)):
+            self._buffers.pop(f"average_{place}", None)
+            if weight.dtype in NARROW and old is not None:
+                self.register_buffer(f"average_{place}", old.to(weight.device, torch.float32))
+        return self
 
 
 def queue_contrastive_loss(
@@ -77,18 +100,15 @@ def queue_contrastive_loss(
     """InfoNCE of each tower's features against the other tower's momentum features, with negatives from queues.
 
     With s = scale * <., .>, the images' part is the mean over i of -log(exp(s(image_i, text_key_i)) / (exp(s(image_i, text_key_i)) +
-    sum over q in text_queue of exp(s(image_i, q)))); the texts' part likewise with image keys; the loss is their mean. This is the loss of
-    BriVL (Huo et al. 2021, arXiv:2103.06561), two of MoCo (He et al. 2020, arXiv:1911.05722). The batch costs O(B * Q * D) and no
-    B x B product; nothing of size B x Q is stored. Keys and queues get no gradient::
+    sum over q in text_queue of exp(s(image_i, q)))); the loss is the mean of it and of the texts' (BriVL, Huo et al. 2021,
+    arXiv:2103.06561). Nothing of size B x Q is stored. Keys and queues get no gradient::
 
         keys = image_momentum(pixels), text_momentum(tokens)
         queue_contrastive_loss(image, text, *keys, image_queue, text_queue, scale).backward()
         image_queue.enqueue(keys[0]); text_queue.enqueue(keys[1])
 
-    Across processes take all four from :func:`gather_batch` before the loss and the queues, which are then the same everywhere, as those of
-    one process with the whole batch.
-
-    For towers that meet their own features and a queue as well, give the queues to :func:`contrastive_loss` as negatives.
+    Across processes take all four from :func:`gather_batch`. For towers that meet their own features and a queue as well, give the queues
+    to :func:`contrastive_loss` as negatives.
 
     Args:
         image, text: [B, D] each, row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
@@ -131,11 +151,11 @@ def _against_queue(
 ) -> Tensor:
     """One direction. The positive is left out of every sweep, so that no term cancels against another."""
     x, positives, kept = (operand(rows, how["compute_dtype"]) for rows in (features, keys.detach(), queue.features))
-    negatives = similarity_logsumexp(x, kept, scale, col_bias=queue.log_weight, **how)[0]
+    negatives = logsumexp_results(x, kept, scale, col_bias=queue.log_weight, **how).row
     if batch_negatives:
         places = torch.arange(len(x), device=x.device)
-        others, _, positive = similarity_logsumexp(x, positives, scale, row_ids=places, col_ids=places, offset=0, **how)
-        negatives = torch.logaddexp(negatives, others)
+        batch = logsumexp_results(x, positives, scale, row_ids=places, col_ids=places, offset=0, **how)
+        negatives, positive = merge(negatives, batch.row), batch.positive
     else:
         positive = scale * torch.linalg.vecdot(x, positives)
-    return softplus(negatives - positive).mean()
+    return softplus(negatives.minus(positive)).mean()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from fastvlp_kernels import _check, _inputs
+from fastvlp_kernels.similarity_logsumexp import LogSumExp
 
-from .gather import MergeColumns
-from .inputs import align, check, tell_refusal
-from .members import Members
+from .across.contrastive import SideBatches, gather_sides, shared_negatives
+from .across.gather import merge_columns
+from .across.group import Group, Members
+from .across.split_batch import tell_refusal
+from .inputs import align, check
 from .queue import NegativeQueue
-from .spread import Spread, shared_negatives, spread_sides
-from .terms import Sweep, Terms
+from .softmax_terms import Sweep, Terms
 
 NAME = "contrastive_loss"
 EQUAL_IDS = ("mean", "sum", "exclude")
@@ -40,40 +42,35 @@ def contrastive_loss(
     compute_dtype: torch.dtype | None = None,
     stash_bytes: int = 0,
     impl: str | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     """The symmetric softmax loss of images and texts, with what has been proposed on top of it; S is never stored.
 
-    With S_ij = scale * <image_i, text_j>, images look for their text with p_ij = exp(S_ij) / sum_k exp(S_ik), and texts for their image
-    along the columns. The loss is the mean over images of -w_i log p_ii, averaged with the same of the texts (CLIP, Radford et al. 2021,
-    arXiv:2103.00020). The keywords change one thing each, and compose:
+    With S_ij = scale * <image_i, text_j> and p the softmax over rows, the loss is the mean over images of -w_i log p_ii, averaged with the
+    same of the texts over columns (CLIP, Radford et al. 2021, arXiv:2103.00020). The keywords change one thing each, and compose:
 
-    * ``weights``: w. ALIP's sample weight times pair weight (Yang et al. 2023, arXiv:2308.08428). Means divide by the count, not by sum(w).
-    * ``log_weights``: each exp(S_ij) counts u_i * v_j times in the sums: logarithms of u and v, added to S. Corrects for sampling.
+    * ``weights``: w, as ALIP's (Yang et al. 2023, arXiv:2308.08428). Means divide by the count, not by sum(w).
+    * ``log_weights``: each exp(S_ij) counts u_i * v_j times in the sums: logarithms of u and v. Corrects for sampling.
     * ``ids``: pairs of equal id are all positive, and image and text counts may differ. ``equal_ids="mean"``: the mean over an anchor's
-      positives of -log p (UniCL, Yang et al. 2022, arXiv:2204.03610; DreamLIP, Zheng et al. 2024, arXiv:2403.17007; SupCon's L_out, Khosla
-      et al. 2020, arXiv:2004.11362). "sum": -log of the sum of their p (MIL-NCE, Miech et al. 2020, arXiv:1912.06430). "exclude": the pairs
-      stay (i, i), and others of equal id are no negatives. An anchor without a positive has no loss and does not count in the mean.
+      positives of -log p (UniCL, Yang et al. 2022, arXiv:2204.03610; SupCon's L_out, Khosla et al. 2020, arXiv:2004.11362); for DreamLIP
+      and FLAME, whose captions are no candidates for one another, see :func:`multi_caption_loss`. "sum": -log of the sum of their p
+      (MIL-NCE, Miech et al. 2020, arXiv:1912.06430). "exclude": the pairs stay (i, i), and others of equal id are no negatives. An anchor
+      without a positive has no loss and does not count.
     * ``label_smoothing``: e. The target is (1 - e) times the positives plus e times uniform over the anchor's candidates.
-    * ``focal_gamma``: g. The loss of an anchor is (1 - p)^g * -log p (Lin et al. 2017, arXiv:1708.02002; RO-ViT, Kim et al. 2023,
-      arXiv:2305.07011, takes a focal loss to contrastive pre-training). p is the softmax's, not a sigmoid of each pair.
-    * ``tau_plus``: the prior of a negative being a positive in truth. -log(exp(S_ii) / (exp(S_ii) + n g)) with
+    * ``focal_gamma``: g. An anchor's loss is (1 - p)^g * -log p (Lin et al. 2017, arXiv:1708.02002), p the softmax's; on the sigmoid of
+      each pair see :func:`focal_sigmoid_loss`.
+    * ``tau_plus``: the prior of a negative being a positive in truth: -log(exp(S_ii) / (exp(S_ii) + n g)) with
       g = max((mean over the n negatives of exp(S_ij) - tau_plus * exp(S_ii)) / (1 - tau_plus), exp(-scale)) (debiased InfoNCE, Chuang et
-      al. 2020, arXiv:2007.00224; the bound is that of normalised features).
-    * ``text_negatives``: more candidates for the images. [J, D]: for all of them (TripletCLIP, Patel et al. 2024, arXiv:2411.02545, once
-      for the pairs and once for the hard pairs; Jina CLIP, Koukounas et al. 2024, arXiv:2405.20204); [M, J, D]: J for each; or a queue.
-      ``image_negatives``: likewise for the texts.
+      al. 2020, arXiv:2007.00224).
+    * ``text_negatives``: more candidates for the images: [J, D] for all of them (TripletCLIP, Patel et al. 2024, arXiv:2411.02545; Jina
+      CLIP, Koukounas et al. 2024, arXiv:2405.20204), [M, J, D] for each, or a queue. ``image_negatives``: likewise for the texts.
     * ``prefixes``: the weighted sum of the losses of the first p_1 < ... < p_K = D features, each normalised by itself (Matryoshka,
-      Kusupati et al. 2022, arXiv:2205.13147; jina-clip-v2, Koukounas et al. 2024, arXiv:2412.08802).
+      Kusupati et al. 2022, arXiv:2205.13147).
 
-    Without ``label_smoothing``, negatives and prefixes it is one sweep of one operator. Smoothing adds O((M + N) D).
-
-    ``group``: the processes over which the batch is spread (``torch.distributed.group.WORLD``: all; None: it is all here). The mean over
-    processes of the returned losses and, once DDP has averaged, all gradients are then those of one process with the whole batch. The
-    sizes M, N and J may differ between processes, and M and N of equal ids too; [J, D] negatives are for all anchors of all processes; a
-    queue must hold the same everywhere (enqueue what :func:`gather_batch` gives). Each process makes the products of its own images with
-    all texts (and of its anchors with all negatives), and columns merge by their log-sum-exps, so that the products of all processes
-    together are those of one; memory is O(N D).
+    ``group``: the processes that share the batch; None: all, as everywhere in this module; ``ALONE``: it is all here. The mean over
+    processes of the returned losses and, once DDP has averaged, all gradients are those of one process with the whole batch. M, N and J may
+    differ between processes; [J, D] negatives are for all anchors; a queue must hold the same everywhere (enqueue what
+    :func:`gather_batch` gives). The processes share the products out; memory is O(N D).
 
     Args:
         image: [M, D] and text: [N, D], float32, bfloat16 or float16 (float64 on the CPU). M = N, row i of both is a pair, except with
@@ -95,7 +92,7 @@ def contrastive_loss(
         TypeError, ValueError: the inputs do not fit, or two keywords have no common meaning; the message says why. With ``group``, all
             processes raise when one refuses (the others a RuntimeError), or when their keywords, widths or dtypes differ.
     """
-    members = Members(None, 0, 1) if group is None else Members.of(NAME, group)
+    members = Members.of(NAME, group)
     several = ids is not None and equal_ids != "exclude"
     try:
         _check_options(ids is not None, equal_ids, label_smoothing, focal_gamma, tau_plus, log_weights is not None)
@@ -104,14 +101,14 @@ def contrastive_loss(
         weight = _two_sides("weights", weights, image, text)
         bias = _two_sides("log_weights", log_weights, image, text)
         if ids is not None and not several and not isinstance(ids, Tensor):
-            raise ValueError(f"{NAME}: equal_ids='exclude' takes one id for each pair, a tensor of shape ({len(text)},), not two of them")
+            raise ValueError(f"{NAME}: equal_ids='exclude' takes one id for each pair, shape ({text.shape[0]},), not two tensors")
         numbers = _two_sides("ids", ids, image, text, integer=True)
         _check_negatives("text_negatives", text_negatives, image)
         _check_negatives("image_negatives", image_negatives, text)
         dtype = _inputs.product_dtype(NAME, image, compute_dtype)
         factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
         how_much = _check_prefixes(prefixes, prefix_weights)
-        prior = None if tau_plus is None else _prior(tau_plus, factor, len(text))
+        prior = None if tau_plus is None else _prior(tau_plus, factor, text.shape[0])
     except (TypeError, ValueError):
         if members.size > 1:
             tell_refusal(members)
@@ -121,25 +118,51 @@ def contrastive_loss(
     excludes = not several and (ids is not None or focal_gamma > 0 or prior is not None)
     averages = several and equal_ids == "mean"
     shared = label_smoothing > 0 or prefixes is not None or text_negatives is not None or image_negatives is not None
-    present = [value is not None for value in (ids, tau_plus, *bias)]
-    keywords = equal_ids, label_smoothing, focal_gamma, sweep.prefixes, how_much, present
-    spread = Spread.of(NAME, members, image, text, (text_negatives, image_negatives), (factor, *bias), dtype, keywords)
+    given = {"weights": weights, "log_weights": log_weights, "ids": ids, "tau_plus": tau_plus if isinstance(tau_plus, Tensor) else None}
+    keywords: dict[str, object] = {f"presence of {name}": value is not None for name, value in given.items()}
+    keywords |= {"equal_ids": equal_ids, "label_smoothing": label_smoothing, "focal_gamma": focal_gamma, "prefixes": sweep.prefixes}
+    keywords |= {"prefix_weights": list(how_much), "tau_plus": None if isinstance(tau_plus, Tensor) else tau_plus}
+    batches = SideBatches.of(NAME, members, image, text, (text_negatives, image_negatives), (factor, *bias), dtype, keywords)
     terms = Terms(sweep, several, averages, excludes, label_smoothing, focal_gamma, prior)
 
     with torch.autocast(image.device.type, enabled=False):
-        more_texts = shared_negatives(text_negatives, spread.text_negatives)
-        more_images = shared_negatives(image_negatives, spread.image_negatives)
-        images, texts, all_images, all_texts = spread_sides(image, text, bias, numbers, terms, shared, spread)
+        more_texts = shared_negatives(text_negatives, batches.text_negatives)
+        more_images = shared_negatives(image_negatives, batches.image_negatives)
+        images, texts, all_images, all_texts = gather_sides(image, text, bias, numbers, terms, shared, batches)
         mode = "sums" if averages else "both" if several else "exclude" if excludes else None
-        row, col, *positive = sweep(images, all_texts, None if several else spread.images.start(members.rank), mode)
-        of_texts = positive[-1]
+        found = sweep(images, all_texts, None if several else batches.images.start(members.rank), mode)
+        of_images, col, of_texts = found.row_positives, found.col, found.col_positives
+        if not several:
+            of_images = of_texts = LogSumExp(found.positive, torch.zeros_like(found.positive))
         if members.size > 1:
-            col = MergeColumns.apply(col, spread.texts, False)
-            of_texts = MergeColumns.apply(of_texts, spread.texts, averages) if several else of_texts
-        by_images = terms.direction(images, all_texts, row, positive[0], more_texts, weight[0], spread.images)
-        by_texts = terms.direction(texts, all_images, col, of_texts, more_images, weight[1], spread.texts)
+            col = merge_columns(col, batches.texts)
+            of_texts = merge_columns(of_texts, batches.texts, averages) if several else of_texts
+        by_images = terms.direction(images, all_texts, found.row, of_images, more_texts, weight[0], batches.images)
+        by_texts = terms.direction(texts, all_images, col, of_texts, more_images, weight[1], batches.texts)
         parts = zip([*how_much, *how_much], by_images + by_texts, strict=True)
         return sum((much / 2 * part for much, part in parts), factor.new_zeros(()))
+
+
+def multi_caption_loss(image: Tensor, text: Tensor, scale: float | Tensor = 1.0, **options: Any) -> Tensor:
+    """The mean over K captions of :func:`contrastive_loss` of the images with their k-th captions: K softmaxes over B texts.
+
+    The loss of DreamLIP's sub-captions (Zheng et al. 2024, arXiv:2403.17007) and FLAME's facets (Cao et al. 2024, arXiv:2411.11927):
+    captions of other places are no candidates. ``contrastive_loss(ids=...)`` is one softmax over all K * B of them.
+
+    Args:
+        image: [B, D]. text: [K, B, D], the k-th caption of image i at [k, i]; dtypes as in :func:`contrastive_loss`.
+        scale, options: as there, with the meaning that they have for B pairs.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: as there; or ``text`` is not [K, B, D].
+    """
+    if not isinstance(text, Tensor) or text.ndim != 3 or 0 in text.shape:
+        got = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
+        raise ValueError(f"multi_caption_loss: text is {got}; it must be a tensor [captions of an image, images, width], at least one each")
+    return torch.stack([contrastive_loss(image, captions, scale, **options) for captions in text]).mean()
 
 
 def _check_options(
@@ -178,7 +201,7 @@ def _two_sides(
         raise ValueError(f"{NAME}: {name} has {len(sides)} tensors; give one for pairs, or two, for images and for texts")
     for side, features, of in zip(sides, (image, text), ("images", "texts"), strict=True):
         _check.plain_tensors(NAME, **{"image": image, f"{name} of {of}": side})
-        _check.vector(NAME, f"{name} of {of}", side, len(features), integer=integer)
+        _check.vector(NAME, f"{name} of {of}", side, features.shape[0], integer=integer)
     return sides[0], sides[1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid
 from .inputs import align, check
 
 NAME = "prolip_loss"
+RELEASED_WEIGHT = math.exp(-10)  # of distances, in the authors' code
 
 
 def prolip_loss(
@@ -27,17 +30,14 @@ def prolip_loss(
 ) -> Tensor:
     """The probabilistic pairwise contrastive loss of the pairs of this process; no M x N or M x N x D tensor exists.
 
-    Two Gaussians lie at the closed-form sampled distance d_ij = |mu_i - mu_j|^2 + sum of var_i + sum of var_j. With normalised means its
-    half is 1 - <mu_i, mu_j> + (sum of var_i + sum of var_j) / 2, so the logits of the pairs are
+    The closed-form sampled distance is d_ij = |mu_i - mu_j|^2 + sum of var_i + sum of var_j. With normalised means the logits are
 
-        scale * (<mu_i, mu_j> - (sum of var_i + sum of var_j) / 2) + bias
+        scale * (<mu_i, mu_j> - (sum of var_i + sum of var_j) / 2) + bias,
 
-    (the 1 is part of the bias): a product and one number for each row and column, which is what ``pairwise_sigmoid`` takes. The loss is
-    the sum over all pairs of softplus(-z_ij * logit_ij), z_ij = 1 for i = j and -1 otherwise, divided by the number of pairs (i, i).
-    Where M and N differ, what is beyond the shorter side is negative to everything (hard negative captions, say).
-
-    The published objective adds small multiples of ``inclusion_loss`` (images in their texts, whole inputs in their masked ones) and of
-    ``gaussian_kl`` of both sides.
+    a product and one number for each row and column. The loss is the sum over all pairs of softplus(-z_ij * logit_ij), z_ij = 1 for i = j
+    and -1 otherwise, divided by the number of pairs (i, i). Where M and N differ, what is beyond the shorter side is negative to
+    everything. The published objective adds small multiples of ``inclusion_loss`` (images in their texts, whole inputs in their masked
+    ones) and of ``gaussian_kl`` of both sides.
 
     Args:
         image_mean: [M, D] and text_mean: [N, D], normalised; float32, bfloat16 or float16 (float64 on the CPU).
@@ -66,7 +66,7 @@ def prolip_loss(
     )  # fmt: skip
 
 
-def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor) -> Tensor:
+def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor, *, released: bool = False) -> Tensor:
     """How much the first Gaussians p lie inside the second ones q: log of the integral of p^2 q over that of p q^2, by feature.
 
     Positive where p is inside of q, negative where q is inside of p, 0 where neither is. The features are independent, so the sum over
@@ -78,6 +78,7 @@ def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_varia
 
     Args:
         mean, log_variance: [..., D] of p, and mean_of, log_variance_of: [..., D] of q, all of one shape, floating point.
+        released: as in the authors' code: log(v / u) whole instead of half of it, and the term with the distance times e^-10.
 
     Returns:
         [..., D], float32 (float64 if one of them is float64).
@@ -90,20 +91,22 @@ def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_varia
     wider = log_variance_of - log_variance
     t = torch.tanh(wider / 2)
     apart = (mean - mean_of).square() * torch.exp(-torch.logaddexp(log_variance, log_variance_of))
-    return wider / 2 - torch.atanh(t / 3) + 4 * t * apart / (9 - t.square())
+    share, weight = (1.0, RELEASED_WEIGHT) if released else (0.5, 1.0)
+    return share * wider - torch.atanh(t / 3) + weight * 4 * t * apart / (9 - t.square())
 
 
 def inclusion_loss(
-    mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor, scale: float = 1.0, *, by_feature: bool = False
-) -> Tensor:
+    mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor, scale: float = 1.0, *, by_feature: bool = False,
+    released: bool = False,
+) -> Tensor:  # fmt: skip
     """The mean of softplus(-scale * h), which asks the first Gaussians to lie inside the second ones.
 
     ProLIP asks it of images in their texts, and of whole inputs in their masked ones. h is the log ratio of the joint densities
     (``log_inclusion`` summed over features) and the mean is over rows; with ``by_feature`` each feature has its own h and the mean is over
-    all of them, as in the authors' code, which also takes log(v / u) whole instead of half of it and multiplies distances by e^-10.
+    all of them. The authors train with ``inclusion_loss(..., scale=1000.0, by_feature=True, released=True)``.
 
     Args:
-        mean, log_variance, mean_of, log_variance_of: [B, D], see ``log_inclusion``. scale: positive.
+        mean, log_variance, mean_of, log_variance_of: [B, D], and released: see ``log_inclusion``. scale: positive.
 
     Returns:
         A 0-d tensor, float32 (float64 if one of the inputs is float64).
@@ -113,7 +116,7 @@ def inclusion_loss(
     """
     if not scale > 0:
         raise ValueError(f"inclusion_loss: scale={scale}; it must be positive (to ask for the opposite, swap the two Gaussians)")
-    h = log_inclusion(mean, log_variance, mean_of, log_variance_of)
+    h = log_inclusion(mean, log_variance, mean_of, log_variance_of, released=released)
     return -F.logsigmoid(scale * (h if by_feature else h.sum(-1))).mean()
 
 

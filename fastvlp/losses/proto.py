@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from fastvlp_kernels import _check, _inputs
 from fastvlp_kernels.similarity_attend import similarity_attend
-from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+from fastvlp_kernels.similarity_logsumexp import logsumexp_results
 
-from .terms import operand, softplus
+from .softmax_terms import operand, softplus
 
 NAME = "proto_clip_loss"
 
@@ -55,10 +55,8 @@ def proto_clip_loss(
     """Mean cross-entropy of softmax_k(scale * <feature_i, prototype_k>) with the cluster of i (ProtoCLIP).
 
     The clusters are a teacher's: of the other modality, or of an external model, whose targets the authors' code leaves hard (Chen et al.
-    2022, arXiv:2206.10996). With ``teacher``, its prototypes t_k, targets are soft: softmax_k(teacher_scale * <t_a, t_k>) for a feature of
-    cluster a. Features of one cluster have one target, so its mean prototype is made once for each cluster; neither the N x K nor the
-    K x K similarities are stored. Both directions are two calls, of which the published loss is the mean, here with back translation
-    (:func:`back_translate`); an episode's clusters may come from any k-means::
+    2022, arXiv:2206.10996). With ``teacher``, its prototypes t_k, targets are soft: softmax_k(teacher_scale * <t_a, t_k>) for cluster a.
+    Neither the N x K nor the K x K similarities are stored. The published loss is the mean of both directions, here with back translation::
 
         proto_clip_loss(image, image_of_text_clusters, text_clusters, scale, teacher=text_prototypes, teacher_scale=10.0)
         proto_clip_loss(text, text_of_image_clusters, image_clusters, scale, teacher=image_prototypes, teacher_scale=10.0)
@@ -99,12 +97,12 @@ def proto_clip_loss(
         at = cluster.clamp_min(0)
         if teacher is None:
             # The positive is left out of the sum, so that no term of a confident feature cancels against another.
-            others = similarity_logsumexp(x, p, factor, row_ids=cluster, col_ids=torch.arange(K, device=x.device), **how)[0]
-            loss = softplus(others - factor * torch.linalg.vecdot(x, F.embedding(at, p)))
+            others = logsumexp_results(x, p, factor, row_ids=cluster, col_ids=torch.arange(K, device=x.device), **how).row
+            loss = softplus(others.minus(factor * torch.linalg.vecdot(x, F.embedding(at, p))))
         else:
             t = teacher.detach().to(sums)
             mean, _ = similarity_attend(t, t, p, _inputs.scalar(NAME, "teacher_scale", teacher_scale, x, sums).detach(), **how)
-            loss = similarity_logsumexp(x, p, factor, **how)[0] - factor * torch.linalg.vecdot(x, F.embedding(at, mean))
+            loss = logsumexp_results(x, p, factor, **how).row.minus(factor * torch.linalg.vecdot(x, F.embedding(at, mean)))
         return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastvlp_kernels import _inputs
 
+from .across.group import ALONE
 from .fused import fused_sum
 from .inputs import align, check
 from .objective import contrastive_loss
-from .terms import operand
+from .softmax_terms import operand
 
 NAME = "rank_clip_loss"
 
@@ -22,27 +26,27 @@ def rank_clip_loss(
     *,
     in_modal: float = 1 / 16,
     cross_modal: float = 1 / 16,
+    eps: float = 0.0,
     compute_dtype: torch.dtype | None = None,
     stash_bytes: int = 0,
     impl: str | None = None,
 ) -> Tensor:
     """CLIP's loss, and list-wise losses that make two similarity matrices rank alike (RankCLIP, Zhang et al. 2024, arXiv:2404.09387).
 
-    With A and B two matrices of similarities [N, N], row i of A is asked to be in the order of row i of B: of a model that draws without
-    replacement with probabilities softmax(A_i) (Plackett-Luce), the negative log-likelihood of the order of falling B_i (ListMLE, Xia et
-    al. 2008), which is the sum over ranks d of logsumexp_{e >= d} A_i,order(e) - A_i,order(d). Equal similarities keep the order of their
-    columns (the authors' code shuffles them). An order has no gradient. R(A, B) is the mean of these terms over rows and ranks, plus that
-    with A and B exchanged. The loss is
+    For two matrices of similarities A and B, row i of A is asked to be in the order of row i of B: minus the log-likelihood of the order of
+    falling B_i when one draws without replacement with softmax(A_i) (ListMLE, Xia et al. 2008), which is the sum over ranks d of
+    logsumexp_{e >= d} A_i,order(e) - A_i,order(d). Equal similarities keep the order of their columns (the authors' code shuffles them).
+    R(A, B) is the mean over rows and ranks, plus that with A and B exchanged. The loss is
 
     contrastive_loss(image, text, scale) + in_modal * R(image image^T, text text^T) + cross_modal * R(image text^T, text image^T),
 
-    all matrices times ``scale``. Memory is O(N D), and of the matrices of R a few rows at a time, which are sorted: plain PyTorch on any
-    device, with the gradients made in the same sweep.
+    all matrices times ``scale``. Memory is O(N D), and of the matrices of R a few rows at a time; gradients come from the same sweep.
 
     Args:
         image, text: [N, D], row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
         scale: number, 0-d or [1] tensor.
-        in_modal, cross_modal: weights; 0 leaves a term out. In the authors' code they grow from 0 to 1/16 in two thirds of the training.
+        in_modal, cross_modal: weights; 0 leaves a term out. The authors let them grow from 0 to 1/16 in two thirds of the training.
+        eps: added to each sum of exp(A_i - max A_i). 1e-10 is the authors' code, 10% off at scale 100; 0: the likelihood itself.
         compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`; the rankings have one implementation.
 
     Returns:
@@ -56,31 +60,40 @@ def rank_clip_loss(
     for name, weight in (("in_modal", in_modal), ("cross_modal", cross_modal)):
         if not weight >= 0:
             raise ValueError(f"{NAME}: {name}={weight}; it must be 0 (without this term) or more")
+    if not eps >= 0:
+        raise ValueError(f"{NAME}: eps={eps}; it must be 0 or more")
     dtype = _inputs.product_dtype(NAME, image, compute_dtype)
     factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
     with torch.autocast(image.device.type, enabled=False):
         x, y = operand(image, dtype), operand(text, dtype)
-        loss = contrastive_loss(x, y, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl)
+        loss = contrastive_loss(x, y, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl, group=ALONE)
         for weight, pairs in ((in_modal, [(0, 0), (1, 1)]), (cross_modal, [(0, 1), (1, 0)])):
             if weight:
-                loss = loss + weight / len(x) ** 2 * fused_sum(_rank_alike, [x, y], pairs, factor, whole_rows=True)
+                loss = loss + weight / len(x) ** 2 * fused_sum(partial(_rank_alike, eps), [x, y], pairs, factor, whole_rows=True)
         return loss
 
 
-def _rank_alike(blocks: list[Tensor], rows: slice, cols: slice, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+def _rank_alike(eps: float, blocks: list[Tensor], rows: slice, cols: slice, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """Of some rows of two matrices: each in the order of the other."""
-    found = [_list_mle(blocks[k], blocks[1 - k], needs[k]) for k in (0, 1)]
+    found = [_list_mle(blocks[k], blocks[1 - k], needs[k], eps) for k in (0, 1)]
     return found[0][0] + found[1][0], [gradient for _, gradient in found]
 
 
-def _list_mle(scores: Tensor, reference: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+def _list_mle(scores: Tensor, reference: Tensor, need: bool, eps: float) -> tuple[Tensor, Tensor | None]:
     """Sum of ListMLE of the rows of ``scores`` [M, N] in the order of falling ``reference``, and its gradient."""
     order = reference.argsort(dim=1, descending=True, stable=True)
     ranked = scores.gather(1, order)
     left = ranked.flip(1).logcumsumexp(1).flip(1)  # of all that are still to be drawn
+    if eps:
+        highest, place = ranked.max(1, keepdim=True)
+        least = highest + math.log(eps)
+        left = torch.logaddexp(left, least)
     total = (left - ranked).sum(dtype=torch.float64)
     if not need:
         return total, None
     # What comes at rank k takes part in all draws up to k, with exp(ranked_k - left_d) in that of d.
+    share = (least - left).exp_().sum(1, keepdim=True) if eps else None  # of eps, which is relative to the highest
     gradient = torch.expm1(ranked + left.neg_().logcumsumexp(1))
+    if share is not None:
+        gradient.scatter_add_(1, place, share)
     return total, ranked.scatter_(1, order, gradient)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch import distributed as dist
+from torch.nn import functional as F
 
 from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid
 
-from .base import ContrastiveLoss
-from .gather import SigmoidGather
-from .inputs import Batch
-from .ring import SigmoidRing
+from .across.gather import SigmoidGather
+from .across.group import Group
+from .across.ring import SigmoidRing
+from .across.split_batch import SplitBatch
+from .autograd import apply
+from .drop_in import ContrastiveLoss, Given
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
@@ -21,31 +24,24 @@ class SigLipLoss(ContrastiveLoss):
     With S = logit_scale * image_features @ text_features.T + logit_bias over the N pairs of the whole batch, and z_ij = 1 for i = j and
     -1 otherwise, the loss is 1/N * sum_ij softplus(-z_ij * S_ij). S is never stored; loss and gradients come from one sweep over it.
 
-    Takes the arguments and the call of ``open_clip.SigLipLoss`` 3.3. Where it differs:
+    Takes the arguments and the call of ``open_clip.SigLipLoss`` 3.3, and ``chunk_size``. Where it differs:
 
-    * The mean over processes of the returned losses is the loss of the whole batch, and once DDP has averaged, every gradient
-      (features, logit_scale, logit_bias) is that of one process with the whole batch; also for local batches of different sizes.
-    * Memory does not grow with the number of processes (``strategy="ring"``); open_clip keeps the logits of all blocks.
-    * ``cache_labels`` and ``dist_impl`` are accepted and change nothing: there are no labels, and ``strategy`` says what travels.
-      open_clip's "reduce" and "gather" compute the own block twice.
-    * Where torch.distributed runs, the batch is that of ``group``, also when ``rank`` and ``world_size`` are left out; for a loss of this
-      process alone, give it a group of one process.
+    * Across processes it is exact, as :class:`ClipLoss`; memory does not grow with their number (``strategy="ring"``).
+    * ``cache_labels``, ``dist_impl`` and ``chunk_size`` change nothing: no labels or logits are kept, and ``strategy`` says what travels.
+    * A subclass may override ``get_logits`` and ``get_ground_truth`` (strategy "gather"); its loss is then dense.
 
     Args:
-        cache_labels, dist_impl: see above; dist_impl is None, "bidir", "shift", "reduce" or "gather".
-        rank, world_size: of this process, in the group or in the world; checked against the group if given.
-        strategy: "gather": the texts of all processes at once, memory O(N * D). "ring": block after block from neighbour to neighbour,
-            the next one in flight while this one is computed, memory O(b * D) for b local pairs. "grouped": a ring of nodes, as in
-            :class:`ClipLoss`. With both, all processes must give their losses the same weight.
-        node_size: for "grouped", as in :class:`ClipLoss`.
-        group: the processes that share a batch; None: all. When it is a part of the processes that DDP averages over, the objective
-            is the mean over groups, each with the weight of its number of processes.
+        cache_labels, dist_impl, chunk_size: see above; dist_impl is None, "bidir", "shift", "reduce" or "gather".
+        rank, world_size, node_size, group: as in :class:`ClipLoss`.
+        strategy: as there. With "ring" and "grouped" all processes must give their losses the same weight.
 
     Raises:
-        ValueError: ``strategy`` or ``dist_impl`` is unknown, or ``node_size`` does not go with the strategy.
+        ValueError: ``strategy`` or ``dist_impl`` is unknown, or ``node_size`` does not go with the strategy. TypeError: a
+            subclass overrides what this strategy does not call.
     """
 
     name = "SigLipLoss"
+    unused = ("_loss",)
 
     def __init__(
         self,
@@ -53,20 +49,47 @@ class SigLipLoss(ContrastiveLoss):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
         *,
         strategy: str = "gather",
         node_size: int | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
     ) -> None:
         super().__init__(rank, world_size, strategy, node_size, group)
         if dist_impl is not None and dist_impl not in DIST_IMPLS:
             raise ValueError(f"SigLipLoss: dist_impl={dist_impl!r} is unknown; allowed: None, {', '.join(DIST_IMPLS)}")
+        if not isinstance(chunk_size, int) or chunk_size < 0:
+            raise ValueError(f"SigLipLoss: chunk_size={chunk_size!r}; it must be an int, 0 or more (it changes nothing here)")
+        self.chunk_size = chunk_size
         self.cache_labels = cache_labels
         self.dist_impl = dist_impl or "bidir"
 
-    def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return pairwise_sigmoid(image, text, scale, 0.0 if bias is None else bias, offset=0, factor=1 / len(image))
+    def get_ground_truth(self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False) -> Tensor:
+        """1 for pairs and -1 for all others, as in open_clip: [num_logits, num_logits]."""
+        negative = -torch.ones(num_logits, num_logits, device=device, dtype=dtype)
+        return negative if negative_only else negative.fill_diagonal_(1.0)
 
-    def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None = None
+    ) -> Tensor:
+        """logit_scale * image_features @ text_features.T + logit_bias, as in open_clip. The loss makes them only if a subclass overrides
+        this method or ``get_ground_truth``, and then of the whole batch at once, on every process.
+        """
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def _from_logits(self, given: Given) -> Tensor:
+        images, texts = self._whole(given.image, given.text)
+        logits = self.get_logits(images, texts, given.scale, given.bias)
+        labels = self.get_ground_truth(logits.device, logits.dtype, len(logits))
+        return -F.logsigmoid(labels * logits).sum() / len(logits)
+
+    def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        bias = scale.new_zeros(()) if bias is None else bias
+        if torch.compiler.is_compiling():  # a number that follows from the batch would be a constant of the graph
+            return pairwise_sigmoid(image, text, scale, bias, offset=0) / image.shape[0]
+        return pairwise_sigmoid(image, text, scale, bias, offset=0, factor=1 / image.shape[0])
+
+    def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: SplitBatch, trains: list[bool]) -> Tensor:
         function = SigmoidGather if self.strategy == "gather" else SigmoidRing
-        return function.apply(image, text, scale, scale.new_zeros(()) if bias is None else bias, batch, trains)
+        return apply(function, image, text, scale, scale.new_zeros(()) if bias is None else bias, batch, trains)

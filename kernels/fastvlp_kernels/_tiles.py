@@ -1,9 +1,5 @@
-"""A similarity matrix as cache-sized tiles of plain torch, in base 2: L = S / log 2.
+"""A similarity matrix S as cache-sized tiles of plain torch."""
 
-exp2 is vectorised by PyTorch itself, while exp may be a library's that is three times slower.
-"""
-
-import math
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +9,6 @@ from ._inputs import sum_dtype
 
 # A tile and one buffer of its size (1 MiB each in float32) stay in the second-level caches of two cores.
 TILE = 512
-LN2 = math.log(2)
 
 
 def tile_sides(M: int, N: int) -> tuple[int, int]:
@@ -30,7 +25,7 @@ class Tiles:
     """The operands of S_ij = scale * <x_i, y_j> + row_bias_i + col_bias_j as products read them, and buffers that are allocated once.
 
     Attributes:
-        acc: dtype of sums. y: [N, D] in it, rounded to ``dtype``. row_bias, col_bias: divided by log 2. tile_m, tile_n: sides of a tile.
+        acc: dtype of sums. y: [N, D] in it, rounded to ``dtype``. tile_m, tile_n: sides of a tile.
     """
 
     def __init__(
@@ -40,9 +35,7 @@ class Tiles:
         self.x, self.dtype, self.acc = x, dtype, sum_dtype(dtype)
         self.M, self.N = len(x), len(y)
         self.y = self.exact(y)
-        # In float64, rounded element by element where it is used: an error of the factor itself would not average out.
-        self.scale = scale.double() / LN2
-        self.row_bias, self.col_bias = (None if bias is None else (bias.double() / LN2).to(self.acc) for bias in (row_bias, col_bias))
+        self.scale, self.row_bias, self.col_bias = scale, row_bias, col_bias
         self.row_ids = None if row_ids is None else row_ids.masked_fill(row_ids < 0, -1)
         self.col_ids = None if col_ids is None else col_ids.masked_fill(col_ids < 0, -2)
         self.tile_m, self.tile_n = tile_sides(self.M, self.N)
@@ -67,8 +60,8 @@ class Tiles:
         return self.exact(self.x[i])
 
     def scaled(self, row_operand: Tensor) -> Tensor:
-        """What products with y give L of, but for biases."""
-        return (row_operand.double() * self.scale).to(self.acc)
+        """What products with y give S of, but for biases."""
+        return row_operand * self.scale
 
     def same(self, i: slice, j: slice) -> Tensor | None:
         """Where ids are equal, or None without ids."""
@@ -77,7 +70,7 @@ class Tiles:
         return self.row_ids[i, None] == self.col_ids[j]
 
     def bounded(self, limit: float) -> bool:
-        """Whether all |L| lie below ``limit`` by Cauchy-Schwarz. It reads values, so only on the CPU."""
+        """Whether all |S| lie below ``limit`` by Cauchy-Schwarz. It reads values, so only on the CPU."""
         if self.y.device.type != "cpu":
             return False
         longest = max(torch.linalg.vector_norm(self.row_operand(i), dim=1).max().item() for i in self.rows())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvlp_kernels import _tiles
+from fastvlp_kernels._logsumexp import LogSumExp, merge
 from fastvlp_kernels._testing import assert_no_worse_than, error, forbid_large_tensors
 from fastvlp_kernels.similarity_attend import Needs, ResultGrads, Results, attend_backward, attend_forward, similarity_attend
 
@@ -209,7 +210,7 @@ def test_blocks_merge_into_the_whole(ids, used):
     options["scale"], random = torch.tensor(12.0, dtype=torch.float64), torch.Generator().manual_seed(1)
     needs = Needs(*[True] * 6)
     whole = attend_forward(x, y, v, **options)
-    upstream = [torch.randn(r.shape, generator=random, dtype=torch.float64) for r in whole]
+    upstream = [torch.randn(r.shape, generator=random, dtype=torch.float64) for r in (whole.out, whole.lse.log)]
     grads = ResultGrads(*(g if k in used else None for k, g in enumerate(upstream)))
     want = attend_backward(grads, whole, needs, x, y, v, **options)
 
@@ -218,19 +219,20 @@ def test_blocks_merge_into_the_whole(ids, used):
         return {**options, **{name: value[i if name.startswith("row") else j] for name, value in vectors.items()}}
 
     blocks = [(slice(i, min(i + 20, 45)), slice(j, min(j + 31, 62))) for i in (0, 20, 40) for j in (0, 31)]
-    out, lse = torch.zeros_like(whole.out), torch.full_like(whole.lse, -torch.inf)
+    out, lse = torch.zeros_like(whole.out), LogSumExp(torch.full_like(whole.lse.log, -torch.inf), torch.zeros_like(whole.lse.log))
     for i, j in blocks:
         part = attend_forward(x[i], y[j], v[j], **cut(i, j))
-        both = torch.logaddexp(lse[i], part.lse)
-        shares = [(old - both.masked_fill(both == -torch.inf, 0.0)).exp()[:, None] for old in (lse[i], part.lse)]
-        out[i], lse[i] = out[i] * shares[0] + part.out * shares[1], both
+        both = merge(lse.at(i), part.lse)
+        shares = [both.probability(old.value())[:, None] for old in (lse.at(i), part.lse)]
+        out[i] = out[i] * shares[0] + part.out * shares[1]
+        lse.reference[i], lse.log[i] = both
     torch.testing.assert_close(out, whole.out, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(lse, whole.lse, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse.value(), whole.lse.value(), rtol=1e-12, atol=1e-12)
 
     sums = [torch.zeros_like(g) for g in want]
     for i, j in blocks:
         local = ResultGrads(*(None if g is None else g[i] for g in grads))
-        part = attend_backward(local, Results(out[i], lse[i]), needs, x[i], y[j], v[j], **cut(i, j))
+        part = attend_backward(local, Results(out[i], lse.at(i)), needs, x[i], y[j], v[j], **cut(i, j))
         for total, grad, where in zip(sums, part, (i, j, j, ..., i, j), strict=True):
             total[where] += grad
     for ours, exact in zip(sums, want, strict=True):

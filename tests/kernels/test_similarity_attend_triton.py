@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvlp_kernels._logsumexp import merge
 from fastvlp_kernels._testing import assert_no_worse_than, error, forbid_large_tensors
 from fastvlp_kernels.similarity_attend import Needs, ResultGrads, Results, attend_backward, attend_forward, similarity_attend
 from fastvlp_kernels.similarity_attend.arguments import Inputs
@@ -127,9 +128,10 @@ def blocks_of_a_larger_matrix() -> None:
         options, needs = {"scale": 9.0, "row_bias": row_bias}, Needs(row_bias=True)
         blocks = [slice(0, 35), slice(35, 90)]
         parts = [attend_forward(x, y[j], v[j], impl="triton", **options) for j in blocks]
-        lse = torch.logaddexp(parts[0].lse, parts[1].lse)
-        merged = Results(sum(part.out * (part.lse - lse).exp()[:, None] for part in parts), lse)
-        upstream = ResultGrads(*(torch.randn(r.shape, generator=torch.Generator().manual_seed(6)).bfloat16().float() for r in merged))
+        lse = merge(parts[0].lse, parts[1].lse)
+        merged = Results(sum(part.out * lse.probability(part.lse.value())[:, None].float() for part in parts), lse)
+        shapes = merged.out.shape, lse.log.shape
+        upstream = ResultGrads(*(torch.randn(shape, generator=torch.Generator().manual_seed(6)).bfloat16().float() for shape in shapes))
         found = [attend_backward(upstream, merged, needs, x, y[j], v[j], impl="triton", **options) for j in blocks]
         mine = [found[0].x.float() + found[1].x.float(), *(torch.cat(pair) for pair in zip(*(part[1:3] for part in found), strict=True))]
         mine += [found[0].scale + found[1].scale, found[0].row_bias + found[1].row_bias]

@@ -30,7 +30,7 @@ def test_opcheck(mode, stash_bytes):
     *results, stash = (r.detach() for r in forward(*inputs, stash_bytes))
     assert bool(stash.numel()) == bool(stash_bytes)
     plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
-    grads = [torch.randn_like(r) if r.numel() else None for r in results]
+    grads = [torch.randn_like(r) if r.numel() else None for r in (*results[1:8:2], results[8])]
     needs = [True, True, True, *[mode is not None] * 4]
     torch.library.opcheck(backward.default, (grads, *plain, results, stash, needs))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvlp_kernels._testing import error, forbid_large_tensors
 from fastvlp_kernels.similarity_logsumexp import ResultGrads, similarity_logsumexp
-from fastvlp_kernels.similarity_logsumexp.arguments import Inputs, Needs, Results
+from fastvlp_kernels.similarity_logsumexp.arguments import Inputs, Needs
 from tests.kernels.aot import SHARED_LIMIT, Recorder
 from tests.kernels.interpreter import in_a_process, interpreted
 
@@ -208,7 +208,7 @@ CASES = {
 def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, case: dict) -> dict[str, Recorder]:
     """The launches of a forward and a backward at M = 4096, N = 2048, not run."""
     module, product = import_module("fastvlp_kernels.similarity_logsumexp.triton"), import_module("fastvlp_kernels._product")
-    names = {"_forward_kernel": module, "_merge_kernel": module, "_backward_kernel": module, "stashed_kernel": module}
+    names = dict.fromkeys(("_forward_kernel", "merge_kernel", "own_kernel", "_backward_kernel", "stashed_kernel"), module)
     names |= {"_product_kernel": product}
     recorders = {name: Recorder(getattr(where, name)) for name, where in names.items()}
     for name, where in names.items():
@@ -222,8 +222,9 @@ def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, c
     shape = import_module("fastvlp_kernels.similarity_logsumexp.triton_stash").stash_shape
     stash = torch.zeros(shape(inputs, case.get("stash_bytes", 0)), dtype=dtype)
     results = module.forward(inputs, stash)
-    grads = ResultGrads(*(torch.ones(len(r), dtype=torch.float32) if r.numel() else None for r in results))
-    module.backward(grads, inputs, Results(*results), Needs(*[True] * 3, *["vectors" in case] * 4), stash)
+    given = [*(part.log for part in results[:4]), results.positive]
+    grads = ResultGrads(*(torch.ones(len(r), dtype=torch.float32) if r.numel() else None for r in given))
+    module.backward(grads, inputs, results, Needs(*[True] * 3, *["vectors" in case] * 4), stash)
     return recorders
 
 
@@ -232,7 +233,7 @@ def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, c
 def test_compiled_ahead_of_time(arch, dtype, case, monkeypatch):
     recorders = _launches(monkeypatch, DTYPES[dtype], 512, CASES[case])
     names = ["_forward_kernel", "stashed_kernel" if case == "stash" else "_backward_kernel"]
-    names += ["_merge_kernel"] if (dtype, case) == ("float32", "clip") else []
+    names += ["merge_kernel", "own_kernel"] if (dtype, case) == ("float32", "clip") else ["own_kernel"] if case == "everything" else []
     for name in names:
         _assert_fits(name, recorders[name].compile(arch), dtype)
 
@@ -272,5 +273,5 @@ def _assert_fits(name, compiled, dtype):
     assert compiled.spills == 0
     assert compiled.shared <= SHARED_LIMIT[compiled.arch]
     assert not compiled.holds("atom") and not compiled.holds("red")
-    if name != "_merge_kernel" and dtype != "float32":
+    if name not in ("merge_kernel", "own_kernel") and dtype != "float32":
         assert compiled.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[compiled.arch])

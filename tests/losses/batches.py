@@ -37,7 +37,8 @@ class Batch:
     """A batch of sum(sizes) pairs of normalised features; ``likeness`` is the share of the image in its text.
 
     ``trains`` names the inputs that need a gradient; ``told``: whether the loss is told the sizes. ``node_size``: of "grouped"; left
-    out, nodes of two, or of all where the number of processes is odd.
+    out, nodes of two, or of all where the number of processes is odd. ``exact``: features are multiples of 1/64, so that similarities have
+    no rounding of their own in float32, in whatever order a CPU adds.
     """
 
     loss: str
@@ -52,6 +53,7 @@ class Batch:
     told: bool = False
     seed: int = 0
     node_size: int | None = None
+    exact: bool = False
 
     def module(self, **options: Any) -> nn.Module:
         """The loss of one process."""
@@ -65,9 +67,12 @@ class Batch:
         image, noise = (torch.randn(sum(self.sizes), self.width, generator=generator, dtype=torch.float64) for _ in range(2))
         text = self.likeness * image + (1 - self.likeness) * noise
         scalars = torch.float64 if self.dtype == torch.float64 else torch.float32
+        image, text = (F.normalize(side, dim=1) for side in (image, text))
+        if self.exact:
+            image, text = ((side * 64).round() / 64 for side in (image, text))
         return {
-            "image": F.normalize(image, dim=1).to(self.dtype),
-            "text": F.normalize(text, dim=1).to(self.dtype),
+            "image": image.to(self.dtype),
+            "text": text.to(self.dtype),
             "scale": torch.tensor(self.scale, dtype=scalars),
             "bias": torch.tensor(self.bias, dtype=scalars),
         }

@@ -10,8 +10,9 @@ from batches import ALL, LOSSES, Batch, node_size
 from processes import Failed
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
-from fastvlp.losses import ClipLoss, SigLipLoss, gather, ring
-from fastvlp.losses.members import Members, Transfer
+from fastvlp.losses import ALONE, ClipLoss, SigLipLoss, contrastive_loss, gather_batch
+from fastvlp.losses.across import gather, ring
+from fastvlp.losses.across.group import Members, Transfer
 
 GOOD = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
 REFUSED = {
@@ -88,6 +89,72 @@ def test_a_refusal_stops_all_processes(processes, loss, strategy, case):
     assert wrong.kind == error.__name__ and words in wrong.message
     for other in (first, last):
         assert other.kind == "RuntimeError" and "rank 1 of the group refused its input" in other.message
+
+
+def told_and_unlike(rank, size, what):
+    image = {"width": torch.randn(6, 12 if rank else 8), "dtype": torch.randn(6, 8).to(torch.bfloat16 if rank else torch.float32),
+             "bias": torch.randn(6, 8)}[what]  # fmt: skip
+    ClipLoss()(image, image, 10.0, 1.0 if what == "bias" and rank else None, local_sizes=[6, 6])
+
+
+@pytest.mark.parametrize("what", ["width", "dtype", "bias"])
+def test_processes_that_were_told_the_sizes_still_compare_what_they_do(processes, what):
+    for answer in processes.run(2, told_and_unlike, what):
+        words = f"differ in the {'presence of logit_bias' if what == 'bias' else what}"
+        assert answer.kind == "ValueError" and words in answer.message, answer
+
+
+def compared(rank, size):
+    """How many collectives of ``agree`` three calls with sizes and two without make."""
+    gather, calls = Members.gather, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Members, "gather", lambda self, tensor: (calls.append(tensor.dtype), gather(self, tensor))[1])
+        loss = ClipLoss()
+        with torch.no_grad():
+            for sizes in ([4, 4], [4, 4], None, None):
+                loss(GOOD, GOOD, 10.0, local_sizes=sizes)
+            loss(GOOD[: 4 - rank], GOOD[: 4 - rank], 10.0, local_sizes=[4, 3])
+    return calls.count(torch.uint8)
+
+
+def test_what_was_agreed_is_not_asked_again(processes):
+    assert processes.results(2, compared) == [3, 3]
+
+
+def unlike_arguments(rank, size, options):
+    made = {name: value(rank) for name, value in ARGUMENTS[options].items()}
+    contrastive_loss(GOOD, GOOD, 10.0, **{name: value for name, value in made.items() if value is not None})
+
+
+ARGUMENTS = {
+    "presence of weights": {"weights": lambda rank: torch.ones(4) if rank else None},
+    "label_smoothing": {"label_smoothing": lambda rank: 0.1 * rank},
+    "tau_plus": {"tau_plus": lambda rank: 0.1 * (1 + rank)},
+    "prefix_weights": {"prefixes": lambda rank: (4, 8), "prefix_weights": lambda rank: (1.0, 1.0 + rank)},
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_that_change_what_is_computed_are_agreed(processes, name):
+    for answer in processes.run(2, unlike_arguments, name):
+        assert answer.kind == "ValueError" and f"differ in the {name} (" in answer.message, answer
+
+
+def without_a_group(rank, size):
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(k)), dim=1) for k in (1, 2))
+    share = [side[3 * rank : 3 * rank + 3] for side in (image, text)]
+    kinds = [lambda *pairs, **group: ClipLoss(**group)(*pairs, 10.0), lambda *pairs, **group: contrastive_loss(*pairs, 10.0, **group)]
+    found = [(kind(*share).item(), kind(*share, group=ALONE).item()) for kind in kinds]
+    gathered = [len(gather_batch(share[0], group=group)[0]) for group in (None, ALONE)]
+    return found, [kind(image, text, group=ALONE).item() for kind in kinds], gathered
+
+
+def test_no_group_means_all_processes_in_every_loss(processes):
+    first, other = processes.results(2, without_a_group)
+    for kind in range(2):
+        assert (first[0][kind][0] + other[0][kind][0]) / 2 == pytest.approx(first[1][kind], rel=1e-5)
+        assert first[0][kind][1] != pytest.approx(first[0][kind][0], rel=1e-3)
+    assert first[2] == [6, 3]
 
 
 def frozen_on_one(rank, size):

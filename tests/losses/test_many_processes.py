@@ -8,12 +8,14 @@ import pytest
 import torch
 from batches import LOSSES, Batch, averaged, collect
 
-from fastvlp.losses import base, members, tour
+from fastvlp.losses import drop_in
+from fastvlp.losses.across import circulate, group
+from fastvlp_kernels._logsumexp import LogSumExp, merge
 
 SECONDS = 60
 
 
-class Threads(members.Members):
+class Threads(group.Members):
     """One of several members that are threads of this process."""
 
     @classmethod
@@ -30,7 +32,7 @@ class Threads(members.Members):
         return result
 
     def logsumexp(self, partial):
-        return self.gather(partial).logsumexp(0)
+        return merge(*(LogSumExp(*pair) for pair in self.gather(torch.stack(partial))))
 
     def control_device(self):
         return torch.device("cpu")
@@ -80,8 +82,8 @@ def in_threads(batch, monkeypatch):
     size = len(batch.sizes)
     desk, shares = Desk(size), [None] * size
     own = threading.local()
-    monkeypatch.setattr(tour, "Exchange", Posted)
-    monkeypatch.setattr(base.Members, "of", lambda loss, group: own.member)
+    monkeypatch.setattr(circulate, "Exchange", Posted)
+    monkeypatch.setattr(drop_in.Members, "of", lambda loss, group: own.member)
 
     def work(rank):
         own.member = Threads.among(rank, size, desk)

@@ -9,7 +9,7 @@ from batches import LOSSES, Batch, gradients
 from torch import distributed as dist
 
 from benchmarks.peak import growth
-from fastvlp.losses import gather, members, ring
+from fastvlp.losses.across import gather, group, ring
 from fastvlp.plan import Cluster, plan
 
 LAYOUTS = [("gather", 2, 2), ("gather", 4, 2), ("ring", 3, 3), ("ring", 4, 2), ("grouped", 2, 2), ("grouped", 3, 3), ("grouped", 4, 2)]
@@ -32,7 +32,7 @@ def bytes_sent(rank, size, batch, node):
         inside, between = inside + count * (1 - slow), between + count * slow
 
     ringed = 1 / node if size > node else 0.0
-    gather, reduce, scatter, send = members.Members.gather, dist.all_reduce, dist.all_to_all_single, members.Exchange.send
+    gather, reduce, scatter, send = group.Members.gather, dist.all_reduce, dist.all_to_all_single, group.Exchange.send
 
     def counted_gather(member, tensor):
         add((size - 1) * tensor.nbytes, ringed)
@@ -53,10 +53,10 @@ def bytes_sent(rank, size, batch, node):
         return send(exchange, tensor, other)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(members.Members, "gather", counted_gather)
+        patch.setattr(group.Members, "gather", counted_gather)
         patch.setattr(dist, "all_reduce", counted_reduce)
         patch.setattr(dist, "all_to_all_single", counted_scatter)
-        patch.setattr(members.Exchange, "send", counted_send)
+        patch.setattr(group.Exchange, "send", counted_send)
         gradients(rank, size, batch)
     return inside, between
 

@@ -205,3 +205,21 @@ def test_refusals_of_the_regularisers():
         inclusion_loss(MEAN, SPREAD, MEAN, SPREAD, -1.0)
     with pytest.raises(ValueError, match=r"gaussian_kl: mean has shape \(0, 6\); at least one row"):
         gaussian_kl(MEAN[:0], SPREAD[:0])
+
+
+def test_inclusion_as_the_authors_train_it():
+    """From their two quadratic forms, whose difference log_inclusion simplifies."""
+    random = torch.Generator().manual_seed(3)
+    mu, s, mu_of, s_of = (0.3 * torch.randn(5, 4, generator=random, dtype=torch.float64) for _ in range(4))
+
+    def inside(mean, log_variance, other, other_log_variance):
+        first, second = (torch.exp(-10 - part) for part in (log_variance, other_log_variance))  # precisions
+        width = first + second / 2
+        cross = 2 * mean * first + other * second
+        rest = mean.square() * first + other.square() * second / 2
+        return -2 * log_variance - other_log_variance - width.log() / 2 + cross.square() / (4 * width) - rest
+
+    h = inside(mu, s, mu_of, s_of) - inside(mu_of, s_of, mu, s)
+    torch.testing.assert_close(log_inclusion(mu, s, mu_of, s_of, released=True), h, rtol=1e-9, atol=1e-12)
+    want = torch.nn.functional.softplus(-3 * h).mean()
+    torch.testing.assert_close(inclusion_loss(mu, s, mu_of, s_of, 3.0, by_feature=True, released=True), want, rtol=1e-9, atol=0)

@@ -135,3 +135,23 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             rank_clip_loss(**(tensors | change))
+
+
+def test_eps_of_the_authors_code():
+    """log(sum of exp(A - max) + eps), written out; at scale 100 it is far from the likelihood."""
+    image, text = (F.normalize(torch.randn(7, 5, generator=torch.Generator().manual_seed(k), dtype=torch.float64), dim=1) for k in (0, 1))
+    scale, eps = torch.tensor(100.0, dtype=torch.float64), 1e-10
+    leaves = [side.requires_grad_() for side in (image, text, scale)]
+
+    def one(A, B):
+        ranked = A.gather(1, B.argsort(dim=1, descending=True))
+        ranked = ranked - ranked.max(1, keepdim=True).values
+        return ((ranked.exp().flip(1).cumsum(1).flip(1) + eps).log() - ranked).mean()
+
+    S = scale * image @ text.T
+    exact = contrastive_loss(image, text, scale) + (one(S, S.T) + one(S.T, S)) / 16
+    found = rank_clip_loss(image, text, scale, in_modal=0.0, eps=eps)
+    assert abs(found - rank_clip_loss(image, text, scale, in_modal=0.0)) > 1e-2
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=0)
+    for mine, want in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(exact, leaves), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-8, atol=1e-10)

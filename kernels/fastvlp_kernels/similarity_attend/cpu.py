@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from .._tiles import LN2, Tiles, finite
+from .._logsumexp import from_sums
+from .._tiles import Tiles, finite
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
-# 2^L itself serves, without a maximum, while all of |L| stays below this.
-BOUND = 43.0
+# exp(S) itself serves, without a maximum, while all of |S| stays below this.
+BOUND = 30.0
 
 
 class _Tiles(Tiles):
@@ -18,26 +19,26 @@ class _Tiles(Tiles):
         self.a, self.v = a, self.exact(a.v)
 
     def similarities(self, scaled: Tensor, constant: Tensor | None, i: slice, j: slice) -> Tensor:
-        """L[i, j] with ``constant``, one per row of S, in place of the row bias; -inf where a pair does not count."""
-        L = torch.mm(scaled, self.y[j].T, out=self.buffers(i, j)[0])
+        """S[i, j] with ``constant``, one per row of S, in place of the row bias; -inf where a pair does not count."""
+        S = torch.mm(scaled, self.y[j].T, out=self.buffers(i, j)[0])
         if constant is not None:
-            L.add_(constant[i, None])
+            S.add_(constant[i, None])
         if self.col_bias is not None:
-            L.add_(self.col_bias[j])
+            S.add_(self.col_bias[j])
         same = self.same(i, j)
         if same is not None:
-            L.masked_fill_(~same if self.a.ids == "only" else same, -torch.inf)
-        return L
+            S.masked_fill_(~same if self.a.ids == "only" else same, -torch.inf)
+        return S
 
 
 def forward(a: Inputs) -> Results:
     """softmax(S) v and the log-sum-exps of the rows of S."""
     tiles = _Tiles(a)
     new, bounded = tiles.y.new_empty, tiles.bounded(BOUND)
-    out, lse = new(tiles.M, tiles.v.shape[1]), new(tiles.M, dtype=torch.float64)
+    out, totals, references = new(tiles.M, tiles.v.shape[1]), new(tiles.M), new(tiles.M)
     for i in tiles.rows():
         scaled, sums = tiles.scaled(tiles.exact(a.x[i])), out[i]
-        total = new(len(sums)).zero_()
+        total = totals[i].zero_()
         highest = torch.full_like(total, -torch.inf)
         shift = torch.zeros_like(total)
         for j in tiles.cols():
@@ -46,28 +47,28 @@ def forward(a: Inputs) -> Results:
                 higher = torch.maximum(highest, S.amax(1))
                 shift = finite(higher)
                 if j.start:
-                    known = (highest - shift).exp2_()
+                    known = (highest - shift).exp_()
                     total.mul_(known)
                     sums.mul_(known[:, None])
                 highest = higher
                 S.sub_(shift[:, None])
-            total += S.exp2_().sum(1)
+            total += S.exp_().sum(1)
             torch.addmm(sums, S, tiles.v[j], beta=min(j.start, 1), out=sums)
-        lse[i] = (shift.double() + total.double().log2()) * LN2
+        references[i] = shift
         sums.div_(total.masked_fill(total == 0, 1.0)[:, None])
-    return Results(out, lse)
+    return Results(out, from_sums(references, totals, totals.dtype))
 
 
 class _Flow:
-    """What a row of gradients brings: P = exp2(S + constant) * lost, and dS = P * (<g, v> + g_lse - <g, out>)."""
+    """What a row of gradients brings: P = exp(S + constant) * lost, and dS = P * (<g, v> + g_lse - <g, out>)."""
 
     def __init__(self, g: ResultGrads, tiles: _Tiles, results: Results) -> None:
-        lse = results.lse.double() / LN2
-        constant = -lse if tiles.a.row_bias is None else tiles.a.row_bias.double() / LN2 - lse
-        constant = constant.masked_fill(lse == -torch.inf, -torch.inf)
+        reference, log = (part.double() for part in results.lse)
+        constant = -reference if tiles.a.row_bias is None else tiles.a.row_bias.double() - reference
+        constant = (constant - log).masked_fill(reference == -torch.inf, -torch.inf)
         self.constant = constant.to(tiles.acc)
         # What rounding took from the log-sum-exp is a factor of the row, and joins its gradients.
-        self.lost = (constant - self.constant).masked_fill(constant == -torch.inf, 0.0).exp2().to(tiles.acc)
+        self.lost = (constant - self.constant).masked_fill(constant == -torch.inf, 0.0).exp().to(tiles.acc)
         self.g, self.out = g, results.out
 
     def rows(self, i: slice) -> tuple[Tensor | None, Tensor]:
@@ -99,7 +100,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, whole: b
         g_out, c = flow.rows(i)
         A = products[: i.stop - i.start]  # sum over j of dS_ij * y_j
         for j in tiles.cols():
-            P = tiles.similarities(scaled, flow.constant, i, j).exp2_()
+            P = tiles.similarities(scaled, flow.constant, i, j).exp_()
             if needs.v and g_out is not None:
                 d_v[j].addmm_(P.T, g_out)
             if not needs.similarities:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .._backend import choose
 from .._inputs import product_dtype, scalar, sum_dtype
+from .._logsumexp import LogSumExp
+from .._op import choose
 from . import cpu, reference
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
@@ -39,16 +40,18 @@ def _forward(
     ids: str,
     dtype: torch.dtype,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The averages, and reference and log of the log-sum-exps."""
     inputs = Inputs(x, y, v, scale, row_bias, col_bias, row_ids, col_ids, ids, dtype)
     with torch.autocast(x.device.type, enabled=False):  # dtypes are decided; autocast would round sums
-        return tuple(_implementation(impl).forward(inputs))
+        results = _implementation(impl).forward(inputs)
+        return results.out, *results.lse
 
 
 @_forward.register_fake
 def _(x, y, v, scale, row_bias, col_bias, row_ids, col_ids, ids, dtype, impl):
     M, E = x.shape[0], v.shape[1]
-    return x.new_empty(M, E, dtype=sum_dtype(dtype)), x.new_empty(M, dtype=torch.float64)
+    return tuple(x.new_empty(shape, dtype=sum_dtype(dtype)) for shape in ((M, E), (M,), (M,)))
 
 
 @torch.library.custom_op("fastvlp::similarity_attend_backward", mutates_args=())
@@ -76,7 +79,8 @@ def _backward(
     g_out = None if g_out is None else g_out.masked_fill(empty[:, None], 0.0)
     g_lse = None if g_lse is None else g_lse.masked_fill(empty, 0.0)
     with torch.autocast(x.device.type, enabled=False):
-        return tuple(_implementation(impl).backward(ResultGrads(g_out, g_lse), inputs, Results(*results), Needs(*needs), whole))
+        found = Results(results[0], LogSumExp(*results[1:]))
+        return tuple(_implementation(impl).backward(ResultGrads(g_out, g_lse), inputs, found, Needs(*needs), whole))
 
 
 @_backward.register_fake
@@ -87,19 +91,20 @@ def _(grads, x, y, v, scale, row_bias, col_bias, row_ids, col_ids, ids, dtype, i
     return tuple(x.new_empty(shape if need else 0, dtype=d) for shape, d, need in zip(shapes, dtypes, needs, strict=True))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:8], *output)
+    ctx.mark_non_differentiable(output[1])
     ctx.rest = inputs[8:]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
-    g_out, g_lse = grads
+    g_out, _, g_lse = grads
     # Of the log-sum-exps alone, v has no gradient.
     if g_out is None and (g_lse is None or not Needs(*needs).similarities):
         return (None,) * 11
-    found = _backward(grads, *saved[:8], *ctx.rest, saved[8:], needs, True)
+    found = _backward([g_out, g_lse], *saved[:8], *ctx.rest, saved[8:], needs, True)
     return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 5)
 
 
@@ -126,16 +131,16 @@ def _inputs(
     """Checked inputs: the scalar as a tensor, biases in the dtype of sums, ids in int64."""
     _check.features(OP, x, y)
     _check.plain_tensors(OP, 2, x=x, v=v, row_bias=row_bias, col_bias=col_bias, row_ids=row_ids, col_ids=col_ids)
-    if len(x) == 0 or len(y) == 0:
-        raise ValueError(f"{OP}: x has {len(x)} rows and y has {len(y)}; each must have at least 1")
-    if v.ndim != 2 or len(v) != len(y) or v.shape[1] == 0:
-        raise ValueError(f"{OP}: v has shape {tuple(v.shape)}; it must be [{len(y)}, width], a row of values for each row of y")
+    if x.shape[0] == 0 or y.shape[0] == 0:
+        raise ValueError(f"{OP}: x has {x.shape[0]} rows and y has {y.shape[0]}; each must have at least 1")
+    if v.ndim != 2 or len(v) != y.shape[0] or v.shape[1] == 0:
+        raise ValueError(f"{OP}: v has shape {tuple(v.shape)}; it must be [{y.shape[0]}, width], a row of values for each row of y")
     if v.dtype != x.dtype:
         raise TypeError(f"{OP}: v is {v.dtype} and x is {x.dtype}; cast one of them")
-    _check.vector(OP, "row_bias", row_bias, len(x))
-    _check.vector(OP, "col_bias", col_bias, len(y))
-    _check.vector(OP, "row_ids", row_ids, len(x), integer=True)
-    _check.vector(OP, "col_ids", col_ids, len(y), integer=True)
+    _check.vector(OP, "row_bias", row_bias, x.shape[0])
+    _check.vector(OP, "col_bias", col_bias, y.shape[0])
+    _check.vector(OP, "row_ids", row_ids, x.shape[0], integer=True)
+    _check.vector(OP, "col_ids", col_ids, y.shape[0], integer=True)
     if ids not in IDS:
         raise ValueError(f"{OP}: ids={ids!r} is unknown; allowed: {', '.join(IDS)}")
     if (row_ids is None) != (col_ids is None):
@@ -150,11 +155,14 @@ def _inputs(
 
 
 def _choose(impl: str | None, a: Inputs) -> str:
-    if a.dtype != torch.float64:
-        return choose(OP, impl, a.x.device, IMPLEMENTATIONS)
-    if impl == "triton":
-        raise RuntimeError(f"{OP}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu', on any device")
-    return choose(OP, impl, a.x.device, IMPLEMENTATIONS[1:])
+    return choose(OP, impl, a.x.device, IMPLEMENTATIONS, (a.dtype,), a[:6])
+
+
+def _results(a: Inputs, chosen: str) -> Results:
+    if chosen == "reference":
+        return reference.forward(a)
+    out, *lse = _forward(*a, chosen)
+    return Results(out, LogSumExp(*lse))
 
 
 def attend_forward(
@@ -174,14 +182,13 @@ def attend_forward(
     """The sweep of :func:`similarity_attend` without autograd, for losses that merge blocks of a larger matrix.
 
     Returns:
-        Results(out, lse), float32. Blocks that share rows merge by ``lse = torch.logaddexp(a.lse, b.lse)`` and
-        ``out = a.out * (a.lse - lse).exp()[:, None] + b.out * (b.lse - lse).exp()[:, None]`` (0 where lse is -inf).
+        Results(out, lse), float32. Blocks that share rows merge by ``lse = merge(a.lse, b.lse)`` and, with the shares
+        exp(a.lse - lse) and exp(b.lse - lse) (0 where lse is -inf), ``out`` by ``a.out * share_a + b.out * share_b``.
     """
     with torch.no_grad():
         a = _inputs(x, y, v, scale, row_bias, col_bias, row_ids, col_ids, ids, compute_dtype)
         chosen = _choose(impl, a)
-        results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen))
-        return Results(results.out, results.lse.to(sum_dtype(a.dtype)))
+        return _results(a, chosen)
 
 
 def attend_backward(
@@ -219,7 +226,7 @@ def attend_backward(
         chosen = _choose(impl, a)
         out = results.out.to(sum_dtype(a.dtype))
         chosen = "cpu" if chosen == "reference" else chosen
-        return Grads(*_backward(list(grads), *a, chosen, [out, results.lse], list(needs), False))
+        return Grads(*_backward(list(grads), *a, chosen, [out, *results.lse], list(needs), False))
 
 
 def similarity_attend(
@@ -260,5 +267,5 @@ def similarity_attend(
     """
     a = _inputs(x, y, v, scale, row_bias, col_bias, row_ids, col_ids, ids, compute_dtype)
     chosen = _choose(impl, a)
-    results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen))
-    return results.out.to(v.dtype), results.lse.to(sum_dtype(a.dtype))
+    results = _results(a, chosen)
+    return results.out.to(v.dtype), results.lse.value()

@@ -3,6 +3,7 @@
 import torch
 
 from .._inputs import sum_dtype
+from .._logsumexp import logsumexp
 from .arguments import Inputs, Results
 
 
@@ -17,6 +18,6 @@ def forward(a: Inputs) -> Results:
     if a.row_ids is not None and a.col_ids is not None:
         same = (a.row_ids[:, None] == a.col_ids) & (a.row_ids[:, None] >= 0)
         S = S.masked_fill(~same if a.ids == "only" else same, -torch.inf)
-    lse = S.logsumexp(1)
-    P = (S - lse.masked_fill(lse == -torch.inf, 0.0)[:, None]).exp()
+    lse = logsumexp(S, 1)
+    P = ((S - lse.reference.masked_fill(lse.reference == -torch.inf, 0.0)[:, None]) - lse.log[:, None]).exp()
     return Results(P @ v, lse)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._logsumexp import from_sums
 from .._product import multiply
 from .._triton import architecture, descriptors, dot_tile, grouped_tile, operand, precision, same_ids, source, upcast
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
@@ -153,7 +154,7 @@ def _backward_kernel(
         x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_ids_ptr, col_ids_ptr,
         first_m, first_n, rows, cols, in_row, in_col, M, N, D, ONLY, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
-    P = tl.exp2(S * LOG2E - tl.load(lse_ptr + rows)[:, None]) * tl.load(lost_ptr + rows)[:, None]
+    P = tl.exp2((S - tl.load(lse_ptr + rows)[:, None]) * LOG2E) * tl.load(lost_ptr + rows)[:, None]
     place = first_m * stride_W + first_n + t_m[:, None] * stride_W + t_n[None, :]
     if P_ptr is not None:
         tl.store(P_ptr + place, (P * TOP).to(P_ptr.dtype.element_ty))
@@ -219,8 +220,8 @@ def forward(a: Inputs) -> Results:
             _align_kernel[grid](W, partials[0], reference, m, N, shape[1], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8)
             multiply(W[:m, :N], v, one, out[rows])
             out[rows].div_(weight.masked_fill(weight == 0, 1.0)[:, None])
-    reference, total = sums[0].double(), sums[1].double()
-    return Results(out, reference.masked_fill(total == 0, 0.0) * math.log(2) + total.log())
+    reference, total = sums[:2]
+    return Results(out, from_sums(reference.masked_fill(total == 0, 0.0).double() * math.log(2), total, torch.float32))
 
 
 def _unit(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -239,10 +240,8 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, whole: b
     BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     tiles_n = triton.cdiv(N, BLOCK_N)
     (row_bias, row_ids), (col_bias, col_ids) = _vectors(a)
-    lse = results.lse.double() / math.log(2)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    rounded = lse.float()
-    lost = (rounded - lse).masked_fill(lse == torch.inf, 0.0).exp2().float()
+    rounded = results.lse.reference.masked_fill(results.lse.reference == -torch.inf, torch.inf)
+    lost = (-results.lse.log).exp()
 
     g_lse = constant = torch.zeros_like(rounded) if g.lse is None else g.lse.float()
     g_out, g_norm, bound = None, rounded.new_ones(()), constant.abs()

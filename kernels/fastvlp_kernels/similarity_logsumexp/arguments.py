@@ -1,9 +1,14 @@
 """What the implementations take and give. M rows, N columns, width D; sums are float32 (float64 for float64 operands)."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .._logsumexp import LogSumExp
 
 
 class Inputs(NamedTuple):
@@ -32,13 +37,48 @@ class Inputs(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a sweep gives. Log-sum-exps are kept in float64: p - 1 of a confident pair needs digits of S - lse that float32 lacks."""
+    """What a sweep gives."""
 
-    row: Tensor  # [M] log-sum-exp over columns; -inf for an empty row
-    col: Tensor  # [N] log-sum-exp over rows
-    row_positives: Tensor  # [M] over pairs of equal id: with ids="both" the same, with "sums" the sum of S, else 0 elements
-    col_positives: Tensor  # [N]
-    positive: Tensor  # [M] S[i, i + offset], 0 elements without an offset
+    row: LogSumExp  # [M] over columns; -inf for an empty row
+    col: LogSumExp  # [N] over rows
+    row_positives: LogSumExp  # [M] over pairs of equal id, with ids="both"; with "sums" ``log`` is the sum of S; else 0 elements
+    col_positives: LogSumExp  # [N]
+    positive: Tensor  # [M] S[i, i + offset], 0 where that is outside; 0 elements without an offset
+
+    @classmethod
+    def unflatten(cls, flat: Sequence[Tensor]) -> Results:
+        """From what ``flatten`` gives, as the registered operators pass it."""
+        row, col, row_positives, col_positives = (LogSumExp(*flat[k : k + 2]) for k in (0, 2, 4, 6))
+        return cls(row, col, row_positives, col_positives, flat[8])
+
+    def flatten(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return (*self.row, *self.col, *self.row_positives, *self.col_positives, self.positive)
+
+
+class Own(NamedTuple):
+    """S[i, i + offset] where the sums count it, else -inf. The sums leave it out and get it at the end, exactly: a confident pair's p is
+    then 1 to the last bit, and p - 1 keeps its digits.
+    """
+
+    counted: Tensor | None  # [M]; None without an offset
+    alike: Tensor | None  # [M] in the sums over pairs of equal id; None unless ids="both"
+
+
+def own_logits(a: Inputs, positive: Tensor) -> Own:
+    """From ``positive`` of Results."""
+    if a.offset is None:
+        return Own(None, None)
+    M, N = len(a.x), len(a.y)
+    counted = positive
+    partner = torch.arange(M, device=positive.device) + a.offset
+    if a.offset < 0 or a.offset + M > N:
+        counted = counted.masked_fill((partner < 0) | (partner >= N), -torch.inf)
+    if a.row_ids is None or a.col_ids is None or a.sums:
+        return Own(counted, None)
+    same = (a.row_ids == a.col_ids[partner.clamp(0, N - 1)]) & (a.row_ids >= 0)
+    if a.both:
+        return Own(counted, counted.masked_fill(~same, -torch.inf))
+    return Own(counted.masked_fill(~same if a.ids == "only" else same, -torch.inf), None)
 
 
 class ResultGrads(NamedTuple):

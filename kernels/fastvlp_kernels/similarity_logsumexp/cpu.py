@@ -1,22 +1,17 @@
 """similarity_logsumexp in cache-sized tiles of plain torch: a sweep forward, and one back that recomputes S or reads it from a stash."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from .._inputs import sum_dtype
+from .._logsumexp import LogSumExp, from_sums, merge
 from .._memory import empty, zeros
-from .._tiles import LN2, Tiles, finite, tile_sides
-from .arguments import Grads, Inputs, Needs, ResultGrads, Results
+from .._tiles import Tiles, finite, tile_sides
+from .arguments import Grads, Inputs, Needs, ResultGrads, Results, own_logits
 
-# 2^L itself serves, without a maximum, while maxima or log-sum-exps lie in this range: sums, the terms that count in them (down to
-# 2^-36 of the largest) and the factors of gradients are normal numbers.
-RANGE = (-90.0, 90.0)
-# 2^(L - t) with one t for rows and columns serves while they lie this close: for sums, where underflow is all that
-# matters, and for gradients, where p - 1 may remain and L - t has to be nearly exact.
-SPREAD = 72.0
-GRADIENT_SPREAD = 23.0
+# exp(S) itself serves, without a reference, while maxima or log-sum-exps lie this close to 0: sums, the terms that count in them and the
+# factors of gradients are normal numbers. A reference that rows and columns share elsewhere would cost digits of S - reference.
+RANGE = 62.0
 
 
 def stash_shape(M: int, N: int, dtype: torch.dtype, stash_bytes: int) -> tuple[int, int]:
@@ -29,7 +24,7 @@ def stash_shape(M: int, N: int, dtype: torch.dtype, stash_bytes: int) -> tuple[i
 
 
 def new_stash(a: Inputs, stash_bytes: int) -> Tensor:
-    """Where the forward leaves tiles of L for the backward, at most ``stash_bytes``."""
+    """Where the forward leaves tiles of S for the backward, at most ``stash_bytes``."""
     return a.x.new_empty(stash_shape(len(a.x), len(a.y), a.dtype, stash_bytes), dtype=sum_dtype(a.dtype))
 
 
@@ -48,30 +43,30 @@ class _Tiles(Tiles):
         return x if self.a.row_scale is None else x * self.a.row_scale[i, None]
 
     def similarities(self, scaled: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
-        """L[i, j] and a buffer of its shape; ``scaled``: of row_operand(i)."""
-        L, buffer = self.buffers(i, j)
-        torch.mm(scaled, self.y[j].T, out=L)
+        """S[i, j] and a buffer of its shape; ``scaled``: of row_operand(i)."""
+        S, buffer = self.buffers(i, j)
+        torch.mm(scaled, self.y[j].T, out=S)
         if self.row_bias is not None:
-            L.add_(self.row_bias[i, None])
+            S.add_(self.row_bias[i, None])
         if self.col_bias is not None:
-            L.add_(self.col_bias[j])
-        return L, buffer
+            S.add_(self.col_bias[j])
+        return S, buffer
 
     def stashed(self, stash: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor] | None:
         """The same from the stash, or None where it ends."""
         place = self._stash_place(i, j)
         if place >= len(stash):
             return None
-        L, buffer = self.buffers(i, j)
-        L.copy_(stash[place, : L.numel()].view_as(L))
-        return L, buffer
+        S, buffer = self.buffers(i, j)
+        S.copy_(stash[place, : S.numel()].view_as(S))
+        return S, buffer
 
-    def keep(self, stash: Tensor, L: Tensor, i: slice, j: slice) -> None:
-        """Leave L in the stash while it has room."""
+    def keep(self, stash: Tensor, S: Tensor, i: slice, j: slice) -> None:
+        """Leave S in the stash while it has room."""
         place = self._stash_place(i, j)
         if place < len(stash):
-            stash[place, : L.numel()].view_as(L).copy_(L)
-            stash[place, L.numel() :] = 0
+            stash[place, : S.numel()].view_as(S).copy_(S)
+            stash[place, S.numel() :] = 0
 
     def _stash_place(self, i: slice, j: slice) -> int:
         return i.start // self.tile_m * -(-self.N // self.tile_n) + j.start // self.tile_n
@@ -117,7 +112,7 @@ class _Alike:
             if bias is not None:
                 count = sums(others.new_ones(len(others)))
                 total += torch.where(count > 0, count * bias, 0.0)
-            sides.append((total if bias_of_others is None else total + sums(bias_of_others)).double())
+            sides.append(total if bias_of_others is None else total + sums(bias_of_others))
         return sides[0], sides[1]
 
     def gradients(self, of_rows: Tensor | None, of_cols: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,61 +126,45 @@ class _Alike:
 
 
 class _Running:
-    """log2(sum(2^L)) per row or column, accumulated as a sum relative to a maximum; ``common`` is that of all, while there is one."""
+    """Sums of exp(S - reference) per row or column."""
 
     def __init__(self, length: int, like: Tensor) -> None:
-        self.maximum = like.new_zeros(length)
+        self.reference = like.new_zeros(length)
         self.total = like.new_zeros(length)
-        self.common: float | None = None
+        self._plain = True  # while every reference is 0
 
-    def add(self, where: slice, maximum: float | Tensor, total: Tensor) -> None:
-        """Add sums that are relative to ``maximum``, a number or one per entry."""
-        if isinstance(maximum, float):
-            if self.common is None and not self.total.any():
-                self.common = maximum
-                self.maximum.fill_(maximum)
-            if self.common == maximum:
-                self.total[where] += total
-                return
-            maximum = total.new_tensor(maximum)
-        known = self.maximum[where].masked_fill(self.total[where] == 0, -torch.inf)
-        highest = torch.maximum(known, maximum)
-        shift = finite(highest)
-        self.total[where] = self.total[where] * (known - shift).exp2() + total * (maximum - shift).exp2()
-        self.maximum[where] = shift
-        self.common = None
-
-    def lse(self) -> Tensor:
-        """The natural logarithm."""
-        return (self.maximum.double() + self.total.double().log2()) * LN2
-
-
-def _accumulate(L: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: slice, j: slice, bounded: bool) -> None:
-    """Add a tile to the sums of its rows and columns; L is overwritten."""
-    shift = 0.0
-    if not bounded:
-        row_max, col_max = L.amax(1), L.amax(0)
-        on_cpu = L.device.type == "cpu"
-        found = _shift(min(row_max.min().item(), col_max.min().item()), row_max.max().item(), SPREAD) if on_cpu else None
-        if found is None:
-            torch.sub(L, finite(col_max), out=buffer).exp2_()
-            cols.add(j, col_max, buffer.sum(0))
-            L.sub_(finite(row_max)[:, None]).exp2_()
-            rows.add(i, row_max, L.sum(1))
+    def add(self, where: slice, reference: Tensor | None, total: Tensor) -> None:
+        """Add sums that are relative to ``reference``; None: to 0."""
+        if reference is None and self._plain:
+            self.total[where] += total
             return
-        shift = found
-    if shift:
-        L.sub_(shift)
-    L.exp2_()
-    rows.add(i, shift, L.sum(1))
-    cols.add(j, shift, L.sum(0))
+        self._plain = False
+        reference = torch.zeros_like(total) if reference is None else reference
+        known = self.reference[where].masked_fill(self.total[where] == 0, -torch.inf)
+        shift = finite(torch.maximum(known, reference))
+        self.total[where] = self.total[where] * (known - shift).exp() + total * (reference - shift).exp()
+        self.reference[where] = shift
+
+    def lse(self, own: Tensor | None) -> LogSumExp:
+        """Of the sums and of ``own``, one more logit for each."""
+        others = from_sums(self.reference, self.total, self.total.dtype)
+        return others if own is None else merge(others, LogSumExp(own, torch.zeros_like(own)))
 
 
-def _shift(lowest: float, highest: float, spread: float) -> float | None:
-    """One t for 2^(L - t), when maxima or log-sum-exps lie between ``lowest`` and ``highest``; None if there is none."""
-    if RANGE[0] <= lowest and highest <= RANGE[1]:
-        return 0.0
-    return highest if math.isfinite(highest) and highest - lowest <= spread else None
+def _accumulate(S: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: slice, j: slice, bounded: bool) -> None:
+    """Add a tile to the sums of its rows and columns; S is overwritten."""
+    if not bounded:
+        row_max, col_max = S.amax(1), S.amax(0)
+        plain = S.device.type == "cpu" and min(row_max.min().item(), col_max.min().item()) >= -RANGE and row_max.max().item() <= RANGE
+        if not plain:
+            torch.sub(S, finite(col_max), out=buffer).exp_()
+            cols.add(j, col_max, buffer.sum(0))
+            S.sub_(finite(row_max)[:, None]).exp_()
+            rows.add(i, row_max, S.sum(1))
+            return
+    S.exp_()
+    rows.add(i, None, S.sum(1))
+    cols.add(j, None, S.sum(0))
 
 
 def forward(a: Inputs, stash: Tensor) -> Results:
@@ -195,76 +174,102 @@ def forward(a: Inputs, stash: Tensor) -> Results:
     counted = _Running(tiles.M, like), _Running(tiles.N, like)
     alike = (_Running(tiles.M, like), _Running(tiles.N, like)) if a.both else None
     positive = like.new_zeros(0 if a.offset is None else tiles.M)
-    bounded = tiles.bounded(RANGE[1])
+    bounded = tiles.bounded(RANGE)
     for i in tiles.rows():
         scaled = tiles.scaled(tiles.row_operand(i))
         for j in tiles.cols():
-            L, buffer = tiles.similarities(scaled, i, j)
-            tiles.keep(stash, L, i, j)
-            diagonal, where = tiles.positives(L, i, j)
-            positive[where] = (diagonal.double() * LN2).to(tiles.acc)
+            S, buffer = tiles.similarities(scaled, i, j)
+            tiles.keep(stash, S, i, j)
+            diagonal, where = tiles.positives(S, i, j)
+            positive[where] = diagonal
+            diagonal.fill_(-torch.inf)
             same = None if a.sums else tiles.same(i, j)
             if alike is not None and same is not None:
-                _accumulate(L.masked_fill(~same, -torch.inf), buffer, *alike, i, j, bounded)
+                _accumulate(S.masked_fill(~same, -torch.inf), buffer, *alike, i, j, bounded)
             elif same is not None:
-                L.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
-            _accumulate(L, buffer, *counted, i, j, bounded)
+                S.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
+            _accumulate(S, buffer, *counted, i, j, bounded)
+    own = own_logits(a, positive)
+    row_positives, col_positives = (LogSumExp(like.new_empty(0), like.new_empty(0)) for _ in range(2))
     if a.sums:
-        of_positives = _Alike(tiles).similarities()
-    else:
-        row_none, col_none = (like.new_empty(0, dtype=torch.float64) for _ in range(2))
-        of_positives = (row_none, col_none) if alike is None else (alike[0].lse(), alike[1].lse())
-    return Results(counted[0].lse(), counted[1].lse(), *of_positives, positive)
+        row_positives, col_positives = (LogSumExp(torch.zeros_like(total), total) for total in _Alike(tiles).similarities())
+    elif alike is not None:
+        row_positives, col_positives = _with_own(alike, own.alike, a)
+    return Results(*_with_own(counted, own.counted, a), row_positives, col_positives, positive)
+
+
+def _with_own(sums: tuple[_Running, _Running], own: Tensor | None, a: Inputs) -> tuple[LogSumExp, LogSumExp]:
+    """Of rows and of columns; ``own``: see ``Own``."""
+    rows, cols = sums
+    return rows.lse(own), cols.lse(None if own is None else of_columns(own, a, -torch.inf))
+
+
+def of_columns(values: Tensor, a: Inputs, missing: float) -> Tensor:
+    """``values`` [M] of rows by the columns [N] that are their partners."""
+    M, rows = len(a.x), torch.arange(len(a.y), device=values.device) - (a.offset or 0)
+    return values[rows.clamp(0, M - 1)].masked_fill((rows < 0) | (rows >= M), missing)
+
+
+def of_partners(values: Tensor, a: Inputs) -> Tensor:
+    """``values`` [N] of columns by the rows [M] that are their partners; rows without one get any."""
+    return values[(torch.arange(len(a.x), device=values.device) + (a.offset or 0)).clamp_(0, len(a.y) - 1)]
 
 
 class _Side:
-    """Gradients of the log-sum-exps of one side, as weights of 2^(L - something); nothing flows where a sum is empty."""
+    """Gradients of the log-sum-exps of one side, as weights of exp(S - something); nothing flows where a sum is empty."""
 
-    def __init__(self, lse: Tensor, grad: Tensor | None, acc: torch.dtype) -> None:
-        self.grad = grad
-        self.lse = lse.double().masked_fill(lse == -torch.inf, torch.inf) / LN2
-        if grad is None:
-            return
-        self.rounded = self.lse.to(acc)
-        lost = (self.lse - self.rounded).masked_fill(self.lse == torch.inf, 0.0)
-        self.weight = ((-lost).exp2() * grad).to(acc)
+    def __init__(self, lse: LogSumExp, grad: Tensor | None) -> None:
+        empty = lse.reference == -torch.inf
+        self.grad = None if grad is None else grad.masked_fill(empty, 0.0)
+        self.lse = lse
+        self.reference = lse.reference.masked_fill(empty, torch.inf)
+        if self.grad is not None:
+            self.weight = (self.grad * (-lse.log.double()).exp()).to(lse.log.dtype)
 
-    def shifted(self, shift: float) -> Tensor | None:
-        """What 2^(L - shift) is multiplied by."""
-        return None if self.grad is None else ((shift - self.lse).exp2() * self.grad).to(self.weight.dtype)
+    def plain(self) -> Tensor | None:
+        """What exp(S) is multiplied by."""
+        if self.grad is None:
+            return None
+        return ((-self.reference.double() - self.lse.log.double()).exp() * self.grad).to(self.weight.dtype)
 
 
 class _Flow:
-    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col for tiles of L, from one exp2 where one shift serves all of them."""
+    """exp(S - row_lse) * g_row + exp(S - col_lse) * g_col for tiles of S, from one exp where that of S itself serves."""
 
-    def __init__(self, row: _Side, col: _Side) -> None:
+    def __init__(self, row: _Side, col: _Side, own: Tensor | None, a: Inputs) -> None:
         self.row, self.col = row, col
-        sides = [side.lse for side in (row, col) if side.grad is not None]
-        self.shift = None
-        if sides and sides[0].device.type == "cpu":
-            finite = [lse.masked_fill(lse == torch.inf, -torch.inf).max().item() for lse in sides]
-            self.shift = _shift(min(lse.min().item() for lse in sides), max(finite), GRADIENT_SPREAD)
-        if self.shift is not None:
-            self.u, self.v = row.shifted(self.shift), col.shifted(self.shift)
+        sides = [side.reference for side in (row, col) if side.grad is not None]
+        self.is_plain = bool(sides) and sides[0].device.type == "cpu" and all(
+            side.min().item() >= -RANGE and side.masked_fill(side == torch.inf, -torch.inf).max().item() <= RANGE for side in sides
+        )
+        self.u, self.v = (row.plain(), col.plain()) if self.is_plain else (None, None)
+        self.own = None if own is None else self._own(own, a)  # of the pairs (i, i + offset), float64 [M]
 
-    def tile(self, L: Tensor, buffer: Tensor, i: slice, j: slice) -> Tensor:
-        """In place of L."""
+    def _own(self, own: Tensor, a: Inputs) -> Tensor:
+        row, col, total = self.row, self.col, torch.zeros_like(own, dtype=torch.float64)
+        if row.grad is not None:
+            total += row.grad * row.lse.probability(own)
+        if col.grad is not None:
+            partner = LogSumExp(*(of_partners(part, a) for part in col.lse))
+            total += of_partners(col.grad, a) * partner.probability(own)
+        return total
+
+    def tile(self, S: Tensor, buffer: Tensor, i: slice, j: slice) -> Tensor:
+        """In place of S."""
         row, col = self.row, self.col
         if row.grad is None and col.grad is None:
-            return L.zero_()
-        if self.shift is not None:
-            if self.shift:
-                L.sub_(self.shift)
-            L.exp2_()
-            if self.v is None:
-                return L if self.u is None else L.mul_(self.u[i, None])
-            return L.mul_(self.v[j] if self.u is None else torch.add(self.u[i, None], self.v[j], out=buffer))
+            return S.zero_()
+        if self.is_plain:
+            S.exp_()
+            if self.u is None or self.v is None:
+                return S.mul_(self.v[j]) if self.v is not None else S if self.u is None else S.mul_(self.u[i, None])
+            return S.mul_(torch.add(self.u[i, None], self.v[j], out=buffer))
         if col.grad is not None:
-            torch.sub(L, col.rounded[j], out=buffer).exp2_().mul_(col.weight[j])
+            torch.sub(S, col.reference[j], out=buffer).exp_().mul_(col.weight[j])
         if row.grad is None:
-            return L.copy_(buffer)
-        L.sub_(row.rounded[i, None]).exp2_().mul_(row.weight[i, None])
-        return L if col.grad is None else L.add_(buffer)
+            return S.copy_(buffer)
+        S.sub_(row.reference[i, None]).exp_().mul_(row.weight[i, None])
+        return S if col.grad is None else S.add_(buffer)
 
 
 def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: Tensor) -> Grads:
@@ -272,9 +277,14 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
     tiles = _Tiles(a)
     M, N, D = tiles.M, tiles.N, a.x.shape[1]
     new = tiles.y.new_zeros
-    counted = _Flow(_Side(results.row, g.row, tiles.acc), _Side(results.col, g.col, tiles.acc))
+    own = own_logits(a, results.positive)
+    counted = _Flow(_Side(results.row, g.row), _Side(results.col, g.col), own.counted, a)
+    of_own = counted.own
     if a.both:
-        alike = _Flow(_Side(results.row_positives, g.row_positives, tiles.acc), _Side(results.col_positives, g.col_positives, tiles.acc))
+        alike = _Flow(_Side(results.row_positives, g.row_positives), _Side(results.col_positives, g.col_positives), own.alike, a)
+        of_own = None if of_own is None or alike.own is None else of_own + alike.own
+    if of_own is not None:
+        of_own = (of_own if g.positive is None else of_own + g.positive).to(tiles.acc)
     by_y = needs.y or needs.col_scale
     by_x = needs.x or needs.row_scale or (needs.scale and not by_y)
     d_x = empty(a.x, (M, D) if needs.x else (0,), a.x.dtype)
@@ -294,18 +304,18 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
         scaled = tiles.scaled(row_operand)
         A = products[: i.stop - i.start]  # sum over j of dS_ij * col_scale_j * y_j
         for j in tiles.cols():
-            L, buffer = tiles.stashed(stash, i, j) or tiles.similarities(scaled, i, j)
+            S, buffer = tiles.stashed(stash, i, j) or tiles.similarities(scaled, i, j)
             same, positives = None if a.sums else tiles.same(i, j), None
             if same is not None and a.both:
-                positives = L.masked_fill(~same, -torch.inf)
+                positives = S.masked_fill(~same, -torch.inf)
             elif same is not None:
-                L.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
-            dS = counted.tile(L, buffer, i, j)
+                S.masked_fill_(~same if a.ids == "only" else same, -torch.inf)
+            dS = counted.tile(S, buffer, i, j)
             if positives is not None:
                 dS.add_(alike.tile(positives, buffer, i, j))
-            if g.positive is not None:
+            if of_own is not None:
                 diagonal, where = tiles.positives(dS, i, j)
-                diagonal.add_(g.positive[where])
+                diagonal.copy_(of_own[where])
             if by_x:
                 torch.addmm(A, dS, tiles.y[j], beta=min(j.start, 1), out=A)
             if by_y:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .._backend import choose
 from .._inputs import needs_grad, product_dtype, scalar, sum_dtype
+from .._op import choose
 from . import cpu, reference
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 OP = "similarity_logsumexp"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
 IDS = ("exclude", "only", "both", "sums")
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -35,16 +35,17 @@ def _forward(
     dtype: torch.dtype,
     impl: str,
     stash_bytes: int,
-) -> Six:
+) -> Ten:
+    """``Results``, flat, and the stash."""
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
     with torch.autocast(x.device.type, enabled=False):  # dtypes are decided; autocast would round sums
         if impl == "triton":
             from . import triton, triton_stash
 
             stash = x.new_empty(triton_stash.stash_shape(inputs, stash_bytes), dtype=dtype)
-            return *triton.forward(inputs, stash), stash
+            return *triton.forward(inputs, stash).flatten(), stash
         stash = cpu.new_stash(inputs, stash_bytes)
-        return *cpu.forward(inputs, stash), stash
+        return *cpu.forward(inputs, stash).flatten(), stash
 
 
 @_forward.register_fake
@@ -58,9 +59,10 @@ def _(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, i
         stash = stash_shape(inputs, stash_bytes)
     else:
         stash = cpu.stash_shape(M, N, dtype, stash_bytes)
-    shapes = (M, N, M if positives else 0, N if positives else 0, 0 if offset is None else M, stash)
-    dtypes = (*[torch.float64] * 4, sum_dtype(dtype), dtype if impl == "triton" else sum_dtype(dtype))
-    return tuple(x.new_empty(shape, dtype=d) for shape, d in zip(shapes, dtypes, strict=True))
+    lengths = (M, N, M if positives else 0, N if positives else 0)
+    acc = sum_dtype(dtype)
+    results = [x.new_empty(length, dtype=acc) for length in lengths for _ in range(2)]
+    return *results, x.new_empty(0 if offset is None else M, dtype=acc), x.new_empty(stash, dtype=dtype if impl == "triton" else acc)
 
 
 @torch.library.custom_op("fastvlp::similarity_logsumexp_backward", mutates_args=())
@@ -88,8 +90,8 @@ def _backward(
         if impl == "triton":
             from . import triton
 
-            return (*triton.backward(ResultGrads(*grads), inputs, Results(*results), Needs(*needs), stash),)
-        return (*cpu.backward(ResultGrads(*grads), inputs, Results(*results), Needs(*needs), stash),)
+            return (*triton.backward(ResultGrads(*grads), inputs, Results.unflatten(results), Needs(*needs), stash),)
+        return (*cpu.backward(ResultGrads(*grads), inputs, Results.unflatten(results), Needs(*needs), stash),)
 
 
 @_backward.register_fake
@@ -100,16 +102,16 @@ def _(grads, x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col
     return tuple(x.new_empty(shape if need else 0, dtype=d) for shape, d, need in zip(shapes, dtypes, needs, strict=True))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Ten) -> None:
     ctx.save_for_backward(*inputs[:9], *output)
     ctx.rest = inputs[9:13]
-    ctx.mark_non_differentiable(output[5])
+    ctx.mark_non_differentiable(*output[:8:2], output[9])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:7]
-    found = _backward(grads[:5], *saved[:9], *ctx.rest, saved[9:14], saved[14], needs)
+    found = _backward([*grads[1:8:2], grads[8]], *saved[:9], *ctx.rest, saved[9:18], saved[18], needs)
     return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 7)
 
 
@@ -139,13 +141,13 @@ def _inputs(
     _check.features(OP, x, y)
     rows, cols = {"row_bias": row_bias, "row_scale": row_scale}, {"col_bias": col_bias, "col_scale": col_scale}
     _check.plain_tensors(OP, x=x, **rows, **cols, row_ids=row_ids, col_ids=col_ids)
-    for vectors, length in ((rows, len(x)), (cols, len(y))):
+    for vectors, length in ((rows, x.shape[0]), (cols, y.shape[0])):
         if length == 0:
-            raise ValueError(f"{OP}: x has {len(x)} rows and y has {len(y)}; each must have at least 1")
+            raise ValueError(f"{OP}: x has {x.shape[0]} rows and y has {y.shape[0]}; each must have at least 1")
         for name, vector in vectors.items():
             _check.vector(OP, name, vector, length)
-    _check.vector(OP, "row_ids", row_ids, len(x), integer=True)
-    _check.vector(OP, "col_ids", col_ids, len(y), integer=True)
+    _check.vector(OP, "row_ids", row_ids, x.shape[0], integer=True)
+    _check.vector(OP, "col_ids", col_ids, y.shape[0], integer=True)
     if ids not in IDS:
         raise ValueError(f"{OP}: ids={ids!r} is unknown; allowed: {', '.join(IDS)}")
     if (row_ids is None) != (col_ids is None):
@@ -162,11 +164,7 @@ def _inputs(
 
 
 def _choose(impl: str | None, a: Inputs) -> str:
-    if a.dtype != torch.float64:
-        return choose(OP, impl, a.x.device, IMPLEMENTATIONS)
-    if impl == "triton":
-        raise RuntimeError(f"{OP}: impl='triton' computes in float32, bfloat16 or float16, not in float64; use impl='cpu', on any device")
-    return choose(OP, impl, a.x.device, IMPLEMENTATIONS[1:])
+    return choose(OP, impl, a.x.device, IMPLEMENTATIONS, (a.dtype,), a[:7])
 
 
 def logsumexp_forward(
@@ -189,13 +187,12 @@ def logsumexp_forward(
 
     Returns:
         Results(row, col, row_positives, col_positives, positive), float32; what is not asked for has 0 elements. Blocks
-        that share rows merge by ``torch.logaddexp(a.row, b.row)``, blocks that share columns likewise; sums of positives add up.
+        that share rows merge by ``merge(a.row, b.row)``, blocks that share columns likewise; sums of positives add up.
     """
     with torch.no_grad():
         a = _inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, compute_dtype)
         chosen = _choose(impl, a)
-        results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen, 0)[:5])
-        return Results(*(result.to(sum_dtype(a.dtype)) for result in results))
+        return reference.forward(a) if chosen == "reference" else Results.unflatten(_forward(*a, chosen, 0))
 
 
 def logsumexp_backward(
@@ -224,7 +221,7 @@ def logsumexp_backward(
 
     Args:
         grads: gradients of the merged results, float32, for the rows and columns of this block; None stands for zero.
-        results: merged log-sum-exps for the rows and columns of this block; ``positive`` is not read.
+        results: merged log-sum-exps for the rows and columns of this block, and its own ``positive``.
         needs: which gradients are wanted. The other arguments: those of :func:`logsumexp_forward` for this block.
 
     Returns:
@@ -236,7 +233,7 @@ def logsumexp_backward(
         chosen = _choose(impl, a)
         grads = ResultGrads(*(g if g is None else g.contiguous() for g in grads))
         chosen = "cpu" if chosen == "reference" else chosen
-        return Grads(*_backward(list(grads), *a, chosen, list(results), a.x.new_empty(0, 0), list(needs)))
+        return Grads(*_backward(list(grads), *a, chosen, list(results.flatten()), a.x.new_empty(0, 0), list(needs)))
 
 
 def similarity_logsumexp(
@@ -289,6 +286,33 @@ def similarity_logsumexp(
     Raises:
         TypeError, ValueError: wrong inputs. RuntimeError: ``impl`` cannot run here, or a second derivative is asked for.
     """
+    results = logsumexp_results(
+        x, y, scale, row_bias=row_bias, col_bias=col_bias, row_scale=row_scale, col_scale=col_scale, row_ids=row_ids, col_ids=col_ids,
+        ids=ids, offset=offset, prefixes=prefixes, compute_dtype=compute_dtype, stash_bytes=stash_bytes, impl=impl,
+    )  # fmt: skip
+    statistics = [part.value() for part in (results[:4] if ids in ("both", "sums") else results[:2])]
+    return (*statistics, *(() if offset is None else (results.positive,)))
+
+
+def logsumexp_results(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    ids: str = "exclude",
+    offset: int | None = None,
+    prefixes: Sequence[int] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    stash_bytes: int = 0,
+    impl: str | None = None,
+) -> Results:
+    """:func:`similarity_logsumexp` for losses, which subtract from a log-sum-exp what nearly cancels it: as pairs, differentiable."""
     if stash_bytes < 0:
         raise ValueError(f"{OP}: stash_bytes={stash_bytes}; it must be 0 (recompute) or a number of bytes")
     if prefixes is not None:
@@ -299,26 +323,24 @@ def similarity_logsumexp(
     a = _inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, compute_dtype)
     chosen = _choose(impl, a)
     stash_bytes = stash_bytes if any(needs_grad(*a[:7])) else 0
-    results = reference.forward(a) if chosen == "reference" else Results(*_forward(*a, chosen, stash_bytes)[:5])
-    statistics = (result.to(sum_dtype(a.dtype)) for result in results[: 4 if a.both or a.sums else 2])
-    return (*statistics, *(() if offset is None else (results.positive,)))
+    return reference.forward(a) if chosen == "reference" else Results.unflatten(_forward(*a, chosen, stash_bytes))
 
 
 def _by_prefix(
     prefixes: Sequence[int], x: Tensor, y: Tensor, scale: float | Tensor, row_scale: Tensor | None, col_scale: Tensor | None, **rest: Any
-) -> tuple[Tensor, ...]:
+) -> Results:
     _check.features(OP, x, y)
     widths, K, D = list(prefixes), len(prefixes), x.shape[1]
     if not widths or widths != sorted(set(widths)) or widths[0] < 1 or widths[-1] != D:
         raise ValueError(f"{OP}: prefixes={widths}; they must increase strictly from at least 1 to the width of the features, {D}")
-    for name, factors, length in (("row_scale", row_scale, len(x)), ("col_scale", col_scale, len(y))):
+    for name, factors, length in (("row_scale", row_scale, x.shape[0]), ("col_scale", col_scale, y.shape[0])):
         if factors is not None and factors.shape != (K, length):
             raise ValueError(f"{OP}: {name} has shape {tuple(factors.shape)}; with {K} prefixes it must have shape ({K}, {length})")
     rest["compute_dtype"] = product_dtype(OP, x, rest["compute_dtype"])
     # The prefixes share their columns of x and y: their gradients have to meet before they are rounded.
     x, y = (features.to(sum_dtype(features.dtype)) for features in (x, y))
-    results = []
+    found = []
     for k, width in enumerate(widths):
         row, col = (factors if factors is None else factors[k] for factors in (row_scale, col_scale))
-        results.append(similarity_logsumexp(x[:, :width], y[:, :width], scale, row_scale=row, col_scale=col, **rest))
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        found.append(logsumexp_results(x[:, :width], y[:, :width], scale, row_scale=row, col_scale=col, **rest).flatten())
+    return Results.unflatten([torch.stack(parts) for parts in zip(*found, strict=True)])

@@ -10,14 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._logsumexp import LogSumExp
 from .._product import multiply
 from .._triton import architecture, descriptors, grouped_tile, operand, precision, same_ids, source, upcast
-from .arguments import Grads, Inputs, Needs, ResultGrads, Results
+from .arguments import Grads, Inputs, Needs, ResultGrads, Results, own_logits
+from .triton_merge import merge_kernel, own_kernel
 from .triton_stash import keep, keep_none, pointers, stashed_kernel
 from .triton_tile import config, finite, flow, launch, similarity_tile
 
-# Sums of exp(S - t) with one t per tile lose nothing that counts while maxima lie within SPREAD of t.
-SPREAD = tl.constexpr(50.0)
+# exp(S) itself serves rows and columns of a tile while their maxima lie this close to 0. Another reference that all share would cost
+# digits of S - reference.
+RANGE = tl.constexpr(62.0)
 EXCLUDE, ONLY, BOTH, SUMS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 MODES = {"exclude": 1, "only": 2, "both": 3, "sums": 4}
 PARTIAL_BYTES = 64 << 20
@@ -27,22 +30,22 @@ WORKSPACE_BYTES = 256 << 20
 @triton.jit
 def _store_partials(
     S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row, o_col, in_row, in_col,
-    stash_ptr, stash_t_ptr, stash_tiles, place, partner, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stash_ptr, stash_t_ptr, stash_tiles, place, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Per row and per column of a tile: a maximum and the sum of exp(S - maximum), from one exp where one maximum serves the tile."""
+    """Per row and per column of a tile: a reference and the sum of exp(S - reference), from one exp where 0 serves all of them."""
     row_max = tl.max(S, 1)
     col_max = tl.max(S, 0)
     highest = tl.max(row_max, 0)
     lowest = tl.minimum(tl.min(row_max, 0), tl.min(col_max, 0))
-    if highest - lowest <= SPREAD:
-        E = tl.exp(S - highest)
+    if (lowest >= -RANGE) & (highest <= RANGE):
+        E = tl.exp(S)
         if stash_ptr is not None:
             if place < stash_tiles:
-                keep(E, highest, partner, stash_ptr, stash_t_ptr, place, BLOCK_M, BLOCK_N)
+                keep(E, stash_ptr, stash_t_ptr, place, BLOCK_M, BLOCK_N)
         row_sum = tl.sum(E, 1)
         col_sum = tl.sum(E, 0)
-        row_max = tl.zeros_like(row_max) + highest
-        col_max = tl.zeros_like(col_max) + highest
+        row_max = tl.zeros_like(row_max)
+        col_max = tl.zeros_like(col_max)
     else:
         if stash_ptr is not None:
             if place < stash_tiles:
@@ -75,35 +78,36 @@ def _forward_tile(
         first_m, first_n, rows, cols, M, N, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
     place = first_tile + i_m.to(tl.int64) * tiles_n + i_n
-    partner = tl.full((BLOCK_M,), -1, tl.int32)
+    counted = in_row[:, None] & in_col[None, :]
     if positive_ptr is not None:
         diagonal = tl.minimum(tl.maximum(first_m + offset - first_n, -BLOCK_M), BLOCK_N).to(tl.int32)
         partner = t_m + diagonal
         if (diagonal < BLOCK_N) & (diagonal > -BLOCK_M):
             here = in_row & (partner >= 0) & (partner < BLOCK_N) & (partner < (N - first_n).to(tl.int32))
             tl.store(positive_ptr + rows, tl.sum(tl.where(partner[:, None] == t_n[None, :], S, 0.0), 1), mask=here)
-    S = tl.where(in_row[:, None] & in_col[None, :], S, -float("inf"))
+        counted = counted & (partner[:, None] != t_n[None, :])
     o_row = i_n.to(tl.int64) * M + rows
     o_col = i_m.to(tl.int64) * N + cols
     if MODE > 0:
         same = same_ids(tl.load(row_ids_ptr + rows), tl.load(col_ids_ptr + cols))
         if MODE == BOTH:
-            alike = tl.where(same, S, -float("inf"))
+            alike = tl.where(counted & same, S, -float("inf"))
             _store_partials(
                 alike, pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, o_row, o_col, in_row, in_col,
-                None, None, 0, place, partner, BLOCK_M, BLOCK_N,
+                None, None, 0, place, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         elif MODE == SUMS:
             alike = tl.where(same & in_row[:, None] & in_col[None, :], S, 0.0)
             tl.store(pos_row_sum_ptr + o_row, tl.sum(alike, 1), mask=in_row)
             tl.store(pos_col_sum_ptr + o_col, tl.sum(alike, 0), mask=in_col)
         elif MODE == ONLY:
-            S = tl.where(same, S, -float("inf"))
+            counted = counted & same
         else:
-            S = tl.where(same, -float("inf"), S)
+            counted = counted & (same == 0)
+    S = tl.where(counted, S, -float("inf"))
     _store_partials(
         S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row, o_col, in_row, in_col,
-        stash_ptr, stash_t_ptr, stash_tiles, place, partner, BLOCK_M, BLOCK_N,
+        stash_ptr, stash_t_ptr, stash_tiles, place, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -140,32 +144,10 @@ def _forward_kernel(
 
 
 @triton.jit
-def _merge_kernel(part_max_ptr, part_sum_ptr, max_ptr, sum_ptr, lse_ptr, parts, length, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    """Merge ``parts`` rows of partial (maximum, sum) [parts, length] into the running ones, and give their log-sum-exp."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < length
-    high = tl.load(max_ptr + offs, mask=inside, other=-float("inf"))
-    total = tl.load(sum_ptr + offs, mask=inside, other=0.0)
-    for first in range(0, parts, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P)
-        where = part.to(tl.int64)[:, None] * length + offs[None, :]
-        given = (part < parts)[:, None] & inside[None, :]
-        b_max = tl.load(part_max_ptr + where, mask=given, other=-float("inf"))
-        b_sum = tl.load(part_sum_ptr + where, mask=given, other=0.0)
-        highest = tl.maximum(high, tl.max(b_max, 0))
-        shift = finite(highest)
-        total = total * tl.exp(high - shift) + tl.sum(b_sum * tl.exp(b_max - shift[None, :]), 0)
-        high = highest
-    tl.store(max_ptr + offs, high, mask=inside)
-    tl.store(sum_ptr + offs, total, mask=inside)
-    tl.store(lse_ptr + offs, high.to(tl.float64) + tl.log(total.to(tl.float64)), mask=inside)
-
-
-@triton.jit
 def _backward_kernel(
     x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
     row_lse_ptr, col_lse_ptr, pos_row_lse_ptr, pos_col_lse_ptr,
-    g_row_ptr, g_col_ptr, g_pos_row_ptr, g_pos_col_ptr, g_positive_ptr, norm_ptr,
+    g_row_ptr, g_col_ptr, g_pos_row_ptr, g_pos_col_ptr, of_own_ptr, norm_ptr,
     G_ptr, row_sum_ptr, col_sum_ptr, row_along_ptr, col_along_ptr,
     M, N, D, offset, stride_G,
     MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -188,19 +170,20 @@ def _backward_kernel(
             dS += flow(tl.where(same, S, -float("inf")), pos_row_lse_ptr, pos_col_lse_ptr, g_pos_row_ptr, g_pos_col_ptr, rows, cols)
         elif MODE == SUMS:
             dS = flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
-            if g_pos_row_ptr is not None:
-                dS += tl.where(same, tl.load(g_pos_row_ptr + rows)[:, None], 0.0)
-            if g_pos_col_ptr is not None:
-                dS += tl.where(same, tl.load(g_pos_col_ptr + cols)[None, :], 0.0)
         elif MODE == ONLY:
             dS = flow(tl.where(same, S, -float("inf")), row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
         else:
             dS = flow(tl.where(same, -float("inf"), S), row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
     else:
         dS = flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
-    if g_positive_ptr is not None:
+    if of_own_ptr is not None:
         diagonal = tl.minimum(tl.maximum(first_m + offset - first_n, -BLOCK_M), BLOCK_N).to(tl.int32)
-        dS += tl.where((t_m + diagonal)[:, None] == t_n[None, :], tl.load(g_positive_ptr + rows)[:, None], 0.0)
+        dS = tl.where((t_m + diagonal)[:, None] == t_n[None, :], tl.load(of_own_ptr + rows)[:, None], dS)
+    if MODE == SUMS:
+        if g_pos_row_ptr is not None:
+            dS += tl.where(same, tl.load(g_pos_row_ptr + rows)[:, None], 0.0)
+        if g_pos_col_ptr is not None:
+            dS += tl.where(same, tl.load(g_pos_col_ptr + cols)[None, :], 0.0)
     dS = tl.where(in_row[:, None] & in_col[None, :], dS, 0.0)
     o_row = i_n.to(tl.int64) * M + rows
     o_col = i_m.to(tl.int64) * N + cols
@@ -228,18 +211,20 @@ def _waves(length: int, size: int) -> list[slice]:
 
 
 class _Running:
-    """Running (maximum, sum) per row or column on the device."""
+    """Running (reference, sum) per row or column on the device, and their log-sum-exps."""
 
     def __init__(self, length: int, like: Tensor) -> None:
         self.maximum = torch.full((length,), -torch.inf, dtype=torch.float32, device=like.device)
-        self.total = torch.zeros_like(self.maximum)
-        self.lse = torch.empty_like(self.maximum, dtype=torch.float64)
+        self.total, reference, log = (torch.zeros_like(self.maximum) for _ in range(3))
+        self.lse = LogSumExp(reference, log)
 
-    def merge(self, where: slice, part_max: Tensor, part_sum: Tensor) -> None:
-        parts, length = part_max.shape
-        _merge_kernel[(triton.cdiv(length, 128),)](
-            part_max, part_sum, self.maximum[where], self.total[where], self.lse[where], parts, length, BLOCK_P=16, BLOCK=128
-        )
+    def merge(self, where: slice, partial: Tensor, own: Tensor | None, own_offset: int) -> None:
+        """``partial``: references and sums [2, parts, length]. ``own``: one more logit for each entry, at its place plus ``own_offset``."""
+        _, parts, length = partial.shape
+        merge_kernel[(triton.cdiv(length, 128),)](
+            *partial.unbind(), self.maximum[where], self.total[where], own, *self.lse.at(where), parts, length,
+            own_offset, 0 if own is None else len(own), BLOCK_P=16, BLOCK=128,
+        )  # fmt: skip
 
 
 def forward(a: Inputs, stash: Tensor | None = None) -> Results:
@@ -275,12 +260,14 @@ def forward(a: Inputs, stash: Tensor | None = None) -> Results:
             if a.sums:
                 row_sums[rows] += row_part.sum(0)
                 col_sums += col_part.sum(0)
-            for (row, col), row_part, col_part in zip(sweeps, partials[::2], partials[1::2], strict=True):
-                row.merge(rows, *row_part.unbind())
-                col.merge(slice(None), *col_part.unbind())
-    lses = [side.lse for sweep in sweeps for side in sweep]
-    row_lse, col_lse, row_positives, col_positives = lses if a.both else [*lses, row_sums, col_sums]
-    return Results(row_lse, col_lse, row_positives, col_positives, positive)
+            for (row, col), row_part, col_part, own in zip(sweeps, partials[::2], partials[1::2], own_logits(a, positive), strict=False):
+                row.merge(rows, row_part, None if own is None else own[rows], 0)
+                col.merge(slice(None), col_part, own, -(a.offset or 0))
+    if a.both:
+        row_positives, col_positives = (side.lse for side in sweeps[1])
+    else:
+        row_positives, col_positives = (LogSumExp(torch.zeros_like(sums), sums) for sums in (row_sums.float(), col_sums.float()))
+    return Results(sweeps[0][0].lse, sweeps[0][1].lse, row_positives, col_positives, positive)
 
 
 def _norm(g: ResultGrads, a: Inputs) -> Tensor:
@@ -295,14 +282,23 @@ def _norm(g: ResultGrads, a: Inputs) -> Tensor:
     return torch.where(norm > 0, norm, one)
 
 
-def _side(lse: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The log-sum-exps in float32 (+inf where a sum is empty, so that nothing flows); what that rounding lost goes into the gradient."""
-    full = lse.double().masked_fill(lse == -torch.inf, torch.inf)
-    rounded = full.float()
-    if grad is None:
-        return rounded, None
-    lost = (full - rounded).masked_fill(full == torch.inf, 0.0)
-    return rounded, (grad * (-lost).exp()).float()
+def _side(lse: LogSumExp, grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """References (+inf where a sum is empty, so that nothing flows), and the gradient as the weight of exp(S - reference)."""
+    empty = lse.reference == -torch.inf
+    reference = lse.reference.masked_fill(empty, torch.inf)
+    return reference, None if grad is None else ((-lse.log).exp() * grad).masked_fill(empty, 0.0)
+
+
+def _of_own(g: ResultGrads, a: Inputs, results: Results) -> Tensor | None:
+    """dS of the pairs (i, i + offset), [M]."""
+    own = own_logits(a, results.positive)
+    if own.counted is None:
+        return None
+    of_own = torch.empty_like(own.counted)
+    M, N = len(a.x), len(a.y)
+    statistics = [part for lse in results[:4] for part in lse]
+    own_kernel[(triton.cdiv(M, 128),)](*own, *statistics, *g, of_own, M, N, a.offset, BLOCK=128)
+    return of_own
 
 
 def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: Tensor | None = None) -> Grads:
@@ -321,6 +317,8 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
     (row_lse, g_row), (col_lse, g_col) = (_side(lse, grad) for lse, grad in zip(results[:2], g[:2], strict=True))
     of_positives = zip(results[2:4], g[2:4], strict=True)
     (pos_row_lse, g_pos_row), (pos_col_lse, g_pos_col) = (_side(lse, grad) if a.both else (None, grad) for lse, grad in of_positives)
+    with torch.cuda.device_of(x):
+        of_own = _of_own(g, a, results)
     norm = _norm(g, a)
     alpha = a.scale * norm
     tiles_n = triton.cdiv(N, BLOCK_N)
@@ -345,13 +343,12 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
             tiles_m = triton.cdiv(m, BLOCK_M)
             offset = (a.offset or 0) + rows.start
             row_bias, row_scale, row_ids = (v if v is None else v[rows] for v in rows_v)
-            of_rows = (v if v is None else v[rows] for v in (row_lse, pos_row_lse, g_row, g_pos_row, g.positive))
-            row_lse_, pos_row_lse_, g_row_, g_pos_row_, g_positive_ = of_rows
+            of_rows = (v if v is None else v[rows] for v in (row_lse, pos_row_lse, g_row, g_pos_row, of_own))
+            row_lse_, pos_row_lse_, g_row_, g_pos_row_, of_own_ = of_rows
             if stashed:
-                positive = None if a.offset is None else results.positive[rows]
                 stashed_kernel[(tiles_m * tiles_n,)](
                     *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
-                    row_lse_, col_lse, g_row_, g_col, g_positive_, positive, norm,
+                    row_lse_, col_lse, g_row_, g_col, of_own_, norm,
                     *kept, rows.start // BLOCK_M * tiles_n, G, m, N, D, offset, shape[1],
                     PRECISION=precision(), UPCAST=upcast(), **options,
                 )  # fmt: skip
@@ -361,7 +358,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
                 _backward_kernel[(tiles_m * tiles_n,)](
                     *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
                     row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
-                    row_lse_, col_lse, pos_row_lse_, pos_col_lse, g_row_, g_col, g_pos_row_, g_pos_col, g_positive_, norm,
+                    row_lse_, col_lse, pos_row_lse_, pos_col_lse, g_row_, g_col, g_pos_row_, g_pos_col, of_own_, norm,
                     G if len(G) else None, *partials, m, N, D, offset, shape[1],
                     MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
                 )  # fmt: skip

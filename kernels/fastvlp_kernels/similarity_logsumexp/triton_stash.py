@@ -1,6 +1,6 @@
-"""A stash of scaled exponentials: three products instead of four, for tiles of S that the forward leaves to the backward in bfloat16.
+"""A stash of exponentials: three products instead of four, for tiles of S that the forward leaves to the backward in bfloat16.
 
-A tile is kept as exp(S - t) with one t, where one serves it; the others are computed again. Positives are not among what is rounded.
+A tile is kept as exp(S) where that is in range; the others are computed again. Positives are not among what is rounded.
 """
 
 import torch
@@ -12,12 +12,12 @@ from .._triton import grouped_tile
 from .arguments import Inputs
 from .triton_tile import config, flow, similarity_tile
 
-# Behind the elements of a tile: t in float32, and padding to 16 bytes.
+# Behind the elements of a tile: 0 in float32 if it is kept, else infinity, and padding to 16 bytes.
 TAIL = tl.constexpr(8)
 
 
 def stash_shape(a: Inputs, stash_bytes: int) -> tuple[int, int]:
-    """The stash: [tiles, elements of a tile and its t], the first tiles of the sweep.
+    """The stash: [tiles, elements of a tile and its mark], the first tiles of the sweep.
 
     [0, 0] without a budget, for operands other than bfloat16, and with ids, biases or scales of rows and columns.
     """
@@ -36,13 +36,12 @@ def pointers(stash: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
 
 
 @triton.jit
-def keep(E, t, partner, stash_ptr, stash_t_ptr, place, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Leave exp(S - t), without the positive of row i in column ``partner[i]``."""
+def keep(E, stash_ptr, stash_t_ptr, place, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Leave exp(S), of which positives are no part."""
     t_m, t_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    E = tl.where(partner[:, None] == t_n[None, :], 0.0, E)
     size: tl.constexpr = BLOCK_M * BLOCK_N + TAIL
     tl.store(stash_ptr + place * size + t_m[:, None] * BLOCK_N + t_n[None, :], E.to(stash_ptr.dtype.element_ty))
-    tl.store(stash_t_ptr + place * (size // 2) + BLOCK_M * BLOCK_N // 2, t)
+    tl.store(stash_t_ptr + place * (size // 2) + BLOCK_M * BLOCK_N // 2, 0.0)
 
 
 @triton.jit
@@ -53,7 +52,7 @@ def keep_none(stash_t_ptr, place, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def stashed_kernel(
-    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, g_positive_ptr, positive_ptr, norm_ptr,
+    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, of_own_ptr, norm_ptr,
     stash_ptr, stash_t_ptr, stash_tiles, first_tile, G_ptr, M, N, D, offset, stride_G,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -67,34 +66,24 @@ def stashed_kernel(
     rows, cols = tl.minimum(first_m + t_m, M - 1), tl.minimum(first_n + t_n, N - 1)
     size: tl.constexpr = BLOCK_M * BLOCK_N + TAIL
     place = first_tile + i_m.to(tl.int64) * tiles_n + i_n
-    t = tl.load(stash_t_ptr + place * (size // 2) + BLOCK_M * BLOCK_N // 2, mask=place < stash_tiles, other=float("inf"))
-    of_positive = tl.zeros((BLOCK_M,), tl.float32)
-    if g_positive_ptr is not None:
-        of_positive = tl.load(g_positive_ptr + rows)
-    if t < float("inf"):
+    mark = tl.load(stash_t_ptr + place * (size // 2) + BLOCK_M * BLOCK_N // 2, mask=place < stash_tiles, other=float("inf"))
+    if mark < float("inf"):
         u = tl.zeros((BLOCK_M,), tl.float32)
         v = tl.zeros((BLOCK_N,), tl.float32)
         if g_row_ptr is not None:
-            u = tl.exp(t - tl.load(row_lse_ptr + rows)) * tl.load(g_row_ptr + rows)
+            u = tl.exp(-tl.load(row_lse_ptr + rows)) * tl.load(g_row_ptr + rows)
         if g_col_ptr is not None:
-            v = tl.exp(t - tl.load(col_lse_ptr + cols)) * tl.load(g_col_ptr + cols)
+            v = tl.exp(-tl.load(col_lse_ptr + cols)) * tl.load(g_col_ptr + cols)
         E = tl.load(stash_ptr + place * size + t_m[:, None] * BLOCK_N + t_n[None, :]).to(tl.float32)
         dS = E * (u[:, None] + v[None, :])
-        if positive_ptr is not None:
-            b_positive = tl.load(positive_ptr + rows)
-            partners = tl.minimum(tl.maximum(rows + offset, 0), N - 1)
-            if g_row_ptr is not None:
-                of_positive += tl.exp(b_positive - tl.load(row_lse_ptr + rows)) * tl.load(g_row_ptr + rows)
-            if g_col_ptr is not None:
-                of_positive += tl.exp(b_positive - tl.load(col_lse_ptr + partners)) * tl.load(g_col_ptr + partners)
     else:
         _, S, _, _ = similarity_tile(
             x_ptr, stride_x, y_ptr, stride_y, scale_ptr, None, None, None, None, first_m, first_n, rows, cols, M, N, D,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
         dS = flow(S, row_lse_ptr, col_lse_ptr, g_row_ptr, g_col_ptr, rows, cols)
-    if positive_ptr is not None:
+    if of_own_ptr is not None:
         diagonal = tl.minimum(tl.maximum(first_m + offset - first_n, -BLOCK_M), BLOCK_N).to(tl.int32)
-        dS += tl.where((t_m + diagonal)[:, None] == t_n[None, :], of_positive[:, None], 0.0)
+        dS = tl.where((t_m + diagonal)[:, None] == t_n[None, :], tl.load(of_own_ptr + rows)[:, None], dS)
     dS = tl.where(in_row[:, None] & in_col[None, :], dS, 0.0) * (1.0 / tl.load(norm_ptr))
     tl.store(G_ptr + (first_m + t_m)[:, None] * stride_G + (first_n + t_n)[None, :], dS.to(G_ptr.dtype.element_ty))

@@ -15,20 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import Batch
-from .members import Exchange, Transfer
+from .group import Exchange, Transfer
+from .split_batch import SplitBatch
 
 Visit = Callable[[Tensor, list[int]], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Toured:
-    """Where a tour ended.
+class Circulated:
+    """Where a round ended.
 
     Attributes:
         own: [b, D] the gradient of this member's texts as far as it is here, in the dtype of sums; None if there are no gradients.
         home: brings the rest of it.
-        held: what a tour back in the opposite direction begins with: the last block, and, where a node has several members, the text
+        held: what a round back in the opposite direction begins with: the last block, and, where a node has several members, the text
             that this member had to hand on before.
     """
 
@@ -44,7 +44,7 @@ class Toured:
 class Ring:
     """Who is where: nodes by their distance from this member's, against the direction in which the texts move."""
 
-    def __init__(self, batch: Batch, direction: int) -> None:
+    def __init__(self, batch: SplitBatch, direction: int) -> None:
         self.width = batch.node_size
         self.nodes = batch.members.size // self.width
         self.node, self.place = divmod(batch.members.rank, self.width)
@@ -73,10 +73,10 @@ class Ring:
         return like.new_empty(sum(self._sizes[rank] for rank in self.others(distance)), like.shape[1])
 
 
-def tour(batch: Batch, text: Tensor, direction: int, visit: Visit, held: Sequence[Tensor] = ()) -> Toured:
+def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, held: Sequence[Tensor] = ()) -> Circulated:
     """Call ``visit(block, owners)`` for all texts of the batch, each block of texts of the members ``owners`` while the next is on its way.
 
-    Outward, the own texts come first, then the others of this node, then node by node. Back, with ``held`` of a tour in the other
+    Outward, the own texts come first, then the others of this node, then node by node. Back, with ``held`` of a round in the other
     direction, it is the reverse, so that the last hop home happens while the own texts are visited.
 
     Args:
@@ -147,7 +147,7 @@ def tour(batch: Batch, text: Tensor, direction: int, visit: Visit, held: Sequenc
         arrived = following if lag else hopped
         if arrived is not None:
             block = arrived
-    return Toured(own, transfer, (block, before) if lag else (block,))
+    return Circulated(own, transfer, (block, before) if lag else (block,))
 
 
 def summed(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastvlp_kernels._logsumexp import LogSumExp
 from fastvlp_kernels.pairwise_sigmoid.op import sigmoid_forward
 from fastvlp_kernels.similarity_attend import Needs as AttendNeeds
 from fastvlp_kernels.similarity_attend import ResultGrads as AttendGrads
@@ -15,8 +17,10 @@ from fastvlp_kernels.similarity_attend import Results as Attended
 from fastvlp_kernels.similarity_attend import attend_backward, attend_forward
 from fastvlp_kernels.similarity_logsumexp.op import Needs, ResultGrads, Results, logsumexp_backward, logsumexp_forward
 
+Of = TypeVar("Of", Tensor, LogSumExp)
 
-def softmax_block(image: Tensor, text: Tensor, scale: Tensor, offset: int | None) -> tuple[Tensor, Tensor, Tensor]:
+
+def softmax_block(image: Tensor, text: Tensor, scale: Tensor, offset: int | None) -> tuple[LogSumExp, LogSumExp, Tensor]:
     """Row and column log-sum-exps, [m] and [n], of scale * image [m, D] @ text [n, D].T, and the positives.
 
     Args:
@@ -31,8 +35,9 @@ def softmax_block_backward(
     text: Tensor,
     scale: Tensor,
     offset: int | None,
-    row: Tensor,
-    column: Tensor,
+    row: LogSumExp,
+    column: LogSumExp,
+    positive: Tensor,
     of_row: Tensor,
     of_column: Tensor,
     wants: Sequence[bool],
@@ -41,15 +46,15 @@ def softmax_block_backward(
 
     Args:
         row, column: [m] and [n] the log-sum-exps of the whole matrix. of_row, of_column: their gradients. A positive pair must have the
-            same gradient in both.
+            same gradient in both. positive: this block's, as ``softmax_block`` gave them; not read without an offset.
         wants: which of the gradients of image, text and scale.
 
     Returns:
         image and text in the dtype of the features, scale in float32 (float64 for float64); None where not wanted.
     """
-    nothing = row.new_empty(0)
+    nothing = LogSumExp(of_row.new_empty(0), of_row.new_empty(0))
     grads = ResultGrads(of_row, of_column, None, None, None if offset is None else -2 * of_row)
-    results = Results(row, column, nothing, nothing, nothing)
+    results = Results(row, column, nothing, nothing, positive)
     found = logsumexp_backward(grads, results, Needs(*wants[:3]), image, text, scale, offset=offset, compute_dtype=image.dtype)
     of_image, of_text, of_scale = (part if wanted else None for part, wanted in zip(found, wants[:3], strict=False))
     return of_image, of_text, of_scale
@@ -69,11 +74,15 @@ def sigmoid_block(
     return loss, of_image, of_text, of_scale, of_bias
 
 
-class Both(NamedTuple):
+@dataclass(frozen=True)
+class Both(Generic[Of]):
     """The same thing of a student and of its teacher."""
 
-    student: Tensor
-    teacher: Tensor
+    student: Of
+    teacher: Of
+
+    def __iter__(self) -> Iterator[Of]:
+        return iter((self.student, self.teacher))
 
 
 class DistillBlock(NamedTuple):
@@ -85,14 +94,14 @@ class DistillBlock(NamedTuple):
         similarity: [n], <text_j, mean of the student's images with the softmax over column j>.
     """
 
-    row: Both
-    column: Both
+    row: Both[LogSumExp]
+    column: Both[LogSumExp]
     positive: Tensor
     mean: Tensor
     similarity: Tensor
 
 
-def distill_block(image: Both, text: Both, scale: Both, offset: int | None, dtype: torch.dtype) -> DistillBlock:
+def distill_block(image: Both[Tensor], text: Both[Tensor], scale: Both[Tensor], offset: int | None, dtype: torch.dtype) -> DistillBlock:
     """Statistics of one block; features in the dtype of sums, products of operands in ``dtype``. ``offset``: as in ``softmax_block``."""
     found = logsumexp_forward(image.student, text.student, scale.student, offset=offset, compute_dtype=dtype)
     rows = attend_forward(image.teacher, text.teacher, text.student, scale.teacher, compute_dtype=dtype)
@@ -102,14 +111,15 @@ def distill_block(image: Both, text: Both, scale: Both, offset: int | None, dtyp
 
 
 def distill_block_backward(
-    image: Both,
-    text: Both,
-    scale: Both,
+    image: Both[Tensor],
+    text: Both[Tensor],
+    scale: Both[Tensor],
     offset: int | None,
-    row: Both,
-    column: Both,
-    of_row: Both,
-    of_column: Both,
+    row: Both[LogSumExp],
+    column: Both[LogSumExp],
+    positive: Tensor,
+    of_row: Both[Tensor],
+    of_column: Both[Tensor],
     wants: Sequence[bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -124,10 +134,10 @@ def distill_block_backward(
         row, column: log-sum-exps of the whole matrices. of_row, of_column: (a, d) [m] and (a', d') [n]. The others: see ``distill_block``.
         wants: which of the gradients, in the dtype of sums; None where not wanted.
     """
-    nothing = row.student.new_empty(0)
+    nothing = LogSumExp(positive.new_empty(0), positive.new_empty(0))
     of_positive = None if offset is None else -2 * of_row.student
     grads = ResultGrads(of_row.student + of_row.teacher, of_column.student + of_column.teacher, None, None, of_positive)
-    results = Results(row.student, column.student, nothing, nothing, nothing)
+    results = Results(row.student, column.student, nothing, nothing, positive)
     found = logsumexp_backward(
         grads, results, Needs(*wants[:3]), image.student, text.student, scale.student, offset=offset, compute_dtype=dtype
     )
@@ -138,11 +148,11 @@ def distill_block_backward(
     if of_text is not None:
         of_text += _spread(image.teacher, text.teacher, scale.teacher, row.teacher, by_row * image.student, dtype)
         part = attend_forward(text.teacher, image.teacher, image.student, scale.teacher, compute_dtype=dtype)
-        of_text += by_column * (part.lse - column.teacher).exp()[:, None] * part.out
+        of_text += by_column * column.teacher.probability(part.lse.value()).to(part.out.dtype)[:, None] * part.out
     return of_image, of_text, of_scale
 
 
-def _spread(x: Tensor, y: Tensor, scale: Tensor, lse: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+def _spread(x: Tensor, y: Tensor, scale: Tensor, lse: LogSumExp, values: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, E]: sum over i of exp(scale * <x_i, y_j> - lse_i) * values_i, for x [m, D], y [n, D], values [m, E] and lse [m]."""
     grads, results = AttendGrads(values, None), Attended(torch.zeros_like(values), lse)
     like, needs = values.new_zeros(len(y), values.shape[1]), AttendNeeds(x=False, y=False, v=True, scale=False)

@@ -1,5 +1,7 @@
 """Every objective across processes by ``gather_batch``: the mean of the losses and all gradients are those of one process."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,9 +40,10 @@ def everyone(gather, own, *names):
 
 def contrastive(gather, own, scale):
     image, text, hard, ids, weights = everyone(gather, own, "image", "text", "hard", "ids", "weights")
-    several = losses.contrastive_loss(image, text, scale, ids=ids, weights=weights, label_smoothing=0.1, text_negatives=hard)
-    nested = losses.contrastive_loss(image, text, scale, prefixes=(2, 5, WIDTH), ids=ids, equal_ids="exclude", tau_plus=0.1)
-    return several + nested + losses.contrastive_loss(image, text, scale, focal_gamma=2.0)
+    loss = partial(losses.contrastive_loss, image, text, scale, group=losses.ALONE)
+    several = loss(ids=ids, weights=weights, label_smoothing=0.1, text_negatives=hard)
+    nested = loss(prefixes=(2, 5, WIDTH), ids=ids, equal_ids="exclude", tau_plus=0.1)
+    return several + nested + loss(focal_gamma=2.0)
 
 
 def filip(gather, own, scale):
@@ -130,10 +133,10 @@ def with_half(rank, size, wrong):
 @pytest.mark.parametrize(
     "wrong,of_wrong,of_others",
     [
-        ((["a"],), "TypeError", "refused its parts"),
+        ((["a"],), "TypeError", "refused its input"),
         ((torch.randn(2, 3).half(),), "ValueError", "differ in the dtype or the width of tensor 0"),
         ((torch.randn(2, 4),), "ValueError", "differ in the dtype or the width of tensor 0"),
-        ((torch.randn(2, 3), torch.randn(2, 3)), "ValueError", "gather 1 and 2 tensors; all must gather alike"),
+        ((torch.randn(2, 3), torch.randn(2, 3)), "ValueError", "differ in the number of tensors (1 and 2)"),
     ],
 )
 def test_processes_that_differ_are_told(processes, wrong, of_wrong, of_others):

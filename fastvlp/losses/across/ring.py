@@ -1,4 +1,4 @@
-"""The losses of which each process holds a part of the texts at a time, as a plain ring or grouped by nodes (:mod:`fastvlp.losses.tour`).
+"""The losses of which each process holds a part of the texts at a time, as a plain ring or grouped by nodes.
 
 Every trip lasts as long as the larger of all block computations and all hops. Features travel in the dtype of the products, and so do
 gradients inside a node; between nodes they are sums that each node adds to, and travel in float32, since lower precision would round them
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlp_kernels._logsumexp import LogSumExp, merge
+
+from ..autograd import no_second_derivatives
+from ..softmax_terms import symmetric_softmax
 from .blocks import sigmoid_block, softmax_block, softmax_block_backward
-from .inputs import Batch
-from .once import no_second_derivatives
-from .tour import summed, tour
+from .circulate import circulate, summed
+from .split_batch import SplitBatch
 
 UNEQUAL = (
     "SigLipLoss strategy='ring' or 'grouped': the upstream gradient of the loss differs between processes; give all processes' losses the "
@@ -48,48 +51,48 @@ class SoftmaxRing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, batch: Batch, trains: list[bool]) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, batch: SplitBatch, trains: list[bool]) -> Tensor:
         rank = batch.members.rank
         ctx.dtypes = image.dtype, text.dtype
         image, text = image.to(batch.dtype), text.to(batch.dtype).contiguous()
-        row = image.new_full((len(image),), -torch.inf, dtype=batch.sums)
-        column, positive = row.new_empty(sum(batch.sizes)), torch.empty_like(row)
-        columns = column.split(batch.sizes)
+        rows: list[LogSumExp] = []
+        positives: list[Tensor] = []
+        columns = image.new_empty(2, sum(batch.sizes), dtype=batch.sums)
 
         def visit(block: Tensor, owners: list[int]) -> None:
             part, of_columns, of_pairs = softmax_block(image, block, scale, offset_of(batch, owners))
-            torch.logaddexp(row, part, out=row)
-            for owner, values in zip(owners, of_columns.split([batch.sizes[owner] for owner in owners]), strict=True):
-                columns[owner].copy_(values)
+            rows[:] = [merge(*rows, part)]
+            batch.place(columns, torch.stack(of_columns), owners)
             if rank in owners:
-                positive.copy_(of_pairs)
+                positives.append(of_pairs)
 
-        held = tour(batch, text, 1, visit).held
-        column = batch.members.logsumexp(column)
-        ctx.save_for_backward(image, text, scale, row, column, *held)
+        held = circulate(batch, text, 1, visit).held
+        (row,), (positive,) = rows, positives
+        column = batch.members.logsumexp(LogSumExp(*columns))
+        ctx.save_for_backward(image, text, scale, *row, *column, positive, *held)
         ctx.batch, ctx.trains = batch, trains
-        return ((row - positive) + (column.split(batch.sizes)[rank] - positive)).sum() * (batch.factor / 2)
+        return symmetric_softmax(row, batch.own(column), positive, positive, batch.factor)
 
     @staticmethod
     @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale, row, column, *held = ctx.saved_tensors
-        batch: Batch = ctx.batch
-        columns = column.split(batch.sizes)
+        image, text, scale, *statistics, positive = ctx.saved_tensors[:8]
+        held = ctx.saved_tensors[8:]
+        row, column = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
+        batch: SplitBatch = ctx.batch
         weights = batch.members.gather(gradient * (batch.factor / 2))
-        of_row = weights[batch.members.rank].expand(len(row))
+        of_row = weights[batch.members.rank].expand(len(image))
         totals = Totals(batch.sums)
 
         def visit(block: Tensor, owners: list[int]) -> Tensor | None:
             of_column = torch.cat([weights[owner].expand(batch.sizes[owner]) for owner in owners])
-            of_block_columns = torch.cat([columns[owner] for owner in owners])
             of_image, of_block, of_scale = softmax_block_backward(
-                image, block, scale, offset_of(batch, owners), row, of_block_columns, of_row, of_column, ctx.trains
+                image, block, scale, offset_of(batch, owners), row, batch.take(column, owners), positive, of_row, of_column, ctx.trains
             )
             totals.add(of_image, of_scale)
             return None if of_block is None else of_block.to(batch.sums)
 
-        of_text = tour(batch, text, -1, visit, held).gradient()
+        of_text = circulate(batch, text, -1, visit, held).gradient()
         of_image, of_scale = totals.values
         parts = (None if part is None else part.to(dtype) for part, dtype in zip((of_image, of_text), ctx.dtypes, strict=True))
         return *parts, of_scale, None, None
@@ -103,7 +106,7 @@ class SigmoidRing(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: Batch, trains: list[bool]) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: SplitBatch, trains: list[bool]) -> Tensor:
         ctx.dtypes = image.dtype, text.dtype
         image, text = image.to(batch.dtype), text.to(batch.dtype).contiguous()
         totals = Totals(batch.sums)
@@ -113,10 +116,10 @@ class SigmoidRing(torch.autograd.Function):
             totals.add(loss, of_image, of_scale, of_bias)
             return of_block
 
-        toured = tour(batch, text, 1, visit)
+        circulated = circulate(batch, text, 1, visit)
         loss, *gradients = totals.values
-        ctx.save_for_backward(toured.own, *gradients)
-        ctx.home, ctx.batch = toured.home, batch
+        ctx.save_for_backward(circulated.own, *gradients)
+        ctx.home, ctx.batch = circulated.home, batch
         assert loss is not None
         return loss * batch.factor
 
@@ -124,7 +127,7 @@ class SigmoidRing(torch.autograd.Function):
     @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_text, of_image, of_scale, of_bias = ctx.saved_tensors
-        batch: Batch = ctx.batch
+        batch: SplitBatch = ctx.batch
         factor = gradient * batch.factor
         if of_text is not None:
             everyone = batch.members.gather(factor)
@@ -137,6 +140,6 @@ class SigmoidRing(torch.autograd.Function):
         return of_image, of_text, *scalars, None, None
 
 
-def offset_of(batch: Batch, owners: list[int]) -> int | None:
-    """Where the pairs of a block with the own images are, which a tour visits by themselves."""
+def offset_of(batch: SplitBatch, owners: list[int]) -> int | None:
+    """Where the pairs of a block with the own images are, which are visited by themselves."""
     return 0 if batch.members.rank in owners else None

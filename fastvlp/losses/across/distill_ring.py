@@ -1,4 +1,4 @@
-"""The losses of a student with a teacher, of which each process holds a part of the texts at a time (:mod:`fastvlp.losses.tour`)."""
+"""The losses of a student with a teacher, of which each process holds a part of the texts at a time."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlp_kernels._logsumexp import LogSumExp, merge
+
+from ..autograd import no_second_derivatives
+from ..softmax_terms import symmetric_softmax
 from .blocks import Both, distill_block, distill_block_backward
-from .inputs import Batch
-from .once import no_second_derivatives
+from .circulate import circulate
 from .ring import Totals, offset_of
-from .tour import tour
+from .split_batch import SplitBatch
 
 
 class DistillRing(torch.autograd.Function):
-    """Both losses: a trip for the statistics, and one back for the gradients, as :class:`fastvlp.losses.ring.SoftmaxRing` makes them.
+    """Both losses: a trip for the statistics, and one back for the gradients, as ``SoftmaxRing`` makes them.
 
     A text travels with its teacher's. With T and T' the softmax of the teacher's similarities over rows and over columns, the averages
     sum_j T_ij text_j of a row merge from block to block by their log-sum-exps; of a column only <text_j, sum_i T'_ij image_i> is
@@ -25,58 +28,65 @@ class DistillRing(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, teacher_image: Tensor, teacher_text: Tensor, temperature: Tensor,
-        batch: Batch, trains: list[bool],
+        batch: SplitBatch, trains: list[bool],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         rank, members = batch.members.rank, batch.members
         ctx.dtypes = image.dtype, text.dtype
         images = Both(*(features.to(batch.dtype).to(batch.sums) for features in (image, teacher_image)))
         texts = torch.cat([text.to(batch.dtype), teacher_text.to(batch.dtype)], 1)
         scales = Both(scale, temperature)
-        row = Both(*images.student.new_full((2, len(image)), -torch.inf))
-        mean, positive = torch.zeros_like(images.student), torch.empty_like(row.student)
-        columns = row.student.new_empty(3, sum(batch.sizes))  # log-sum-exps of student and teacher, and the mean similarity
+        rows: list[Both[LogSumExp]] = []
+        positives: list[Tensor] = []
+        mean = torch.zeros_like(images.student)
+        columns = mean.new_empty(5, sum(batch.sizes))  # log-sum-exps of student and teacher, and the mean similarity
 
         def visit(block: Tensor, owners: list[int]) -> None:
             found = distill_block(images, _both(block, image, batch), scales, offset_of(batch, owners), batch.dtype)
-            torch.logaddexp(row.student, found.row.student, out=row.student)
-            mean.lerp_(found.mean, torch.sigmoid(found.row.teacher - row.teacher)[:, None])
-            torch.logaddexp(row.teacher, found.row.teacher, out=row.teacher)
-            values = torch.stack([*found.column, found.similarity])
-            for owner, part in zip(owners, values.split([batch.sizes[owner] for owner in owners], 1), strict=True):
-                columns.split(batch.sizes, 1)[owner].copy_(part)
+            if rows:
+                mean.lerp_(found.mean, torch.sigmoid(found.row.teacher.minus(rows[0].teacher))[:, None])
+                rows[:] = [Both(*(merge(*pair) for pair in zip(rows[0], found.row, strict=True)))]
+            else:
+                mean.copy_(found.mean)
+                rows.append(found.row)
+            batch.place(columns, torch.stack([*found.column.student, *found.column.teacher, found.similarity]), owners)
             if rank in owners:
-                positive.copy_(found.positive)
+                positives.append(found.positive)
 
-        held = tour(batch, texts, 1, visit).held
-        column, share = members.merge(columns[:2])
-        own, similarity = (part.split(batch.sizes, -1)[rank] for part in (column[0], members.sum(columns[2] * share[1])))
+        held = circulate(batch, texts, 1, visit).held
+        (row,), (positive,) = rows, positives
+        column, share = members.merge(LogSumExp(columns[0:4:2], columns[1:4:2]))  # each [2, N]
+        own = batch.own(column)
+        similarity = members.sum(columns[4] * share[1]).split(batch.sizes)[rank]
         of_row, of_column = torch.linalg.vecdot(images.student, mean), similarity
-        ctx.save_for_backward(*images, texts, *scales, *row, column, mean, (of_row + of_column).sum(), *held)
+        statistics = *row.student, *row.teacher, *column
+        ctx.save_for_backward(*images, texts, *scales, *statistics, positive, mean, (of_row + of_column).sum(), *held)
         ctx.batch, ctx.trains = batch, trains
-        contrastive = ((row.student - positive) + (own - positive)).sum()
-        distilled = ((row.student - scale * of_row) + (own - scale * of_column)).sum()
-        return contrastive * (batch.factor / 2), distilled * (batch.factor / 2)
+        own = LogSumExp(own.reference[0], own.log[0])
+        contrastive = symmetric_softmax(row.student, own, positive, positive, batch.factor)
+        return contrastive, symmetric_softmax(row.student, own, scale * of_row, scale * of_column, batch.factor)
 
     @staticmethod
     @no_second_derivatives
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        image, teacher_image, texts, scale, temperature, row, teacher_row, column, mean, similarity, *held = ctx.saved_tensors
-        batch: Batch = ctx.batch
-        columns = column.split(batch.sizes, 1)
+        image, teacher_image, texts, scale, temperature, *statistics, positive, mean, similarity = ctx.saved_tensors[:14]
+        held = ctx.saved_tensors[14:]
+        batch: SplitBatch = ctx.batch
+        student, teacher, column = (LogSumExp(*statistics[k : k + 2]) for k in (0, 2, 4))
         weights = batch.members.gather(torch.stack(gradients) * (batch.factor / 2))  # [W, 2]
         of_row = Both(*weights[batch.members.rank, :, None].expand(2, len(image)))
-        images, scales, rows, totals = Both(image, teacher_image), Both(scale, temperature), Both(row, teacher_row), Totals(batch.sums)
+        images, scales, rows, totals = Both(image, teacher_image), Both(scale, temperature), Both(student, teacher), Totals(batch.sums)
 
         def visit(block: Tensor, owners: list[int]) -> Tensor | None:
             of_column = Both(*torch.cat([weights[owner, :, None].expand(2, batch.sizes[owner]) for owner in owners], 1))
+            part = batch.take(column, owners)
             of_image, of_text, of_scale = distill_block_backward(
                 images, _both(block, image, batch), scales, offset_of(batch, owners), rows,
-                Both(*torch.cat([columns[owner] for owner in owners], 1)), of_row, of_column, ctx.trains, batch.dtype,
+                Both(*(LogSumExp(part.reference[k], part.log[k]) for k in (0, 1))), positive, of_row, of_column, ctx.trains, batch.dtype,
             )  # fmt: skip
             totals.add(of_image, of_scale)
             return of_text
 
-        of_text = tour(batch, texts, -1, visit, held).gradient()
+        of_text = circulate(batch, texts, -1, visit, held).gradient()
         of_image, of_scale = totals.values
         if of_image is not None:
             of_image = (of_image - scale * of_row.teacher[:, None] * mean).to(ctx.dtypes[0])
@@ -85,7 +95,7 @@ class DistillRing(torch.autograd.Function):
         return of_image, None if of_text is None else of_text.to(ctx.dtypes[1]), of_scale, *[None] * 5
 
 
-def _both(block: Tensor, student: Tensor, batch: Batch) -> Both:
+def _both(block: Tensor, student: Tensor, batch: SplitBatch) -> Both[Tensor]:
     """The features of a block that travels, [n, D + E], in the dtype of sums."""
     width = student.shape[1]
     return Both(*(part.to(batch.sums) for part in block.split([width, block.shape[1] - width], 1)))

@@ -7,7 +7,7 @@ from objectives import CASES, dense, differentiated, make
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from fastvlp.losses import contrastive_loss, terms
+from fastvlp.losses import ALONE, contrastive_loss, softmax_terms
 from fastvlp_kernels._testing import assert_no_worse_than, forbid_large_tensors
 
 ROWS = {"image": 0, "text": 1, "text_negatives": 2, "image_negatives": 3}  # which of the sizes a tensor has
@@ -146,7 +146,7 @@ def test_sub_groups_are_batches_of_their_own(processes):
 def group_of_one(rank, size):
     tensors, options = make("all with prefixes", 10.0, 0.5, torch.float64, draw=rank)
     group = [dist.new_group([member]) for member in range(size)][rank]
-    return ours(tensors, options, group).item() - contrastive_loss(**tensors, **options).item()
+    return ours(tensors, options, group).item() - contrastive_loss(**tensors, **options, group=ALONE).item()
 
 
 def test_a_group_of_one_is_one_process(processes):
@@ -156,11 +156,11 @@ def test_a_group_of_one_is_one_process(processes):
 def work(rank, size, options):
     """Rows and columns of the sweeps, and the elements of the largest tensor, of forward and backward."""
     pairs, swept = 400, []
-    sweep = terms.similarity_logsumexp
+    sweep = softmax_terms.logsumexp_results
     image, text = (F.normalize(torch.randn(pairs, 24), dim=1).requires_grad_() for _ in range(2))
     with pytest.MonkeyPatch.context() as patch, forbid_large_tensors(10**9) as seen:
         patch.setattr(
-            terms, "similarity_logsumexp", lambda x, y, *rest, **more: (swept.append((len(x), len(y))), sweep(x, y, *rest, **more))[1]
+            softmax_terms, "logsumexp_results", lambda x, y, *rest, **more: (swept.append((len(x), len(y))), sweep(x, y, *rest, **more))[1]
         )
         contrastive_loss(image, text, 10.0, **options, group=dist.group.WORLD).backward()
     return swept, seen.largest
@@ -184,9 +184,9 @@ def wrong(rank, size, change):
     [
         ({"text": torch.randn(3, 6)}, "4 images but 3 texts", "rank 1 of the group refused its input"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5", "rank 1 of the group refused its input"),
-        ({"label_smoothing": 0.1}, "differ in the keywords", "differ in the keywords"),
-        ({"ids": torch.arange(4)}, "differ in the keywords", "differ in the keywords"),
-        ({"text_negatives": torch.randn(2, 6)}, "differ in the keywords", "differ in the keywords"),
+        ({"label_smoothing": 0.1}, "differ in the label_smoothing", "differ in the label_smoothing"),
+        ({"ids": torch.arange(4)}, "differ in the presence of ids", "differ in the presence of ids"),
+        ({"text_negatives": torch.randn(2, 6)}, "differ in the kinds of negatives", "differ in the kinds of negatives"),
         ({"image": torch.randn(4, 5), "text": torch.randn(4, 5)}, "differ in the width", "differ in the width"),
         ({"scale": 5.0}, "differ in the inputs that need a gradient", "differ in the inputs that need a gradient"),
     ],

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fastvlp_kernels._logsumexp import LogSumExp, from_sums
+
 if dist.is_available():
     # Default arguments in it are the group that exists when it is imported, and keep that one connected beyond its destruction, so that
     # others wait for a process that has given up. The first custom operator imports it: here that is before there is a group.
@@ -28,13 +30,15 @@ class Members:
     size: int
 
     @classmethod
-    def of(cls, loss: str, group: dist.ProcessGroup | None) -> Members:
-        """The members of ``group``; without one, those of the default process group, or this process alone where there is none.
+    def of(cls, loss: str, group: Group) -> Members:
+        """The members of ``group``; None: those of the default process group, or this process alone where there is none.
 
         Raises:
             ValueError: this process is not in ``group``.
             RuntimeError: a group was given, but torch.distributed is not running.
         """
+        if isinstance(group, Members):
+            return group
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
                 raise RuntimeError(f"{loss}: a group was given, but torch.distributed is not initialised; call init_process_group first")
@@ -116,22 +120,27 @@ class Members:
         dist.all_reduce(total, group=self.group)
         return total
 
-    def logsumexp(self, partial: Tensor) -> Tensor:
-        """The elementwise logsumexp over members of ``partial``: two reductions, a maximum and a sum. NaN stays NaN."""
+    def logsumexp(self, partial: LogSumExp) -> LogSumExp:
+        """The elementwise log-sum-exp over members: two reductions, a maximum and a sum in float64. NaN stays NaN."""
         return self.merge(partial)[0]
 
-    def merge(self, partial: Tensor) -> tuple[Tensor, Tensor]:
-        """The logsumexp over members, and the share that this member's ``partial`` has in it: exp(partial - logsumexp), 0 of nothing."""
-        largest = partial.clone()
+    def merge(self, partial: LogSumExp) -> tuple[LogSumExp, Tensor]:
+        """The log-sum-exp over members, and the share that this member's ``partial`` has in it: exp(partial - logsumexp), 0 of nothing."""
+        largest = partial.reference.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         largest.masked_fill_(largest == -torch.inf, 0.0)
-        part = torch.exp(partial - largest)
+        part = ((partial.reference.double() - largest.double()) + partial.log.double()).exp()
         total = self.sum(part)
-        return largest + total.log(), part / total.masked_fill(total == 0, 1.0)
+        share = part / total.masked_fill(total == 0, 1.0)
+        return from_sums(largest, total, largest.dtype), share.to(largest.dtype)
 
     def global_rank(self, rank: int) -> int:
         """The rank among all processes of the member ``rank``."""
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+ALONE = Members(None, 0, 1)
+Group = dist.ProcessGroup | Members | None  # the processes that share a batch; None: all; ALONE: this process, whatever others do
 
 
 class Exchange:

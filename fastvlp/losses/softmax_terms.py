@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvlp_kernels._inputs import sum_dtype
-from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
+from fastvlp_kernels.similarity_logsumexp import LogSumExp, Results, logsumexp, logsumexp_results, merge
 
-from .inputs import Batch
+from .across.split_batch import SplitBatch
 from .queue import NegativeQueue
 
 SHORTEST = 1e-12  # a prefix shorter than this is divided by this instead of its length
@@ -26,15 +26,15 @@ class Sweep(NamedTuple):
     stash_bytes: int
     impl: str | None
 
-    def __call__(self, rows: Side, cols: Side, offset: int | None = None, ids: str | None = None) -> tuple[Tensor, ...]:
-        """The results of similarity_logsumexp, each with a leading K; ``ids``: what it does with rows and columns of one group."""
+    def __call__(self, rows: Side, cols: Side, offset: int | None = None, ids: str | None = None) -> Results:
+        """The results of the operator, each with a leading K; ``ids``: what it does with rows and columns of one group."""
         row_ids, col_ids = (None, None) if ids is None else (rows.groups, cols.groups)
-        found = similarity_logsumexp(
+        found = logsumexp_results(
             rows.features, cols.features, self.scale, row_bias=rows.bias, col_bias=cols.bias, row_scale=rows.factors,
             col_scale=cols.factors, row_ids=row_ids, col_ids=col_ids, ids=ids or "exclude", offset=offset, prefixes=self.prefixes,
             compute_dtype=self.dtype, stash_bytes=self.stash_bytes, impl=self.impl,
         )  # fmt: skip
-        return found if self.prefixes else tuple(part[None] for part in found)
+        return found if self.prefixes else Results.unflatten([part[None] for part in found.flatten()])
 
 
 class Side(NamedTuple):
@@ -56,9 +56,14 @@ class Side(NamedTuple):
 class Negatives(NamedTuple):
     """Candidates beside those of the batch: log-sum-exp and sum of their similarities, [K, M], and how many they are."""
 
-    lse: Tensor
+    lse: LogSumExp
     total: Tensor
     number: int | Tensor
+
+
+def symmetric_softmax(row: LogSumExp, column: LogSumExp, of_row: Tensor, of_column: Tensor, factor: float) -> Tensor:
+    """``factor`` / 2 times the cross-entropies of rows and of columns, from the means of S under their targets."""
+    return (row.minus(of_row) + column.minus(of_column)).sum() * (factor / 2)
 
 
 def operand(features: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,12 +134,12 @@ def negatives_of(anchors: Side, extra: Tensor | NegativeQueue, sweep: Sweep) -> 
     else:
         others, count = make_side(extra, sweep, True), extra.shape[-2]
     if others.features.ndim == 2:
-        return Negatives(sweep(anchors, others)[0], total_similarity(anchors, others, sweep, count), count)
+        return Negatives(sweep(anchors, others).row, total_similarity(anchors, others, sweep, count), count)
     pairs = zip(anchors.views(sweep.prefixes), others.views(sweep.prefixes), strict=True)
     S = sweep.scale * torch.stack([torch.bmm(y, x[..., None])[..., 0] for x, y in pairs])
     if anchors.bias is not None:
         S = S + anchors.bias[:, None]
-    return Negatives(S.logsumexp(-1), S.sum(-1), count)
+    return Negatives(logsumexp(S, -1), S.sum(-1), count)
 
 
 def debias(margin: Tensor, positive: Tensor, count: Tensor, tau_plus: Tensor, scale: Tensor) -> Tensor:
@@ -177,45 +182,46 @@ class Terms(NamedTuple):
         self,
         anchors: Side,
         others: Side,
-        lse: Tensor,
-        positive: Tensor,
+        lse: LogSumExp,
+        positive: LogSumExp,
         extra: Tensor | NegativeQueue | None,
         weight: Tensor | None,
-        batch: Batch,
+        batch: SplitBatch,
     ) -> list[Tensor]:
         """The mean over anchors of their losses, one for each prefix.
 
         Args:
             others: all candidates. Without ``label_smoothing`` only their groups are read.
-            lse, positive: [K, M], of the sweep; with ``averages``, ``positive`` is the sum of S over the positives.
+            lse, positive: [K, M], of the sweep; with ``averages``, ``positive`` is the sum of S over the positives; one positive is its S.
             extra: more candidates, see ``negatives_of``. weight: [M].
             batch: the anchors of all processes, of which these are a part, and whose mean is that of the processes' results.
         """
         negatives = None if extra is None else negatives_of(anchors, extra, self.sweep)
         if negatives is not None:
-            lse = torch.logaddexp(lse, negatives.lse)
+            lse = merge(lse, negatives.lse)
         same = None
         if self.averages or (self.excludes and (self.label_smoothing or self.tau_plus is not None)):
             same = group_size(anchors, others, self.sweep)
         if self.averages and same is not None:
-            positive = torch.where(same > 0, positive / same.clamp_min(1), -torch.inf)
-        none = positive == -torch.inf if self.several else None
+            mean = positive.value() / same.clamp_min(1)
+            positive = LogSumExp(torch.where(same > 0, mean, -torch.inf), torch.zeros_like(mean))
+        none = positive.reference == -torch.inf if self.several else None
         if none is not None:
-            positive = torch.where(none, lse, positive)
+            positive = LogSumExp(*(torch.where(none, here, there) for here, there in zip(lse, positive, strict=True)))
 
         margin = None
         if self.excludes:
-            margin = lse - positive
+            margin = lse.minus(positive)
             if self.tau_plus is not None and same is not None and others.groups is not None:
-                count = len(others.groups) - same + (0 if negatives is None else negatives.number)
-                margin = debias(margin, positive, count, self.tau_plus, self.sweep.scale)
+                count = others.groups.shape[0] - same + (0 if negatives is None else negatives.number)
+                margin = debias(margin, positive.value(), count, self.tau_plus, self.sweep.scale)
             loss = softplus(margin)
         else:
-            loss = lse - positive
+            loss = lse.minus(positive)
         if self.focal_gamma:
             loss = loss * focal_weight(loss, margin, self.focal_gamma)
         if self.label_smoothing:
-            loss = loss + self.label_smoothing * (positive - self._uniform(anchors, others, positive, same, negatives))
+            loss = loss + self.label_smoothing * (positive.value() - self._uniform(anchors, others, positive.value(), same, negatives))
         if none is not None:
             loss = loss.masked_fill(none, 0.0)
         if weight is not None:
@@ -225,7 +231,7 @@ class Terms(NamedTuple):
 
     def _uniform(self, anchors: Side, others: Side, positive: Tensor, same: Tensor | None, negatives: Negatives | None) -> Tensor:
         """The mean of S over the candidates of each anchor, [K, M]."""
-        count: int | Tensor = len(others.features)
+        count: int | Tensor = others.features.shape[0]
         total = total_similarity(anchors, others, self.sweep, count)
         if others.bias is not None:
             total = total + others.bias.sum()

@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlp_kernels._logsumexp import LogSumExp
+
+from ..autograd import apply, no_second_derivatives
+from ..softmax_terms import symmetric_softmax
 from .blocks import sigmoid_block, softmax_block, softmax_block_backward
-from .inputs import Batch
-from .once import no_second_derivatives
+from .split_batch import SplitBatch
 
 
-def gather_texts(text: Tensor, batch: Batch) -> Tensor:
+def gather_texts(text: Tensor, batch: SplitBatch) -> Tensor:
     """All texts [N, D] of the batch in the dtype of the products."""
     return batch.members.gather_rows(text.to(batch.dtype).contiguous(), batch.sizes)
 
 
-def return_gradient(of_texts: Tensor, batch: Batch) -> Tensor:
+def return_gradient(of_texts: Tensor, batch: SplitBatch) -> Tensor:
     """This process's rows of the sum over processes of ``of_texts`` [N, D]."""
     return batch.members.scatter_sum(of_texts.to(batch.travels), batch.sizes, batch.sums)
 
@@ -29,7 +32,7 @@ class GatherRows(torch.autograd.Function):
     """Every process's rows, in the dtype of sums; they travel in the dtype of products, and so do their gradients on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, batch: Batch) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, batch: SplitBatch) -> Tensor:
         ctx.batch = batch
         return gather_texts(rows, batch).to(batch.sums)
 
@@ -39,53 +42,69 @@ class GatherRows(torch.autograd.Function):
         return return_gradient(gradient, ctx.batch), None
 
 
+def gather_rows(rows: Tensor, batch: SplitBatch) -> Tensor:
+    """The rows [N, D] of all members in the dtype of ``rows``, with gradients; they travel as operands of products do."""
+    if batch.members.size == 1:
+        return rows
+    whole: Tensor = apply(GatherRows, rows.to(batch.sums), batch)
+    return whole.to(rows.dtype)
+
+
 class MergeColumns(torch.autograd.Function):
-    """This process's columns [K, n] of the log-sum-exps (or ``sums``) over processes of ``partial`` [K, N].
+    """This process's columns [K, n] of the log-sum-exps (or ``sums``) over processes of [K, N], as two tensors.
 
     A column's gradient goes to each process's part of it, times exp(part - log-sum-exp).
     """
 
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, batch: Batch, sums: bool) -> Tensor:
+    def forward(ctx: Any, reference: Tensor, log: Tensor, batch: SplitBatch, sums: bool) -> tuple[Tensor, Tensor]:
         if sums:
-            whole, share = batch.members.sum(partial), torch.ones_like(partial[:, :1])
+            whole, share = LogSumExp(reference, batch.members.sum(log)), torch.ones_like(log[:, :1])
         else:
-            whole, share = batch.members.merge(partial)
+            whole, share = batch.members.merge(LogSumExp(reference, log))
         ctx.save_for_backward(share)
         ctx.batch = batch
-        return whole.split(batch.sizes, 1)[batch.members.rank].clone()
+        own, log = (part.split(batch.sizes, 1)[batch.members.rank].clone() for part in whole)
+        ctx.mark_non_differentiable(own)
+        return own, log
 
     @staticmethod
     @no_second_derivatives
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, _: Tensor, gradient: Tensor) -> tuple[None, Tensor, None, None]:
         (share,) = ctx.saved_tensors
-        return share * ctx.batch.members.gather_rows(gradient.T.contiguous(), ctx.batch.sizes).T, None, None
+        return None, share * ctx.batch.members.gather_rows(gradient.T.contiguous(), ctx.batch.sizes).T, None, None
+
+
+def merge_columns(partial: LogSumExp, batch: SplitBatch, sums: bool = False) -> LogSumExp:
+    """See ``MergeColumns``."""
+    return LogSumExp(*apply(MergeColumns, *partial, batch, sums))
 
 
 class SoftmaxGather(torch.autograd.Function):
     """The softmax loss: row statistics are complete at once, column statistics after two reductions of N numbers."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, batch: Batch, trains: list[bool]) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, batch: SplitBatch, trains: list[bool]) -> Tensor:
         rank = batch.members.rank
         ctx.dtypes = image.dtype, text.dtype
         image, texts = image.to(batch.dtype), gather_texts(text, batch)
         row, column, positive = softmax_block(image, texts, scale, batch.start(rank))
         column = batch.members.logsumexp(column)
-        ctx.save_for_backward(image, texts, scale, row, column)
+        ctx.save_for_backward(image, texts, scale, *row, *column, positive)
         ctx.batch, ctx.trains = batch, trains
-        return ((row - positive) + (column.split(batch.sizes)[rank] - positive)).sum() * (batch.factor / 2)
+        return symmetric_softmax(row, batch.own(column), positive, positive, batch.factor)
 
     @staticmethod
     @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, texts, scale, row, column = ctx.saved_tensors
-        batch: Batch = ctx.batch
+        image, texts, scale, *statistics, positive = ctx.saved_tensors
+        row, column = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
+        batch: SplitBatch = ctx.batch
         rank = batch.members.rank
         weights = batch.members.gather(gradient * (batch.factor / 2))
         of_columns = torch.cat([weight.expand(size) for weight, size in zip(weights, batch.sizes, strict=True)])
         of_image, of_texts, of_scale = softmax_block_backward(
-            image, texts, scale, batch.start(rank), row, column, weights[rank].expand(len(row)), of_columns, ctx.trains
+            image, texts, scale, batch.start(rank), row, column, positive, weights[rank].expand(len(image)), of_columns, ctx.trains
         )
         if of_image is not None:
             of_image = of_image.to(ctx.dtypes[0])
@@ -97,7 +116,7 @@ class SigmoidGather(torch.autograd.Function):
     """The sigmoid loss: gradients are made in the forward; those of the texts are weighted and summed over processes in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: Batch, trains: list[bool]) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: SplitBatch, trains: list[bool]) -> Tensor:
         ctx.dtypes = image.dtype, text.dtype
         image, texts = image.to(batch.dtype), gather_texts(text, batch)
         loss, *gradients = sigmoid_block(image, texts, scale, bias, batch.start(batch.members.rank), trains)
@@ -109,7 +128,7 @@ class SigmoidGather(torch.autograd.Function):
     @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_image, of_texts, of_scale, of_bias = ctx.saved_tensors
-        batch: Batch = ctx.batch
+        batch: SplitBatch = ctx.batch
         factor = gradient * batch.factor
         if of_image is not None:
             of_image = (of_image * factor).to(ctx.dtypes[0])

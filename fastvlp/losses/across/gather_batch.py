@@ -6,20 +6,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from fastvlp_kernels import _check
+from fastvlp_kernels._inputs import sum_dtype
 from fastvlp_kernels.packed import Packed
 
-from .members import Members
-from .once import no_second_derivatives
+from .gather import gather_rows
+from .group import Group, Members
+from .split_batch import SplitBatch, agree, tell_refusal
 
 NAME = "gather_batch"
 DTYPES = (*_check.FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
 Rows = TypeVar("Rows", Tensor, Packed)
 
 
-def gather_batch(*parts: Rows, group: dist.ProcessGroup | None = None) -> tuple[Rows, ...]:
+def gather_batch(*parts: Rows, group: Group = None) -> tuple[Rows, ...]:
     """The rows (or segments) of all processes of ``group``, in the order of ranks, from this process's rows of each part.
 
     A loss that every process computes from the whole batch is, as their mean, that loss; and once DDP has averaged, every gradient is that
@@ -52,7 +53,12 @@ def gather_batch(*parts: Rows, group: dist.ProcessGroup | None = None) -> tuple[
         if wrong is not None:
             raise wrong
         return parts
-    counts = _agree(members, tensors, wrong)
+    if wrong is not None:
+        tell_refusal(members)
+        raise wrong
+    alike: dict[str, object] = {"loss or strategy": NAME, "number of tensors": len(tensors)}
+    alike |= {f"dtype or the width of tensor {k}": f"{t.dtype} {t.shape[1:].numel()}" for k, t in enumerate(tensors)}
+    counts = zip(*agree(NAME, members, [len(tensor) for tensor in tensors], alike), strict=True)
     gathered = iter([_gather(tensor, members, sizes) for tensor, sizes in zip(tensors, counts, strict=True)])
     return tuple(_whole(part, gathered) for part in parts)
 
@@ -72,46 +78,13 @@ def _tensors(part: Any) -> tuple[list[Tensor], Exception | None]:
     return [part], None
 
 
-def _agree(members: Members, tensors: list[Tensor], wrong: Exception | None) -> list[tuple[int, ...]]:
-    """How many rows each member has of every tensor, once all have found that theirs fit together."""
-    device = members.control_device()
-    heads = members.gather(torch.tensor([-1 if wrong else len(tensors)], device=device))[:, 0].tolist()
-    if wrong is not None:
-        raise wrong
-    for rank, head in enumerate(heads):
-        if head == -1:
-            raise ValueError(f"{NAME}: stopped, because rank {rank} of the group refused its parts; that process's own error says why")
-        if head != heads[0]:
-            raise ValueError(f"{NAME}: ranks 0 and {rank} of the group gather {heads[0]} and {head} tensors; all must gather alike")
-    numbers = [(len(tensor), tensor.shape[1:].numel(), DTYPES.index(tensor.dtype)) for tensor in tensors]
-    everyone = members.gather(torch.tensor(numbers, device=device)).tolist()
-    for rank, others in enumerate(everyone):
-        for place, (mine, theirs) in enumerate(zip(everyone[0], others, strict=True)):
-            if mine[1:] != theirs[1:]:
-                raise ValueError(f"{NAME}: ranks 0 and {rank} of the group differ in the dtype or the width of tensor {place}")
-    return [tuple(rows[0] for rows in column) for column in zip(*everyone, strict=True)]
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, members: Members, sizes: tuple[int, ...]) -> Tensor:
-        ctx.members, ctx.sizes, ctx.dtype = members, sizes, rows.dtype
-        return members.gather_rows(rows, sizes)
-
-    @staticmethod
-    @no_second_derivatives
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        sums = torch.float64 if ctx.dtype == torch.float64 else torch.float32
-        travels = sums if ctx.dtype == torch.float16 else ctx.dtype
-        return ctx.members.scatter_sum(gradient.to(travels), ctx.sizes, sums).to(ctx.dtype), None, None
-
-
 def _gather(tensor: Tensor, members: Members, sizes: tuple[int, ...]) -> Tensor:
     flat = tensor.reshape(len(tensor), tensor.shape[1:].numel()).contiguous()
-    if tensor.dtype == torch.bool:
-        flat = flat.to(torch.uint8)
-    whole: Tensor = _Gather.apply(flat, members, sizes)
-    return whole.to(tensor.dtype).reshape(sum(sizes), *tensor.shape[1:])
+    if tensor.is_floating_point():
+        whole = gather_rows(flat, SplitBatch(members, sizes, tensor.dtype, sum_dtype(tensor.dtype)))
+    else:
+        whole = members.gather_rows(flat.to(torch.uint8) if tensor.dtype == torch.bool else flat, sizes).to(tensor.dtype)
+    return whole.reshape(sum(sizes), *tensor.shape[1:])
 
 
 def _whole(part: Any, gathered: Any) -> Any:

@@ -11,8 +11,10 @@ from torch import distributed as dist
 
 from fastvlp_kernels import _inputs
 
-from .inputs import Batch, align, asked_sizes, check, tell_refusal, told_sizes
-from .members import Members
+from .across.gather_batch import gather_batch
+from .across.group import Group, Members
+from .across.split_batch import SplitBatch, agree, features_alike, tell_refusal, told_sizes
+from .inputs import align, check
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Given:
     text: Tensor
     scale: Tensor
     bias: Tensor | None
-    batch: Batch
+    batch: SplitBatch
     trains: list[bool]
 
 
@@ -32,18 +34,36 @@ class ContrastiveLoss(nn.Module, ABC):
 
     name: str
     strategies: tuple[str, ...] = ("gather", "ring", "grouped")
+    # Methods of open_clip's losses: those that a subclass may override, and those that nothing here would call.
+    hooks: tuple[str, ...] = ("get_logits", "get_ground_truth")
+    unused: tuple[str, ...] = ()
 
-    def __init__(self, rank: int, world_size: int, strategy: str, node_size: int | None, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, rank: int, world_size: int, strategy: str, node_size: int | None, group: Group) -> None:
         super().__init__()
         if strategy not in self.strategies:
             raise ValueError(f"{self.name}: strategy={strategy!r} is not one of this loss; allowed: {', '.join(self.strategies)}")
         if node_size is not None and (strategy != "grouped" or node_size < 1):
             raise ValueError(f"{self.name}: node_size={node_size} with strategy={strategy!r}; it is at least 1, and for 'grouped' alone")
+        self._from_hooks = [hook for hook in self.hooks if getattr(type(self), hook) is not getattr(self._original(), hook)]
+        if self._from_hooks and strategy != "gather":
+            raise TypeError(f"{self.name}: {self._from_hooks[0]} is overridden, but strategy={strategy!r} has no logits; use 'gather'")
+        for method in self.unused:
+            if getattr(type(self), method, None) is not getattr(self._original(), method, None):
+                raise TypeError(f"{self.name}: {type(self).__name__} overrides {method}, which is never called; override forward instead")
         self.rank = rank
         self.world_size = world_size
         self.strategy = strategy
         self.node_size = node_size
         self.group = group
+        self._agreed: set[str] = set()  # calls with local_sizes that the processes have compared
+
+    def _original(self) -> type[ContrastiveLoss]:
+        """The class of this library that a user's class is derived from."""
+        return next(cls for cls in type(self).__mro__ if cls.__module__.startswith("fastvlp.losses."))
+
+    def _settings(self) -> dict[str, object]:
+        """What of the loss itself must be the same on all processes, by what it is."""
+        return {"loss or strategy": f"{self.name} {self.strategy}"}
 
     def forward(
         self,
@@ -62,18 +82,21 @@ class ContrastiveLoss(nn.Module, ABC):
             logit_scale: a number, or a tensor of shape () or (1,), already exponentiated.
             logit_bias: likewise, or None.
             output_dict: return ``{"contrastive_loss": loss}``.
-            local_sizes: how many pairs each process of the group has. Without it, the processes ask one another at every call.
+            local_sizes: how many pairs each process of the group has. Without it, the processes ask one another at every call; with it,
+                once for every kind of call (width, dtype, what needs a gradient).
 
         Returns:
             A 0-d tensor, float32 (float64 for float64 features).
 
         Raises:
-            TypeError, ValueError: the inputs do not fit, in themselves or between processes. Without ``local_sizes``, all
-                processes raise when one refuses.
+            TypeError, ValueError: the inputs do not fit, in themselves or between processes. Where the processes ask one another, all
+                of them raise when one refuses.
             RuntimeError: another process refused its input, died, or did not answer within the process group's timeout.
         """
         given = self._given(image_features, text_features, logit_scale, logit_bias, local_sizes)
-        if given.batch.members.size == 1:
+        if self._from_hooks:
+            loss = self._from_logits(given)
+        elif given.batch.members.size == 1:
             loss = self._alone(given.image, given.text, given.scale, given.bias)
         else:
             loss = self._across(given.image, given.text, given.scale, given.bias, given.batch, given.trains)
@@ -86,9 +109,9 @@ class ContrastiveLoss(nn.Module, ABC):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None,
         local_sizes: Sequence[int] | None,
-        teacher: int = 0,
+        **alike: object,
     ) -> Given:
-        """The checked inputs of a call, and the batch that they are a part of; ``teacher``: the width of a teacher's features."""
+        """The checked inputs of a call, and the batch that they are a part of; ``alike``: what else must be equal, by what it is."""
         members = self._members()
         try:
             check(self.name, image, text)
@@ -98,20 +121,28 @@ class ContrastiveLoss(nn.Module, ABC):
             scale = _inputs.scalar(self.name, "logit_scale", logit_scale, image, sums)
             bias = None if logit_bias is None else _inputs.scalar(self.name, "logit_bias", logit_bias, image, sums)
             node_size = members.node_size(self.name, self.node_size) if self.strategy == "grouped" else 1
+            sizes = None if local_sizes is None else told_sizes(self.name, local_sizes, members, image.shape[0])
         except (TypeError, ValueError):
             self._tell_refusal(local_sizes)
             raise
         trains = _inputs.needs_grad(image, text, scale, bias)
-        if members.size > 1 and local_sizes is None:
-            sizes = asked_sizes(self.name, self.strategy, node_size, image, dtype, trains, teacher, members)
-        else:
-            sizes = (len(image),) if local_sizes is None else told_sizes(self.name, local_sizes, members, len(image))
-        return Given(image, text, scale, bias, Batch(members, sizes, dtype, sums, node_size), trains)
+        if members.size > 1:
+            alike = self._settings() | features_alike(image, dtype, trains) | {"number of processes of a node": node_size} | alike
+            alike["presence of logit_bias"] = bias is not None
+            call = repr(alike)
+            if sizes is None or call not in self._agreed:
+                asked = tuple(count for (count,) in agree(self.name, members, [image.shape[0]], alike))
+                if sizes is not None and sizes != asked:
+                    raise ValueError(f"{self.name}: local_sizes is {list(sizes)}, but the processes have {list(asked)} pairs")
+                if sizes is not None:
+                    self._agreed.add(call)
+                sizes = asked
+        return Given(image, text, scale, bias, SplitBatch(members, sizes or (image.shape[0],), dtype, sums, node_size), trains)
 
     def _tell_refusal(self, local_sizes: Sequence[int] | None) -> None:
         """Before an error of this process alone: let the others, which may be asking for its size, stop too."""
         members = self._members()
-        if members.size > 1 and local_sizes is None:
+        if members.size > 1 and (local_sizes is None or not self._agreed):
             tell_refusal(members)
 
     def _members(self) -> Members:
@@ -129,10 +160,21 @@ class ContrastiveLoss(nn.Module, ABC):
             )
         return members
 
+    def _whole(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of all processes, with gradients."""
+        if self._members().size == 1:
+            return image, text
+        images, texts = gather_batch(image, text, group=self.group)
+        return images, texts
+
+    @abstractmethod
+    def _from_logits(self, given: Given) -> Tensor:
+        """This process's share from ``get_logits`` and ``get_ground_truth``, one of which a subclass overrides: dense, as open_clip's."""
+
     @abstractmethod
     def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """The loss of a batch that is all here, one operator."""
 
     @abstractmethod
-    def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: Batch, trains: list[bool]) -> Tensor:
+    def _across(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, batch: SplitBatch, trains: list[bool]) -> Tensor:
         """This process's share of a loss over several; ``trains``: which of the four need a gradient."""

@@ -1,4 +1,4 @@
-"""Gradients that cannot be differentiated again say so."""
+"""Functions with a first derivative in reverse mode and no other: what else is asked of them is refused by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlp_kernels._op import refuse_forward_mode
+
 Backward = Callable[..., Any]
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``.
+
+    Raises:
+        RuntimeError: under forward-mode differentiation of one of the tensors.
+    """
+    refuse_forward_mode("fastvlp.losses", *(arg for arg in args if isinstance(arg, Tensor)))
+    return function.apply(*args)
 
 
 class _Refusal(torch.autograd.Function):

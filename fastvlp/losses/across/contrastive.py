@@ -1,87 +1,77 @@
-"""A softmax objective over a batch that is spread over processes: each sweeps its own images against all texts, and columns merge.
+"""A softmax objective over a batch that processes share: each sweeps its own images against all texts, and columns merge.
 
 All processes together make the products that one process would make. Texts travel; images only where a term reads their sums.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvlp_kernels._inputs import needs_grad, sum_dtype
 
-from .gather import GatherRows
-from .inputs import Batch, agree, features_alike
-from .members import Members
-from .queue import NegativeQueue
-from .terms import Side, Terms, make_side, number_groups
+from ..queue import NegativeQueue
+from ..softmax_terms import Side, Terms, make_side, number_groups
+from .gather import gather_rows
+from .group import Members
+from .split_batch import SplitBatch, agree, features_alike
 
 Two = tuple[Tensor | None, Tensor | None]  # for images and for texts
 Negatives = Tensor | NegativeQueue | None
 
 
 @dataclass(frozen=True)
-class Spread:
+class SideBatches:
     """The images, the texts and the shared negatives of either of one loss, each with numbers of its own on every process."""
 
-    images: Batch
-    texts: Batch
-    text_negatives: Batch
-    image_negatives: Batch
+    images: SplitBatch
+    texts: SplitBatch
+    text_negatives: SplitBatch
+    image_negatives: SplitBatch
 
     @classmethod
     def of(
         cls, name: str, members: Members, image: Tensor, text: Tensor, negatives: Sequence[Negatives], rest: Sequence[Tensor | None],
-        dtype: torch.dtype, keywords: Any,
-    ) -> Spread:  # fmt: skip
+        dtype: torch.dtype, keywords: dict[str, object],
+    ) -> SideBatches:  # fmt: skip
         """What all members bring, after one collective that makes sure that all do the same.
 
         Args:
-            rest: what may need a gradient beside features. keywords: what else has to be alike, by its ``repr``.
+            rest: what may need a gradient beside features. keywords: what else has to be alike, by its name.
 
         Raises:
             RuntimeError, ValueError: another member refused its input, or the members differ.
         """
-        sizes = [len(image), len(text), *(len(extra) if isinstance(extra, Tensor) and extra.ndim == 2 else 0 for extra in negatives)]
+        shared = [extra.shape[0] if isinstance(extra, Tensor) and extra.ndim == 2 else 0 for extra in negatives]
+        sizes = [image.shape[0], text.shape[0], *shared]
         everyone = [sizes]
         if members.size > 1:
-            kinds = [extra.ndim if isinstance(extra, Tensor) else type(extra).__name__ for extra in negatives]
             tensors = [extra for extra in negatives if isinstance(extra, Tensor)]
-            alike = features_alike(image, dtype, needs_grad(image, text, *rest, *tensors))
-            alike["keywords"] = zlib.crc32(repr((keywords, kinds)).encode())
-            everyone = agree(name, name, members, sizes, alike)
-        return cls(*(Batch(members, tuple(numbers), dtype, sum_dtype(dtype)) for numbers in zip(*everyone, strict=True)))
+            kinds = [f"{extra.ndim} dimensions" if isinstance(extra, Tensor) else type(extra).__name__ for extra in negatives]
+            alike = {"loss or strategy": name, **features_alike(image, dtype, needs_grad(image, text, *rest, *tensors))}
+            everyone = agree(name, members, sizes, alike | {"kinds of negatives": kinds} | keywords)
+        return cls(*(SplitBatch(members, tuple(numbers), dtype, sum_dtype(dtype)) for numbers in zip(*everyone, strict=True)))
 
 
-def rows_of_all(rows: Tensor, batch: Batch) -> Tensor:
-    """The rows [N, D] of all members in the dtype of ``rows``; they travel as operands of products do."""
-    if batch.members.size == 1:
-        return rows
-    whole: Tensor = GatherRows.apply(rows.to(batch.sums), batch)
-    return whole.to(rows.dtype)
-
-
-def numbers_of_all(numbers: Tensor | None, batch: Batch) -> Tensor | None:
+def numbers_of_all(numbers: Tensor | None, batch: SplitBatch) -> Tensor | None:
     """The numbers [N] of all members, unrounded: integers, or what is added to similarities."""
     if numbers is None or batch.members.size == 1:
         return numbers
     if numbers.is_floating_point():
-        return rows_of_all(numbers[:, None], replace(batch, dtype=batch.sums))[:, 0]
+        return gather_rows(numbers[:, None], replace(batch, dtype=batch.sums))[:, 0]
     return batch.members.gather_rows(numbers[:, None].long(), batch.sizes)[:, 0]
 
 
-def shared_negatives(extra: Negatives, batch: Batch) -> Negatives:
+def shared_negatives(extra: Negatives, batch: SplitBatch) -> Negatives:
     """Negatives [J, D], which are for all anchors, of all members; others as they are."""
-    return rows_of_all(extra, batch) if isinstance(extra, Tensor) and extra.ndim == 2 else extra
+    return gather_rows(extra, batch) if isinstance(extra, Tensor) and extra.ndim == 2 else extra
 
 
-def spread_sides(
-    image: Tensor, text: Tensor, bias: Two, ids: Two, terms: Terms, shared: bool, spread: Spread
+def gather_sides(
+    image: Tensor, text: Tensor, bias: Two, ids: Two, terms: Terms, shared: bool, spread: SideBatches
 ) -> tuple[Side, Side, Side, Side]:
     """Images and texts of this member, and of all members what ``terms`` reads of them; alone they are the same.
 
@@ -106,7 +96,7 @@ def spread_sides(
             every = side._replace(groups=numbers)
             if needed:
                 add = numbers_of_all(add, batch)
-                every = make_side(rows_of_all(features, batch), terms.sweep, shared, add, numbers, sum(ends))
+                every = make_side(gather_rows(features, batch), terms.sweep, shared, add, numbers, sum(ends))
         own.append(side)
         everyone.append(every)
     images, texts = own
