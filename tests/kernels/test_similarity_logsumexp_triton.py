@@ -132,33 +132,6 @@ def no_large_tensors() -> None:
     assert x.grad.isfinite().all() and y.grad.isfinite().all()
 
 
-def through_descriptors() -> None:
-    """Fewer programs than tiles, odd sizes, several waves, one row; the scales of rows and columns with ids."""
-    tile = import_module("fastvlp_kernels.similarity_logsumexp.triton_tile")
-    tile.processors = lambda device: 3
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    scale = torch.tensor([20.0], requires_grad=True)
-    for dtype in (torch.bfloat16, torch.float16):
-        x, y = (t.to(dtype).requires_grad_() for t in _features(270, 207, 72))
-        _compare([x, y, scale], offset=-40)
-    sides = {name: torch.rand(n) + 0.5 for name, n in zip(VECTORS, (270, 207, 270, 207), strict=True)}
-    _compare([x, y, scale], offset=3, ids="both", row_ids=torch.arange(270) % 90 - 1, col_ids=torch.arange(207) % 80 - 1, **sides)
-    x, y = (t.bfloat16().requires_grad_() for t in _features(140, 150, 64))
-    _compare([x, y, scale], offset=0, stash_bytes=40_000)
-    _compare([x[:1].detach().requires_grad_(), y, scale])
-
-
-def test_interpreted_through_descriptors():
-    in_a_process(through_descriptors, TRITON_INTERPRET="1", FASTVLP_TMA="persistent")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("how", ["tiles", "persistent"])
-def test_on_the_device_through_descriptors(how):
-    in_a_process(kernels_against_float64, "bfloat16", "cuda", CUBLAS_WORKSPACE_CONFIG=":4096:8", FASTVLP_TMA=how)
-
-
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_interpreted(dtype):
     interpreted(kernels_against_float64, dtype)
@@ -236,27 +209,6 @@ def test_compiled_ahead_of_time(arch, dtype, case, monkeypatch):
     names += ["merge_kernel", "own_kernel"] if (dtype, case) == ("float32", "clip") else ["own_kernel"] if case == "everything" else []
     for name in names:
         _assert_fits(name, recorders[name].compile(arch), dtype)
-
-
-@pytest.mark.parametrize(
-    ("arch", "how", "case"),
-    [(90, "tiles", "clip"), (90, "tiles", "both"), (90, "persistent", "clip"), (90, "persistent", "stash"), (100, "persistent", "clip")],
-)
-def test_descriptors_compiled_ahead_of_time(arch, how, case, monkeypatch):
-    """Copies by TMA and no spills; by two programs per processor of Hopper, or by warps of their own for copies on Blackwell."""
-    monkeypatch.setenv("FASTVLP_TMA", how)
-    for name in ("_triton", "similarity_logsumexp.triton", "similarity_logsumexp.triton_tile"):
-        monkeypatch.setattr(import_module(f"fastvlp_kernels.{name}"), "architecture", lambda device: arch // 10)
-    recorders = _launches(monkeypatch, torch.bfloat16, 512, CASES[case])
-    forward = recorders["_forward_kernel"].compile(arch)
-    backward = recorders["stashed_kernel" if case == "stash" else "_backward_kernel"].compile(arch)
-    products = [recorders["_product_kernel"].compile(arch, launch) for launch in (0, 1)] if (how, case) == ("persistent", "clip") else []
-    for compiled in (forward, backward, *products):
-        _assert_fits("_product_kernel" if compiled in products else "sweep", compiled, "bfloat16")
-        assert compiled.holds("cp.async.bulk.tensor") and not compiled.holds("cp.async.cg")
-    assert forward.holds("setmaxnreg") == (arch == 100)
-    if how == "tiles":
-        assert forward.registers <= 128 and 2 * (forward.shared + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
