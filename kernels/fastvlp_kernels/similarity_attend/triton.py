@@ -29,10 +29,11 @@ FLOAT16_TOP = 2.0**15
 
 
 def config(a: Inputs, backward: bool) -> dict[str, int]:
-    """Block sizes and launch options. Three tiles live at the end of the backward: at 128 x 128 only Hopper has the registers."""
+    """Block sizes and launch options. Three tiles live at the end of the backward: 128 x 128 fit Hopper's registers, without vectors."""
     if a.dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    BLOCK_M = 64 if backward and architecture(a.x.device) != 9 else 128
+    vectors = any(v is not None for v in (a.row_bias, a.col_bias, a.row_ids))
+    BLOCK_M = 64 if backward and (vectors or architecture(a.x.device) != 9) else 128
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 

@@ -277,7 +277,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
     g = ResultGrads(*(None if grad is None else grad.float().contiguous() for grad in g))
     x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
     (M, D), N = x.shape, y.shape[0]
-    options = config(a)
+    options = config(a, backward=True)
     BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
     rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
     (row_lse, g_row), (col_lse, g_col) = (_side(lse, grad) for lse, grad in zip(results[:2], g[:2], strict=True))

@@ -4,17 +4,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import dot_tile
+from .._triton import architecture, dot_tile
 from .arguments import Inputs
 
 
-def config(a: Inputs) -> dict[str, int]:
-    """Block sizes and launch options; each per-column vector costs 32 registers a thread, so tiles shrink where ids or vectors are."""
+def config(a: Inputs, backward: bool = False) -> dict[str, int]:
+    """Block sizes and launch options; each per-column vector costs 32 registers a thread, so tiles shrink where ids or vectors are.
+
+    On Blackwell, the exponentials of all pairs and of the positives besides, times their gradients, are one too many for 128 columns.
+    """
     if a.dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
     vectors = any(v is not None for v in (a.row_bias, a.col_bias, a.row_scale, a.col_scale))
     BLOCK_M = 64 if vectors or a.row_ids is not None else 128
-    BLOCK_N = 64 if vectors and a.row_ids is not None else 128
+    four_gradients = backward and a.both and architecture(a.x.device) > 9
+    BLOCK_N = 64 if vectors and a.row_ids is not None or four_gradients else 128
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
