@@ -26,7 +26,7 @@ def lora(part: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError("lora needs peft, which is not installed: pip install 'fastvlp[adapters]'") from error
+        raise ImportError(f"lora needs peft, which does not import ({error}): pip install 'fastvlp[adapters]'") from error
     names = [name.rpartition(".")[2] for name, module in part.named_modules() if isinstance(module, nn.Linear)]
     if not set(targets) & set(names):
         raise ValueError(f"lora: no linear layer of {type(part).__name__} is called {' or '.join(targets)}; there are "
