@@ -108,6 +108,10 @@ class Batch:
         lengths = self._lengths()
         return packing.parts(packing.costs(len(self), lengths, widths), lengths, budgets)
 
+    def cost(self, widths: Mapping[str, int]) -> float:
+        """Operations of a transformer block of these widths over all tokens (``packing.costs``): how the work of batches compares."""
+        return float(packing.costs(len(self), self._lengths(), widths).sum())
+
     def split(self, k: int, widths: Mapping[str, int]) -> list[Tensor]:
         """The rows (int64) of k micro-batches of nearly equal work, none empty: what ``take`` takes."""
         return [torch.from_numpy(rows) for rows in packing.split(packing.costs(len(self), self._lengths(), widths), k)]

@@ -123,7 +123,7 @@ class FlopCount(TorchDispatchMode):
         packet = func._overloadpacket
         formula = flop_registry.get(packet)
         if formula is None:
-            with self:
+            with _Again(self):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
@@ -142,6 +142,17 @@ class FlopCount(TorchDispatchMode):
     def _hangs(self, one: Tensor) -> bool:
         """Whether a parameter that trains has a part in it; autograd itself says nothing under ``no_grad``."""
         return one.requires_grad or one in self._learns
+
+
+class _Again(TorchDispatchMode):
+    """A count once more, for what an operator is made of; the hooks are there already."""
+
+    def __init__(self, count: FlopCount) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return self.count.__torch_dispatch__(func, types, args, kwargs)
 
 
 def _tensors(values: Any) -> list[Tensor]:
