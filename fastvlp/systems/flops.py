@@ -122,7 +122,7 @@ class FlopCount(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         formula = flop_registry.get(packet)
-        if formula is None:
+        if formula is None and func.namespace == "aten":
             with _Again(self):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
