@@ -6,6 +6,8 @@ measured: seconds are those of ideal links and products at the rates given, a lo
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,9 +18,11 @@ from torch import nn
 from fastvlp._schema import ConfigError
 from fastvlp.commands import dry_run, strategies
 from fastvlp.commands.strategies import Cluster, Prediction
+from fastvlp.commands.train import from_arguments
 from fastvlp.data.batch import Stage
 from fastvlp.recipe import Recipe
 from fastvlp.systems.system import System
+from fastvlp.train.progress import clock
 from fastvlp.train.step import amp_dtype, named_part
 
 GB = 1e9
@@ -98,6 +102,17 @@ class Plan:
     features: float
     stages: list[Price]
     seconds: float
+
+
+def command(options: argparse.Namespace) -> int:
+    """Print the plan of a recipe."""
+    recipe = from_arguments(options.arguments)
+    cluster = Cluster(options.devices, options.per_node, options.intra, options.inter, options.tflops, options.latency)
+    if not options.memory > 0:
+        raise ValueError(f"--memory is {options.memory:g}; it is a positive number of GB")
+    found = plan(recipe, cluster, options.memory * GB)
+    print(json.dumps(as_json(found, cluster)) if options.json else table(found, recipe, cluster, options.memory * GB))
+    return 0
 
 
 def plan(recipe: Recipe, cluster: Cluster, memory: float = 80 * GB) -> Plan:
@@ -209,9 +224,7 @@ def table(found: Plan, recipe: Recipe, cluster: Cluster, memory: float) -> str:
                      f"({found.features / 1e3:.1f} kB a sample), and as much of their gradients comes back")
     if not found.compares:
         lines.append("no sample is compared with another: parameters and gradients alone cross devices")
-    days = found.seconds / 86400
-    lines.append(f"{recipe.steps} steps: at least {f'{days:.1f} days' if days >= 1 else f'{24 * days:.1f} hours'}, "
-                 f"{found.seconds / 3600 * cluster.devices:.0f} device hours")
+    lines.append(f"{recipe.steps} steps: at least {clock(found.seconds)}, {found.seconds / 3600 * cluster.devices:.3g} device hours")
     return "\n".join(lines)
 
 
@@ -228,7 +241,7 @@ def _stage(number: int, price: Price, memory: float) -> list[str]:
     return [
         f"stage {number}, up to {price.until:.0%} of the steps; the longest sample: {tokens} tokens, {price.forward / GB:.1f} GFLOP forward, "
         f"{price.backward / GB:.1f} backward",
-        f"a device: {price.samples} samples in {price.parts} micro-batches of {price.micro}, {price.computed / 1e12:.1f} TFLOP, "
+        f"a device: {price.samples} samples in {price.parts} micro-batch{'es' if price.parts > 1 else ''} of {price.micro}, {price.computed / 1e12:.1f} TFLOP, "
         f"{1e3 * price.compute_seconds:.1f} ms; parameters and gradients: {_size(price.intra_bytes)} over fast links, "
         f"{_size(price.inter_bytes)} over slow ones, {1e3 * price.travel_seconds:.1f} ms",
         f"memory in GB: {used}: {price.memory.total / GB:.1f} of {memory / GB:.0f}: {fits}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastvlp.commands.train import from_arguments
 from fastvlp.data.batch import Batch, Stage
 from fastvlp.recipe import Recipe
 from fastvlp.systems.flops import FlopCount
@@ -45,6 +47,13 @@ class Stream:
     tokens: float
     shortest: int
     longest: int
+
+
+def command(options: argparse.Namespace) -> int:
+    """Print the table of a recipe."""
+    recipe = from_arguments(options.arguments)
+    print(table(*profile(recipe), recipe))
+    return 0
 
 
 def profile(recipe: Recipe) -> tuple[list[Stream], list[Part]]:
