@@ -82,4 +82,5 @@ def key_for(flag: str, rest: Sequence[str]) -> str:
     found = ELSEWHERE.get(name) or known.get(name) or next((known[near] for near in difflib.get_close_matches(name, known, 1, 0.75)), None)
     if found is None:
         return f"unrecognized arguments: {flag}; settings are written key=value, and fastvlp recipes NAME lists them"
-    return f"there is no {flag.partition('=')[0]}; settings are written key=value, here {found if '=' in found else f'{found}={given or "..."}'}"
+    change = found if "=" in found else f"{found}={given or '...'}"
+    return f"there is no {flag.partition('=')[0]}; settings are written key=value, here {change}"
