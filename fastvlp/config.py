@@ -56,7 +56,11 @@ def load(recipe: str | None = None, changes: Sequence[str] = ()) -> Recipe:
     recipe = recipe or DEFAULT
     if Path(recipe).suffix in (".yaml", ".yml"):
         return _from_yaml(Path(recipe), changes)
-    made = function(recipe)()
+    make = function(recipe)
+    try:
+        made = make()
+    except Exception as error:  # as when a file is imported, anything may happen
+        raise ConfigError(f"recipe {recipe} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(made, Recipe):
         raise ConfigError(f"{recipe} returns {type(made).__name__}; a recipe returns fastvlp.recipe.Recipe(model=..., schedule=..., ...)")
     if made.run.name == "run":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -20,7 +21,7 @@ from fastvlp.evaluate import load_classes
 from fastvlp.recipe import Recipe
 from fastvlp.systems.files import bind, build_system, take_weights
 from fastvlp.systems.system import System
-from fastvlp.train import agreement, checkpoint, report, resume, schedule, state
+from fastvlp.train import agreement, checkpoint, flops, report, resume, schedule, state
 from fastvlp.train.interrupt import Interrupted, StopRequest, Watchdog
 from fastvlp.train.lock import RunLock
 from fastvlp.train.log import Log
@@ -176,12 +177,15 @@ class Fit:
     progress: Progress
     stop: StopRequest
     watchdog: Watchdog
+    rate: float = math.inf  # operations per second of all devices
 
     def run(self, began: float) -> tuple[dict[str, int], float]:
         """Train to the last step; returns the samples that were skipped, by reason, and the seconds before the first step."""
         recipe, trainer, counters = self.recipe, self.trainer, self.trainer.counters
         world = trainer.world
         saver = state.Saver(trainer, self.folder / "checkpoints")
+        if self.progress.enabled:
+            self.rate = world.size * flops.matrix_rate(world.device, trainer.amp_dtype or torch.float32)
         # A device computes while the host prepares: its numbers are read a step later. The host's own are there at once.
         late = world.device.type != "cpu"
         waiting: list[tuple[Pending, float]] = []
@@ -243,12 +247,12 @@ class Fit:
         now = time.perf_counter()
         seconds = now - mark
         counters.seconds += seconds
-        tokens = sum(pending.tokens.values())
+        tokens, used = sum(pending.tokens.values()), pending.flops / seconds / self.rate
         if step % recipe.train.log_every == 0 or step == recipe.steps:
-            self.log.write(step, **values, samples_per_second=pending.samples / seconds, tokens_per_second=tokens / seconds,
+            self.log.write(step, **values, samples_per_second=pending.samples / seconds, tokens_per_second=tokens / seconds, mfu=used,
                            waiting_for_data=waited / seconds, seconds=counters.seconds)
         note = f"  {counters.nonfinite} skipped" if counters.nonfinite else ""
-        self.progress.update(step, Rates(seconds, pending.samples, tokens, waited), values, note)
+        self.progress.update(step, Rates(seconds, pending.samples, tokens, waited, used), values, note)
         return now
 
     def _episode(self) -> None:

@@ -16,12 +16,18 @@ import torch
 
 @dataclass(frozen=True)
 class Rates:
-    """What a step, or some, took. seconds: in all. samples, tokens: over all processes. waited: seconds until the data was there."""
+    """What a step, or some, took.
+
+    Attributes:
+        seconds: in all. samples, tokens: over all processes. waited: seconds until the data was there.
+        mfu: the share of the devices' matrix rate that the samples needed (``train.flops``).
+    """
 
     seconds: float
     samples: int
     tokens: int
     waited: float = 0.0
+    mfu: float = 0.0
 
 
 class Progress:
@@ -48,7 +54,7 @@ class Progress:
         """
         now = time.perf_counter()
         rates = {"samples": took.samples / took.seconds, "tokens": took.tokens / took.seconds, "step": took.seconds,
-                 "waiting": took.waited / took.seconds}
+                 "waiting": took.waited / took.seconds, "mfu": took.mfu}
         for name, value in rates.items():
             self.rates[name] = value if name not in self.rates else 0.9 * self.rates[name] + 0.1 * value
         if not self.enabled or (now < self._next and step < self.total):
@@ -57,7 +63,7 @@ class Progress:
         terms = " + ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in ("loss", "grad_norm", "lr"))
         waiting = f"  {self.rates['waiting']:.0%} waiting for data" if self.rates["waiting"] > 0.05 else ""
         line = (f"step {step}/{self.total}  loss {values['loss']:.3f}{f' = {terms}' if terms else ''}  "
-                f"{self.rates['samples']:.0f} samples/s  {human(self.rates['tokens'])} tokens/s{waiting}  {human(memory_in_use(), 'B')}  "
+                f"{self.rates['samples']:.0f} samples/s  {human(self.rates['tokens'])} tokens/s  {self.rates['mfu']:.0%} MFU{waiting}  {human(memory_in_use(), 'B')}  "
                 f"ETA {clock((self.total - step) * self.rates['step'])}{note}")
         if self.live:
             width = shutil.get_terminal_size().columns
