@@ -61,7 +61,8 @@ class How:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
-            raise ValueError(f"batch_size is {self.batch_size} and workers is {self.workers}; batch_size must be at least 1, workers not negative")
+            raise ValueError(f"batch_size is {self.batch_size} and workers is {self.workers}; batch_size must be at least 1, workers not "
+                             "negative")
 
     def share(self, items: Sequence[T]) -> Iterator[tuple[int, T]]:
         """This process's part of some items, numbered; as many on every process: who has fewer gets the first again, with number -1."""
@@ -178,7 +179,8 @@ class Samples:
         counts = Counter(reason for reason, _ in everyone)
         if not usable:
             reasons = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common())
-            raise ValueError(f"no sample of {self.shards!r} can be used" + (f": {reasons}; the first is {everyone[0][1]}" if everyone else ""))
+            why = f": {reasons}; the first is {everyone[0][1]}" if everyone else ""
+            raise ValueError(f"no sample of {self.shards!r} can be used{why}")
         return counts
 
     def _skip(self, reason: str, name: str) -> None:
@@ -210,7 +212,7 @@ def judged(system: System, shards: Shards, how: How, judge: Callable[[Any, list[
 def preparation(model: Any, stream: str) -> Prepare:
     """What makes the model's stream of raw pictures or captions where they are read; a model without fields takes them as they are."""
     fields = getattr(model, "fields", {})
-    return fields[stream].prepare if stream in fields else _as_is  # type: ignore[no-any-return]
+    return fields[stream].prepare if stream in fields else _as_is
 
 
 def _blank() -> Any:

@@ -8,7 +8,6 @@ from torch.distributed.tensor import DTensor
 
 from fastvlp.data.shards import Shards
 from fastvlp.evaluate.features import Encoder, Features, features, ranks, reciprocal, shares
-from fastvlp.evaluate.reading import How
 from fastvlp.systems.system import Scale
 
 RECALLS = (1, 5, 10)

@@ -28,7 +28,7 @@ def main(shard: str, dead: str, classes: str) -> None:
                 scores = evaluate.measure(system, config, world)
             assert scores.keys() == alone[0].keys()
             for measured, values in alone[0].items():
-                assert scores[measured] == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in values.items()}, (measured, scores)
+                assert scores[measured] == pytest.approx(values, rel=1e-4, abs=1e-5), measured
             found = evaluate.encode_all(system, shard, 8, world)
             for key, value in alone[1].items():
                 one, other = (side.x if hasattr(side, "x") else side for side in (value, found[key]))
