@@ -60,8 +60,8 @@ def test_twenty_steps(name, boxes, tmp_path, monkeypatch, capsys):
     assert asked, "a recipe measures something"
     sets = [key for key in (*asked, "probe_train") if getattr(measures, key)]
     command = ["train", name, f"data.train=[{boxes}]", "data.batch_size=8", "data.workers=0", "eval.workers=0", "schedule.steps=20",
-               "schedule.warmup=2", "optim.lr=3e-3", f"run.dir={tmp_path}", "run.device=cpu", "run.name=small", *changes(SMALL[name], "model"),
-               *(f"eval.{key}=[{boxes}]" for key in sets), f"eval.classes={boxes.parent / 'classes.txt'}"]
+               "schedule.warmup=2", "optim.lr=3e-3", f"run.dir={tmp_path}", "run.device=cpu", "run.name=small",
+               *changes(SMALL[name], "model"), *(f"eval.{key}=[{boxes}]" for key in sets), f"eval.classes={boxes.parent / 'classes.txt'}"]
     assert cli.main(command) == 0, capsys.readouterr().err
     losses = [line["loss"] for line in log_lines(tmp_path / "small") if "loss" in line]
     assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5])
