@@ -215,6 +215,7 @@ class Eval:
         templates: sentences with {} for the class name. retrieval: shards of pairs; also the source of the contact sheet.
         captions: shards of pairs, whose captions' bits per token are measured. pairs: shards of pairs, told from mismatched ones.
         knn, probe: shards with classes; features of ``probe_train`` are what neighbours are searched among, and what is fitted.
+        batch_size: samples encoded at a time. workers: loading processes per process.
     """
 
     zero_shot: tuple[str, ...] = ()
@@ -228,6 +229,7 @@ class Eval:
     probe_train: tuple[str, ...] = ()
     every: int = 0
     batch_size: int = 256
+    workers: int = 1
 
     def __post_init__(self) -> None:
         if self.zero_shot and self.classes is None:
@@ -236,8 +238,9 @@ class Eval:
             raise ValueError(f"templates is {list(self.templates)}; each needs {{}} where the class name goes")
         if (self.knn or self.probe) and not self.probe_train:
             raise ValueError("knn or probe is set and probe_train is not; name the shards that neighbours or the probe come from")
-        if self.every < 0 or self.batch_size < 1:
-            raise ValueError(f"every is {self.every} and batch_size is {self.batch_size}; every counts steps, batch_size is at least 1")
+        if self.every < 0 or self.batch_size < 1 or self.workers < 0:
+            raise ValueError(f"every is {self.every}, batch_size is {self.batch_size} and workers is {self.workers}; every counts steps, "
+                             "batch_size is at least 1, workers is not negative")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fastvlp._schema import ConfigError
 from fastvlp.systems.system import System
 
-FORWARDS = ("encode", "objective", "after_step", "before_episode", "embed_image", "embed_text", "score", "caption_nll", "generate")
+FORWARDS = ("encode", "objective", "after_step", "before_episode", "embed_image", "embed_text", "score", "caption_nll", "caption_hits", "generate")
 LAUNCHERS = (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
 
 
