@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
                        help="paths, globs, brace ranges, or mini:val-emoji, mini:val-openclipart")
     score.add_argument("--classes", metavar="FILE", help="class names, one a line or as JSON; mini:emoji for the shipped emoji's")
     score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be repeated")
+    score.add_argument("--recipe", metavar="FILE.py", help="the recipe file of a system of your own")
     score.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     commands.add_parser("recipes", help="list the recipes that ship")
     shape = commands.add_parser("profile", help="tokens and operations of every layer of a recipe", description=PROFILE)
@@ -156,7 +157,7 @@ def _eval(options: argparse.Namespace) -> int:
     from fastvlp import evaluate
 
     try:
-        model = fastvlp.load(options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+        model = fastvlp.load(options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu", recipe=options.recipe)
         if options.classes is None:
             if options.template:
                 raise ValueError("--template is for zero-shot classification; give --classes FILE too")
@@ -168,7 +169,7 @@ def _eval(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores))
         return 0
-    from fastvlp.train.report import table
+    from fastvlp.evaluate import table
 
     print("\n".join(table({"retrieval" if options.classes is None else "zero_shot": scores})))
     return 0
