@@ -1,4 +1,4 @@
-"""The page "Write a system in twenty lines" from its first line to its last, on a tiny shard; and its system on two "nodes" that lose a process."""
+"""The page "Write a system in twenty lines" from its first line to its last, on a tiny shard; its system on two nodes that lose a process."""
 
 from __future__ import annotations
 
@@ -102,3 +102,26 @@ def test_two_nodes_that_lose_a_process_go_on_by_themselves(folder):
     assert (folder / "was-killed").exists() and "exitcode: -9" in done.stderr
     assert "continuing runs/nodes after step 2" in done.stdout and "trained 6 steps" in done.stdout
     assert len(losses("nodes")) == 6
+
+
+@pytest.mark.parametrize(("old", "new", "changes", "said"), [
+    ("batch.text)", "batch.caption)", [], "the batch has no stream 'caption'; this recipe's fields are image, text"),
+    (".mean(1)\n        return", ".mean()\n        return", [], "Mine.encode: colour_loss is (); a *_loss is one number a sample"),
+    ("def objective", "def compare", [], ""),
+    ("def encode", "def encodes", [], "Mine has no encode; write encode(self, batch)"),
+    ("class Mine(System)", "class Mine(nn.Module)", [], "model makes a Mine; a fastvlp.systems.System is needed"),
+    ("def recipe() ->", "def recipe( ->", [], "recipe mine.py does not import: SyntaxError"),
+    ("def recipe()", "def other()", [], "mine.py has no recipe recipe; it has other"),
+    ("", "", ["model.colr=1"], "unknown key model.colr; did you mean model.colour?"),
+    ("", "", ["train.tokens={image: 2}"], "train.tokens: a sample has 16 tokens in the stream 'image', over the budget of 2"),
+    ("", "", ["schedule.stages.0.frozen=[vision]"], "Mine has no part 'vision'; its parts are image, text"),
+])
+def test_mistakes_are_one_sentence_and_exit_code_2(folder, capsys, old, new, changes, said):
+    code = BLOCKS[0][1]
+    assert old in code
+    if old == "def objective":  # then nothing is left to train on
+        code, said = code.replace('"colour_loss":', '"colour":'), "Mine has nothing to train on: encode gives image, text, colour; name"
+    (folder / "mine.py").write_text(code.replace(old, new, 1) if old else code)
+    assert cli.main(["train", "mine.py", *SMALL, "schedule.steps=1", *changes]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"fastvlp: error: {said}") and "\n" not in error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvlp import packing
+from fastvlp._schema import ConfigError
 from fastvlp_kernels.packed import Packed
 
 
@@ -40,6 +41,10 @@ class Stage:
             raise ValueError(f"keep is {self.keep}; it is a fraction of patches, above 0 and at most 1")
         if self.augment is not None and not 0 <= self.augment <= 4:
             raise ValueError(f"augment is {self.augment}; a strength from 0 (none) to 4 is allowed, 1 is the usual full range")
+
+
+class NoStream(AttributeError, ConfigError):
+    """A system asks for a stream that its recipe has no field for."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Batch:
             return self.__dict__["streams"][name]
         except KeyError:
             known = ", ".join(self.__dict__.get("streams", ()))
-            raise AttributeError(f"the batch has no stream {name!r}; this recipe's fields are {known}") from None
+            raise NoStream(f"the batch has no stream {name!r}; this recipe's fields are {known}") from None
 
     def take(self, rows: Sequence[int] | Tensor) -> Batch:
         """Some of the samples, in this order; ``sizes`` and ``counts`` stay those of the whole batch."""

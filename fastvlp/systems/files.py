@@ -37,6 +37,8 @@ def build_system(recipe: Recipe, tokenizer: str | os.PathLike[str] | None = None
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
     if not isinstance(system, System):
         raise ConfigError(f"model makes a {type(system).__name__}; a fastvlp.systems.System is needed")
+    if type(system).encode is System.encode:
+        raise ConfigError(f"{type(system).__name__} has no encode; write encode(self, batch), which gives what some samples are alone")
     try:
         system.tokenizer = load_tokenizer(tokenizer or recipe.data.tokenizer)
     except (ImportError, ValueError, FileNotFoundError) as error:
@@ -86,7 +88,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", recip
     Args:
         path: a run, one of its checkpoints (then with the averaged weights where there are any), or a folder with model.safetensors and
             model.json.
-        recipe: the Python file that a system of one's own is from (``mine.py``). Its code runs; what ``path`` holds never names code to run.
+        recipe: the Python file that a system of one's own is from (``mine.py``). Its code runs; nothing that ``path`` holds does.
 
     Raises:
         FileNotFoundError: there is no model in the folder.

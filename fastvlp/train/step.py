@@ -155,15 +155,18 @@ class Trainer:
         """What the processes have to know of one another before a step, in one exchange of a few integers between the hosts."""
         counts = self.system.counts(batch)
         packed = {name: stream.total for name, stream in batch.streams.items() if isinstance(stream, Packed)}
-        everyone = self.world.numbers([len(batch), batch.microbatches(self.recipe.train.tokens, self.widths), stop, *counts.values(),
-                                       *packed.values()])
-        sizes, parts, stops, *sums = zip(*everyone, strict=True)
+        try:
+            parts = batch.microbatches(self.recipe.train.tokens, self.widths)
+        except ValueError as error:
+            raise ConfigError(f"train.tokens: {error}") from error
+        everyone = self.world.numbers([len(batch), parts, stop, *counts.values(), *packed.values()])
+        sizes, needed, stops, *sums = zip(*everyone, strict=True)
         totals = [sum(column) for column in sums]
         known = dict(zip(counts, totals, strict=False))
         tokens = dict(zip(packed, totals[len(counts):], strict=True))
         batch = dataclasses.replace(batch, sizes=sizes, counts=known)
         # A process with fewer samples than another needs micro-batches would have an empty one: then all make fewer.
-        agreed = min(max(parts), min(sizes))
+        agreed = min(max(needed), min(sizes))
         return batch, batch.split(agreed, self.widths), max(stops), tokens
 
     def _gradient_norm(self) -> Tensor:
