@@ -258,7 +258,8 @@ def _argument(hint: Any, value: Any, path: str) -> Any:
 def _find(make: Any, path: str, packages: Sequence[str]) -> Any:
     module, _, name = str(make).partition(":")
     if not any(module == package or module.startswith(f"{package}.") for package in packages) and module not in _own_files:
-        raise ConfigError(f"{path}: {make} is outside of {', '.join(packages)}; name the recipe's own file on the command line")
+        raise ConfigError(f"{path}: {make} is outside of {', '.join(packages)}; name the file that it is from: fastvlp train FILE.py, "
+                          "fastvlp eval --recipe FILE.py, fastvlp.load(..., recipe='FILE.py')")
     try:
         found = importlib.import_module(module)
         for part in name.split("."):

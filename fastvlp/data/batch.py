@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvlp import packing
+from fastvlp._schema import ConfigError
 from fastvlp_kernels.packed import Packed
 
 

@@ -161,8 +161,11 @@ class Trainer:
         """What the processes have to know of one another before a step, in one exchange of a few integers between the hosts."""
         counts = self.system.counts(batch)
         packed = {name: stream.total for name, stream in batch.streams.items() if isinstance(stream, Packed)}
-        everyone = self.world.numbers([len(batch), batch.microbatches(self.recipe.train.tokens, self.widths), stop,
-                                       int(batch.cost(self.widths)), *counts.values(), *packed.values()])
+        try:
+            needed = batch.microbatches(self.recipe.train.tokens, self.widths)
+        except ValueError as error:
+            raise ConfigError(f"train.tokens: {error}") from error
+        everyone = self.world.numbers([len(batch), needed, stop, int(batch.cost(self.widths)), *counts.values(), *packed.values()])
         sizes, parts, stops, costs, *sums = zip(*everyone, strict=True)
         totals = [sum(column) for column in sums]
         known = dict(zip(counts, totals, strict=False))
