@@ -71,9 +71,10 @@ ROWS = {
 
 @torch.no_grad()
 def reciprocal_ranks(system: Any, width: int | None = None) -> np.ndarray:
-    """1 / rank of the right answer: clip art's pictures and captions both ways, emoji among their names; of the first ``width`` features."""
+    """1 / rank of the right answer: clip art's pictures and captions both ways, emoji among their names; of the first ``width`` numbers."""
     from fastvlp import evaluate
     from fastvlp.evaluate.features import ranks
+    from fastvlp.evaluate.reading import How
     from fastvlp.evaluate.zero_shot import class_features
 
     def cut(x: torch.Tensor) -> torch.Tensor:
@@ -84,8 +85,9 @@ def reciprocal_ranks(system: Any, width: int | None = None) -> np.ndarray:
     images, texts, own = cut(pairs.images), cut(pairs.texts), torch.arange(len(pairs.images))
     places = {name: place for place, name in enumerate(names)}
     targets = torch.tensor([places[name] for name in emoji.classes if name is not None])
-    found = [ranks(images, texts, own, 256), ranks(texts, images, own, 256),
-             ranks(cut(emoji.images), cut(class_features(system, names, ("{}",))), targets, 256)]
+    classes, numbers = cut(class_features(system, names, ("{}",), How())), torch.arange(len(names))
+    found = [ranks(images, texts, own, pairs.owner, 256), ranks(texts, images, pairs.owner, own, 256),
+             ranks(cut(emoji.images), classes, targets, numbers, 256)]
     return np.asarray(1 / (1 + torch.cat(found).double()))
 
 

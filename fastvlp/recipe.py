@@ -166,8 +166,9 @@ class Train:
             always sees the whole batch (GradCache).
         shard: over how many processes parameters, gradients and optimizer are sharded: 1 (every process holds all of them), a divisor of
             the number of processes (shards inside groups of so many, replicas across), or "world".
-        compile: each block by torch.compile (true), or by a backend of it (aot_eager needs no C++ compiler). checkpointing: "blocks" recomputes each block in its backward, "selective" keeps the results
-            of products and attention. offload: parameters and optimizer live in the memory of the CPU (sharded runs).
+        compile: each block by torch.compile (true), or by a backend of it (aot_eager needs no C++ compiler).
+        checkpointing: "blocks" recomputes each block in its backward, "selective" keeps the results of products and attention.
+        offload: parameters and optimizer live in the memory of the CPU (sharded runs).
         ema: decay of the averaged weights that are evaluated and exported; null: none.
         episode: every so many steps the system's ``before_episode`` sees features of the training set; null: never.
         checkpoint_every: steps between checkpoints (0: only at the end). keep: how many stay. asynchronous: written while training goes on.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastvlp import packing
-from fastvlp._schema import ConfigError
 from fastvlp_kernels.packed import Packed
 
 

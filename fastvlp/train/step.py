@@ -52,7 +52,8 @@ class Pending:
 
     Attributes:
         numbers: the gradient's norm, whether all is finite, then the loss terms of ``names``, on the device.
-        samples, tokens: over all processes. flops: that these samples need, over all processes. stop: the largest signal that any process was sent, or 0.
+        samples, tokens: over all processes. flops: that these samples need, over all processes.
+        stop: the largest signal that any process was sent, or 0.
     """
 
     numbers: Tensor

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from fastvlp.models import TwoTower
+from fastvlp.profile import block_flops, profile, table
+from fastvlp.show import GAP, LINE, attention, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvlp import cli, config
-from fastvlp.profile import block_flops, profile, table
-from fastvlp.show import GAP, LINE, attention, tokens
 from tests.train.conftest import one_thread, settings, shard  # noqa: F401  (fixtures)
 
 

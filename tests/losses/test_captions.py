@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvlp.losses import next_token_nll, word_nll
+from fastvlp.losses import next_token_hits, next_token_nll, word_nll
 from fastvlp_kernels._testing import forbid_large_tensors
 from fastvlp_kernels.packed import Packed
 
@@ -53,15 +53,15 @@ def test_next_token_nll(bias, few, monkeypatch):
 def test_next_token_hits(few, monkeypatch):
     """Every other word is made the likeliest one after the word before it."""
     if few:
-        monkeypatch.setattr(captions, "LOGITS", 3 * VOCABULARY)
+        monkeypatch.setattr("fastvlp.losses.captions.LOGITS", 3 * VOCABULARY)
     torch.manual_seed(0)
     head, (hidden, ids) = nn.Linear(WIDTH, VOCABULARY).double(), batch()
     ids[1::2] = (hidden.x @ head.weight.T + head.bias).argmax(1)[:-1:2]
     texts = hidden.replace(x=ids)
     expected = [sum(int((head.weight @ states[i] + head.bias).argmax()) == words[i + 1] for i in range(len(words) - 1))
                 for states, words in zip(hidden.segments(), texts.segments(), strict=True)]
-    assert captions.next_token_hits(hidden, head, texts).tolist() == expected and 0 < sum(expected) < sum(LENGTHS) - len(LENGTHS)
-    assert captions.next_token_hits(hidden.take([]), head, texts.take([])).shape == (0,)
+    assert next_token_hits(hidden, head, texts).tolist() == expected and 0 < sum(expected) < sum(LENGTHS) - len(LENGTHS)
+    assert next_token_hits(hidden.take([]), head, texts.take([])).shape == (0,)
 
 
 def test_word_nll_leaves_out_what_does_not_count():

@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 from batches import LOSSES, Batch, gradients
+from fastvlp.plan import Cluster, plan
 from torch import distributed as dist
 
 from benchmarks.peak import growth
 from fastvlp.losses.across import gather, group, ring
-from fastvlp.plan import Cluster, plan
 
 LAYOUTS = [("gather", 2, 2), ("gather", 4, 2), ("ring", 3, 3), ("ring", 4, 2), ("grouped", 2, 2), ("grouped", 3, 3), ("grouped", 4, 2)]
 MMAP_THRESHOLD = -3  # of glibc's malloc.h
