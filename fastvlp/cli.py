@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
                        help="paths, globs, brace ranges, or mini:val-emoji, mini:val-openclipart")
     score.add_argument("--classes", metavar="FILE", help="class names, one a line or as JSON; mini:emoji for the shipped emoji's")
     score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be repeated")
+    score.add_argument("--recipe", metavar="FILE.py", help="the recipe file of a system of your own")
     score.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
     recipes = commands.add_parser("recipes", help="list the systems that ship, or the keys of one", description=RECIPES)

@@ -12,6 +12,7 @@ from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import QFormer
 from fastvlp.losses import next_token_nll
+from fastvlp.losses.captions import next_token_hits
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.simvlm import SimVlm
@@ -40,10 +41,17 @@ class Blip2(System):
         return {"words": batch.text.total - len(batch)}
 
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
+        return next_token_nll(self.states(images, texts), self.lm.words, texts)
+
+    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
+        return next_token_hits(self.states(images, texts), self.lm.words, texts)
+
+    def states(self, images: Packed, texts: Packed) -> Packed:
+        """What the language model makes of each token of ``texts``."""
         prefix = Packed.from_padded(self.to_lm(self.qformer(self.queries, self.image(images).replace(pos=None))))
         joined = prefix.join(self.lm.text.embed(texts).replace(pos=None))
         seen = prefix.cu_seqlens.diff()
-        return next_token_nll(self.lm.joint(joined, prefix=seen).last(texts.lengths), self.lm.words, texts)
+        return self.lm.joint(joined, prefix=seen).last(texts.lengths)
 
 
 def recipe() -> Recipe:

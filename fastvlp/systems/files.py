@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fastvlp._schema import ConfigError
-from fastvlp.config import from_dict, to_dict
+from fastvlp.config import from_dict, function, to_dict
 from fastvlp.data.fields import bind as bind_fields
 from fastvlp.data.tokenizer import load_tokenizer
 from fastvlp.recipe import Recipe
@@ -37,6 +37,8 @@ def build_system(recipe: Recipe, tokenizer: str | os.PathLike[str] | None = None
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
     if not isinstance(system, System):
         raise ConfigError(f"model makes a {type(system).__name__}; a fastvlp.systems.System is needed")
+    if type(system).encode is System.encode:
+        raise ConfigError(f"{type(system).__name__} has no encode; write encode(self, batch), which gives what some samples are alone")
     try:
         system.tokenizer = load_tokenizer(tokenizer or recipe.data.tokenizer)
     except (ImportError, ValueError, FileNotFoundError) as error:
@@ -80,17 +82,20 @@ def _umask() -> int:
     return mask
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> System:
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", recipe: str | os.PathLike[str] | None = None) -> System:
     """A system that ``save`` or a training run wrote, in evaluation mode.
 
     Args:
         path: a run, one of its checkpoints (then with the averaged weights where there are any), or a folder with model.safetensors and
             model.json.
+        recipe: the Python file that a system of one's own is from (``mine.py``). Its code runs; nothing that ``path`` holds does.
 
     Raises:
         FileNotFoundError: there is no model in the folder.
         ValueError: the description cannot be used, or the weights do not belong to it.
     """
+    if recipe is not None:
+        function(os.fspath(recipe))
     folder = Path(path)
     if (folder / "model" / DESCRIPTION).is_file():
         folder = folder / "model"

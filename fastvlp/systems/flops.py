@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import fastvlp_kernels  # noqa: F401  # makes the operators
 from fastvlp_kernels.packed import Packed
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def visible_pairs(lengths: Tensor, lengths_k: Tensor, causal: bool, prefix: Tensor | None = None) -> int:

@@ -63,8 +63,8 @@ class Progress:
         terms = " + ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in ("loss", "grad_norm", "lr"))
         waiting = f"  {self.rates['waiting']:.0%} waiting for data" if self.rates["waiting"] > 0.05 else ""
         line = (f"step {step}/{self.total}  loss {values['loss']:.3f}{f' = {terms}' if terms else ''}  "
-                f"{self.rates['samples']:.0f} samples/s  {human(self.rates['tokens'])} tokens/s  {self.rates['mfu']:.0%} MFU{waiting}  {human(memory_in_use(), 'B')}  "
-                f"ETA {clock((self.total - step) * self.rates['step'])}{note}")
+                f"{self.rates['samples']:.0f} samples/s  {human(self.rates['tokens'])} tokens/s  {self.rates['mfu']:.0%} MFU{waiting}  "
+                f"{human(memory_in_use(), 'B')}  ETA {clock((self.total - step) * self.rates['step'])}{note}")
         if self.live:
             width = shutil.get_terminal_size().columns
             self._write("\r\x1b[K" + line[: width - 1])

@@ -52,7 +52,7 @@ class Saver:
         target, planner = str(temporary / checkpoint.STATE), DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         values = _values(self.trainer)
         self._finish = lambda: self._together(lambda: checkpoint.finish(temporary, trainer, generators, self.trainer.recipe.train.keep))
-        how = {"checkpoint_id": target, "planner": planner, "no_dist": world.size == 1}
+        how: dict[str, Any] = {"checkpoint_id": target, "planner": planner, "no_dist": world.size == 1}
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be

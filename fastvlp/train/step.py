@@ -52,7 +52,8 @@ class Pending:
 
     Attributes:
         numbers: the gradient's norm, whether all is finite, then the loss terms of ``names``, on the device.
-        samples, tokens: over all processes. flops: that these samples need, over all processes. stop: the largest signal that any process was sent, or 0.
+        samples, tokens: over all processes. flops: that these samples need, over all processes.
+        stop: the largest signal that any process was sent, or 0.
     """
 
     numbers: Tensor
@@ -161,8 +162,11 @@ class Trainer:
         """What the processes have to know of one another before a step, in one exchange of a few integers between the hosts."""
         counts = self.system.counts(batch)
         packed = {name: stream.total for name, stream in batch.streams.items() if isinstance(stream, Packed)}
-        everyone = self.world.numbers([len(batch), batch.microbatches(self.recipe.train.tokens, self.widths), stop,
-                                       int(batch.cost(self.widths)), *counts.values(), *packed.values()])
+        try:
+            needed = batch.microbatches(self.recipe.train.tokens, self.widths)
+        except ValueError as error:
+            raise ConfigError(f"train.tokens: {error}") from error
+        everyone = self.world.numbers([len(batch), needed, stop, int(batch.cost(self.widths)), *counts.values(), *packed.values()])
         sizes, parts, stops, costs, *sums = zip(*everyone, strict=True)
         totals = [sum(column) for column in sums]
         known = dict(zip(counts, totals, strict=False))

@@ -54,6 +54,7 @@ def test_a_run_leaves_everything_behind(settings, shard, tmp_path, capsys):
     assert config.load(str(folder / "recipe.yaml")) == recipe_of(settings)
 
     steps = [line for line in log_lines(folder) if "loss" in line]
+    assert all(name in steps[0] for name, _ in plots.PANELS)
     assert [line["step"] for line in steps] == list(range(1, 11)) and steps[-1]["loss"] < steps[0]["loss"]
     assert [line["step"] for line in log_lines(folder) if "zero_shot_top1" in line] == [6, 10]
     for name, wide, high in (("curves.png", 800, 500), ("retrieval.png", 600, 600)):
