@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -70,6 +71,8 @@ def _lines(value: Any, path: str) -> Iterator[str]:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, str) and set(value) & set("{}[],#'\""):  # YAML would read them as something else
+        return json.dumps(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else "{}" if value == {} else str(value)
 
 

@@ -127,8 +127,10 @@ def _stream(recipe: Recipe, system: System, world: World) -> Stream:
 
 def _past(recipe: Recipe, folder: Path, progress: Progress, at_end: contextlib.ExitStack) -> resume.Past | dict[str, Any] | None:
     """On the first process: take the folder, and say what to continue from; or the results of a run that is done."""
+    elsewhere = recipe.run.resume not in ("auto", "none")
+    past = resume.find(recipe, folder, progress.say) if elsewhere else None  # a wrong path leaves no folder behind
     at_end.enter_context(RunLock(folder))
-    past = resume.find(recipe, folder, progress.say)
+    past = past if elsewhere else resume.find(recipe, folder, progress.say)
     if past is not None and recipe.run.resume == "auto" and resume.steps_done(past.described, recipe) >= recipe.steps \
             and report.exists(folder):
         progress.say(f"{folder} is a finished run; --resume none would start it over")
