@@ -1,7 +1,6 @@
 """The stream of batches: what it holds, and that its position survives restarts, workers, ranks and broken samples."""
 
 import itertools
-import os
 import pickle
 import signal
 import subprocess
