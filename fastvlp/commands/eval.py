@@ -15,7 +15,7 @@ def command(options: argparse.Namespace) -> int:
     """Zero-shot classification where classes are named, else retrieval."""
     if options.classes is None and options.template:
         raise ValueError("--template is for zero-shot classification; give --classes FILE too")
-    system = load(options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    system = load(options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu", recipe=options.recipe)
     if options.classes is None:
         scores = {"retrieval": evaluate.retrieval(system, options.data)}
     else:
