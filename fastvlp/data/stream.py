@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,5 +194,16 @@ def _as_is(flat: Any) -> Any:
 
 
 def _quiet(worker: int) -> None:
-    """Ctrl-C is for the training process, which stops the workers when it has written its checkpoint."""
+    """Signals are for the training process, which stops the workers when it has written its checkpoint; terminals, torchrun and schedulers
+    send them to all. SIGTERM from the training process itself ends a worker at once.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not say who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
