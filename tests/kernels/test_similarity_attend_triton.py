@@ -197,11 +197,7 @@ def _launches(monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype, ev
 )
 def test_compiled_ahead_of_time(arch, dtype, everything, monkeypatch):
     recorders = _launches(monkeypatch, arch, DTYPES[dtype], everything)
-    products = {"_forward_kernel", "_backward_kernel"}
-    for name in products | ({"_merge_kernel", "_align_kernel"} if dtype == "float32" else set()):
-        compiled = recorders[name].compile(arch)
-        print(f"{name} sm_{arch}: {compiled.registers} registers, {compiled.shared} bytes shared, {compiled.spills} bytes spilled")
-        assert compiled.spills == 0 and compiled.shared <= SHARED_LIMIT[arch]
-        assert not compiled.holds("atom") and not compiled.holds("red")
-        if name in products and dtype != "float32":
-            assert compiled.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[arch])
+    for name in ("_forward_kernel", "_backward_kernel"):
+        recorders[name].compile(arch).assert_fits(product=dtype != "float32")
+    for name in ("_merge_kernel", "_align_kernel") if dtype == "float32" else ():
+        recorders[name].compile(arch).assert_fits()
