@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -20,6 +18,7 @@ from fastvlp.config import from_dict, function, to_dict
 from fastvlp.data.fields import bind as bind_fields
 from fastvlp.data.tokenizer import load_tokenizer
 from fastvlp.recipe import Recipe
+from fastvlp.systems.state_folder import metadata_of, read_state
 from fastvlp.systems.system import System
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
@@ -130,7 +129,7 @@ def _from_checkpoint(folder: Path) -> System:
     """The weights of a training checkpoint, whole or written in shards."""
     system = _described(folder / "trainer.json", lambda found: found["recipe"], None)
     state: dict[str, Any] = {"model": system.state_dict()}
-    names = dcp.FileSystemReader(str(folder / "state")).read_metadata().state_dict_metadata
+    names = metadata_of(folder / "state").state_dict_metadata
     averaged = [key.removeprefix("ema.") for key in names if key.startswith("ema.")]
     if averaged:
         state["ema"] = {name: torch.empty_like(state["model"][name]) for name in averaged}
@@ -140,13 +139,6 @@ def _from_checkpoint(folder: Path) -> System:
         raise ValueError(f"{folder} does not fit its own description: {' '.join(str(error).split())[-300:]}") from error
     system.load_state_dict({**state["model"], **state.get("ema", {})})
     return system
-
-
-def read_state(state: dict[str, Any], folder: Path, alone: bool) -> None:
-    """Fill tensors from a folder of ``torch.distributed.checkpoint``, of any number of processes; ``alone``: by this process only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
-        dcp.load(state, checkpoint_id=str(folder), no_dist=alone)
 
 
 def take_weights(system: System, path: str | os.PathLike[str]) -> str:
