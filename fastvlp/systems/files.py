@@ -22,6 +22,7 @@ from fastvlp.systems.state_folder import metadata_of, read_state
 from fastvlp.systems.system import System
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
+TEACHER = "teacher."  # how the weights of a system's teacher begin
 
 
 def build_system(recipe: Recipe, tokenizer: str | os.PathLike[str] | None = None) -> System:
@@ -144,6 +145,8 @@ def _from_checkpoint(folder: Path) -> System:
 def take_weights(system: System, path: str | os.PathLike[str]) -> str:
     """Take the weights of another run or model folder as far as names and shapes fit; returns a sentence that says what was taken.
 
+    A system with a ``teacher`` takes them for that, unless they come from a system with a teacher themselves.
+
     Raises:
         ConfigError: none fits, or there is no such model.
     """
@@ -156,6 +159,8 @@ def take_weights(system: System, path: str | os.PathLike[str]) -> str:
     theirs, mine = load_file(str(folder / WEIGHTS)), system.state_dict()
     # A layer with an adapter keeps its weights one level down, which a run without adapters does not know.
     named = {name.replace(".base_layer.", "."): name for name in mine}
+    if not any(name.startswith(TEACHER) for name in theirs):
+        named = {name.removeprefix(TEACHER): whole for name, whole in named.items() if name.startswith(TEACHER)} or named
     taken = {named[name]: tensor for name, tensor in theirs.items() if name in named and mine[named[name]].shape == tensor.shape}
     if not taken:
         raise ConfigError(f"run.start: nothing in {folder / WEIGHTS} has the name and the shape of a part of this model")

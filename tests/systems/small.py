@@ -12,12 +12,14 @@ from fastvlp.systems.blip2 import Blip2
 from fastvlp.systems.brivl import BriVl
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.coca import CoCa
+from fastvlp.systems.dcd import Dcd
 from fastvlp.systems.dlip import Dlip
 from fastvlp.systems.filip import Filip
 from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
 from fastvlp.systems.mae import Mae
+from fastvlp.systems.proto_clip import ProtoClip
 from fastvlp.systems.siglip import SigLip
 from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.slip import Slip
@@ -49,6 +51,15 @@ def _brivl() -> System:
     return system
 
 
+def _proto_clip() -> System:
+    system = ProtoClip(vit(), text(), 16, clusters=5, hidden=32, projection=8, target_temperature=0.5)
+    for seed in (5, 6):
+        generator = torch.Generator().manual_seed(seed)
+        system.before_episode({name: F.normalize(torch.randn(30, 8, generator=generator), dim=1)
+                               for name in ("projected_image", "projected_text")})
+    return system
+
+
 MAKERS = {
     "clip": lambda: Clip(vit(), text(), 16),
     "siglip": lambda: SigLip(vit(), text(), 16),
@@ -57,7 +68,9 @@ MAKERS = {
     "filip": lambda: Filip(vit(), text(), 16),
     "slip": lambda: Slip(vit(), text(), 16, hidden=32, projection=16),
     "brivl": _brivl,
+    "proto_clip": _proto_clip,
     "dlip": lambda: Dlip(vit(), text(), Clip(vit(width=48, heads=3), text(), 24), 16),
+    "dcd": lambda: Dcd(vit(), text(), Vilt(vit(), text(), joint()), 16, drawn=5, hard=3),
     "coca": lambda: CoCa(vit(), text(causal=True), Decoder(32, 2, 2, None, activation="gelu"), 16),
     "simvlm": lambda: SimVlm(vit(), text(), joint(), prefix=0.4),
     "vilt": lambda: Vilt(vit(), text(), joint()),
