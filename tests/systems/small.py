@@ -22,6 +22,7 @@ from fastvlp.systems.siglip import SigLip
 from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.slip import Slip
 from fastvlp.systems.system import System
+from fastvlp.systems.unified_vlp import UnifiedVlp
 from fastvlp.systems.vilt import Vilt
 from fastvlp.towers import Decoder, Joint, Text, Vit
 from fastvlp_kernels.packed import Packed
@@ -65,6 +66,7 @@ MAKERS = {
     "lexlip": lambda: LexLip(vit(), text()),
     "blip2": lambda: Blip2(vit(), QFormer(32, 32, 2, 2, 64, dropout=0.0), SimVlm(vit(), text(), joint()), queries=4),
     "albef": lambda: Albef(vit(), text(), joint(), 16),
+    "unified_vlp": lambda: UnifiedVlp(vit(), text(), joint(), seq2seq=0.5),
 }
 
 
@@ -94,5 +96,5 @@ def whole() -> Batch:
     kept = Packed.from_list([x[::2] for x in image.segments()], [p[::2] for p in image.pos.split(image.lengths.tolist())])
     masked = [torch.where(torch.arange(len(row)) % 3 == 1, WORDS, row) for row in rows]
     streams = {"image": image, "kept": kept, "views": images(2), "text": captions(rows), "masked": captions(masked),
-               "other": captions(rows[1:] + rows[:1])}
+               "other": captions(rows[1:] + rows[:1]), "draw": torch.rand(SAMPLES, generator=generator, dtype=torch.float64)}
     return Batch(streams, torch.arange(SAMPLES))
