@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from fastvlp.data.batch import Batch
 from fastvlp.layers import QFormer
+from fastvlp.systems.aim import Aim
 from fastvlp.systems.albef import Albef
 from fastvlp.systems.blip2 import Blip2
 from fastvlp.systems.brivl import BriVl
@@ -21,6 +22,7 @@ from fastvlp.systems.mae import Mae
 from fastvlp.systems.siglip import SigLip
 from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.slip import Slip
+from fastvlp.systems.solo import Solo
 from fastvlp.systems.system import System
 from fastvlp.systems.unified_vlp import UnifiedVlp
 from fastvlp.systems.vilt import Vilt
@@ -67,6 +69,8 @@ MAKERS = {
     "blip2": lambda: Blip2(vit(), QFormer(32, 32, 2, 2, 64, dropout=0.0), SimVlm(vit(), text(), joint()), queries=4),
     "albef": lambda: Albef(vit(), text(), joint(), 16),
     "unified_vlp": lambda: UnifiedVlp(vit(), text(), joint(), seq2seq=0.5),
+    "aim": lambda: Aim(vit(), head=1, head_width=16),
+    "solo": lambda: Solo(vit(), text(), joint()),
 }
 
 
