@@ -14,6 +14,7 @@ from fastvlp.systems.brivl import BriVl
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.coca import CoCa
 from fastvlp.systems.dlip import Dlip
+from fastvlp.systems.fiber import Fiber
 from fastvlp.systems.filip import Filip
 from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
@@ -52,6 +53,14 @@ def _brivl() -> System:
     return system
 
 
+def _fiber() -> System:
+    system = Fiber(vit(), text(), 1, 16)
+    for module in system.fusion.modules():  # the gates start closed
+        if hasattr(module, "gate") and module.gate is not None:
+            torch.nn.init.constant_(module.gate, 0.7)
+    return system
+
+
 MAKERS = {
     "clip": lambda: Clip(vit(), text(), 16),
     "siglip": lambda: SigLip(vit(), text(), 16),
@@ -70,6 +79,7 @@ MAKERS = {
     "albef": lambda: Albef(vit(), text(), joint(), 16),
     "unified_vlp": lambda: UnifiedVlp(vit(), text(), joint(), seq2seq=0.5),
     "aim": lambda: Aim(vit(), head=1, head_width=16),
+    "fiber": _fiber,
     "solo": lambda: Solo(vit(), text(), joint()),
 }
 
