@@ -14,12 +14,14 @@ from fastvlp.systems.brivl import BriVl
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.coca import CoCa
 from fastvlp.systems.dlip import Dlip
+from fastvlp.systems.ep_alm import EpAlm
 from fastvlp.systems.fiber import Fiber
 from fastvlp.systems.filip import Filip
 from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
 from fastvlp.systems.mae import Mae
+from fastvlp.systems.pyramid_drop import PyramidDrop
 from fastvlp.systems.siglip import SigLip
 from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.slip import Slip
@@ -80,6 +82,8 @@ MAKERS = {
     "unified_vlp": lambda: UnifiedVlp(vit(), text(), joint(), seq2seq=0.5),
     "aim": lambda: Aim(vit(), head=1, head_width=16),
     "fiber": _fiber,
+    "pyramid_drop": lambda: PyramidDrop(vit(), text(), Joint(32, 3, 2), (1, 2)),
+    "ep_alm": lambda: EpAlm(vit(), SimVlm(vit(), text(), Joint(32, 3, 2)), layers=2, first=1, last=3),
     "solo": lambda: Solo(vit(), text(), joint()),
 }
 
