@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from fastvlp.data.batch import Batch
 from fastvlp.layers import QFormer
+from fastvlp.systems.adem_vl import AdemVl
 from fastvlp.systems.aim import Aim
 from fastvlp.systems.albef import Albef
 from fastvlp.systems.blip2 import Blip2
@@ -21,6 +22,7 @@ from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
 from fastvlp.systems.mae import Mae
+from fastvlp.systems.pix2struct import Pix2Struct
 from fastvlp.systems.pyramid_drop import PyramidDrop
 from fastvlp.systems.siglip import SigLip
 from fastvlp.systems.simvlm import SimVlm
@@ -84,6 +86,8 @@ MAKERS = {
     "fiber": _fiber,
     "pyramid_drop": lambda: PyramidDrop(vit(), text(), Joint(32, 3, 2), (1, 2)),
     "ep_alm": lambda: EpAlm(vit(), SimVlm(vit(), text(), Joint(32, 3, 2)), layers=2, first=1, last=3),
+    "adem_vl": lambda: AdemVl(vit(), SimVlm(vit(), text(), joint()), grids=(2, 1), hidden=8, alpha=0.5, beta=0.5, drop=0.3),
+    "pix2struct": lambda: Pix2Struct(vit(), Decoder(32, 2, 2, WORDS + 1, 16, activation="gelu")),
     "solo": lambda: Solo(vit(), text(), joint()),
 }
 
