@@ -12,6 +12,7 @@ from fastvlp.layers.cosine_attention import RelativePositions as RelativePositio
 from fastvlp.layers.cross_attention import CrossAttention as CrossAttention
 from fastvlp.layers.facets import FacetMask as FacetMask
 from fastvlp.layers.facets import facet_mask as facet_mask
+from fastvlp.layers.fusion import FusedBlocks as FusedBlocks
 from fastvlp.layers.learned_centres import LearnedCentres as LearnedCentres
 from fastvlp.layers.parameter_free import ParameterFreeAttention as ParameterFreeAttention
 from fastvlp.layers.patch_dropout import PatchDropout as PatchDropout

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastvlp_kernels import linear_cross_entropy
 from fastvlp_kernels.packed import Packed, check_packed, check_segments_of
 
 IGNORE = -100
+LOGITS = 1 << 24  # at most so many are held at a time: 64 MiB in float32
 
 Head = nn.Linear | Tensor
 
@@ -41,9 +43,28 @@ def next_token_nll(hidden: Packed, head: Head, texts: Packed) -> Tensor:
         hidden: packed [T, C], the states at the tokens of ``texts``. head: as in :func:`word_nll`. texts: packed ids [T].
     """
     check_segments_of("next_token_nll", hidden, texts.lengths)
+    return word_nll(hidden, head, _next(texts))
+
+
+@torch.no_grad()
+def next_token_hits(hidden: Packed, head: Head, texts: Packed) -> Tensor:
+    """How many of each caption's tokens but the first are the likeliest one, given those before them: int64 [S].
+
+    Arguments as in :func:`next_token_nll`.
+    """
+    check_segments_of("next_token_hits", hidden, texts.lengths)
+    weight, bias = (head, None) if isinstance(head, Tensor) else (head.weight, head.bias)
+    step = max(1, LOGITS // weight.shape[0])
+    likeliest = torch.cat([F.linear(x, weight, bias).argmax(1) for x in hidden.x.split(step)])
+    owner = torch.arange(len(texts)).repeat_interleave(texts.lengths).to(likeliest.device)
+    return torch.zeros(len(texts), dtype=torch.int64, device=owner.device).index_add(0, owner, (likeliest == _next(texts)).long())
+
+
+def _next(texts: Packed) -> Tensor:
+    """The token after each, and IGNORE at the end of each caption: int64 [T]."""
     targets = texts.x.long().roll(-1)
     if texts.total:
         # The last token of each caption predicts nothing. An empty one points at the end of the one before, or of the last: both are ends.
         ends = (texts.cu_seqlens[1:].long() - 1) % texts.total
         targets = targets.index_fill(0, ends, IGNORE)
-    return word_nll(hidden, head, targets)
+    return targets

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.losses import next_token_nll
+from fastvlp.losses.captions import next_token_hits
 from fastvlp.recipe import Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
@@ -44,6 +45,9 @@ class CoCa(Clip):
 
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
         return next_token_nll(self.decoder(self.text(texts), self.image(images)), self.words, texts)
+
+    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
+        return next_token_hits(self.decoder(self.text(texts), self.image(images)), self.words, texts)
 
 
 def recipe() -> Recipe:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import fiddle as fdl
-from torch import distributed as dist
 
 from fastvlp import losses
 from fastvlp.data.batch import Batch
@@ -28,7 +27,7 @@ class JinaClip(Clip):
         self.prefixes = tuple(prefixes)
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
-        loss = losses.contrastive_loss(out["image"], out["text"], *self.scale(), prefixes=self.prefixes, group=dist.group.WORLD,
+        loss = losses.contrastive_loss(out["image"], out["text"], *self.scale(), prefixes=self.prefixes,
                                        prefix_weights=[1 / len(self.prefixes)] * len(self.prefixes))
         return {"matryoshka": loss}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.losses import word_nll
-from fastvlp.losses.captions import IGNORE
+from fastvlp.losses.captions import IGNORE, next_token_hits
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.system import Outputs, Part, System
@@ -43,18 +43,24 @@ class SimVlm(System):
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
         return self._nll(images, texts, torch.zeros_like(texts.lengths))
 
+    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
+        return next_token_hits(self._states(images, texts, torch.zeros_like(texts.lengths)), self.words, texts)
+
     def _given(self, texts: Packed) -> Tensor:
         """How many words of each caption belong to the prefix, beside its first token: int64 [S] on the CPU."""
         return ((texts.lengths - 1) * self.prefix).long()
 
-    def _nll(self, images: Packed, texts: Packed, given: Tensor) -> Tensor:
+    def _states(self, images: Packed, texts: Packed, given: Tensor) -> Packed:
+        """What the transformer makes of each token of ``texts``."""
         joined = self.image.embed(images).replace(pos=None).join(self.text.embed(texts).replace(pos=None))
         prefix = (images.lengths + given).int().to(joined.x.device, non_blocking=True)
-        states = self.joint(joined, prefix=prefix).last(texts.lengths)
+        return self.joint(joined, prefix=prefix).last(texts.lengths)
+
+    def _nll(self, images: Packed, texts: Packed, given: Tensor) -> Tensor:
         index = torch.arange(texts.total) - (texts.cu_seqlens[:-1].long().cpu()).repeat_interleave(texts.lengths)
         silent = (index < given.repeat_interleave(texts.lengths)) | (index == texts.lengths.repeat_interleave(texts.lengths) - 1)
         targets = texts.x.roll(-1).masked_fill(silent.to(texts.x.device), IGNORE)
-        return word_nll(states, self.words, targets)
+        return word_nll(self._states(images, texts, given), self.words, targets)
 
 
 def recipe() -> Recipe:

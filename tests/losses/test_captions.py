@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvlp.losses import next_token_nll, word_nll
+from fastvlp.losses import next_token_hits, next_token_nll, word_nll
 from fastvlp_kernels._testing import forbid_large_tensors
 from fastvlp_kernels.packed import Packed
 
@@ -47,6 +47,21 @@ def test_next_token_nll(bias, few, monkeypatch):
     alone = torch.cat([next_token_nll(hidden.take([row]), head, texts.take([row])) for row in range(len(LENGTHS))])
     torch.testing.assert_close(alone, expected)
     assert next_token_nll(hidden.take([]), head, texts.take([])).shape == (0,)
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["one piece", "pieces"])
+def test_next_token_hits(few, monkeypatch):
+    """Every other word is made the likeliest one after the word before it."""
+    if few:
+        monkeypatch.setattr("fastvlp.losses.captions.LOGITS", 3 * VOCABULARY)
+    torch.manual_seed(0)
+    head, (hidden, ids) = nn.Linear(WIDTH, VOCABULARY).double(), batch()
+    ids[1::2] = (hidden.x @ head.weight.T + head.bias).argmax(1)[:-1:2]
+    texts = hidden.replace(x=ids)
+    expected = [sum(int((head.weight @ states[i] + head.bias).argmax()) == words[i + 1] for i in range(len(words) - 1))
+                for states, words in zip(hidden.segments(), texts.segments(), strict=True)]
+    assert next_token_hits(hidden, head, texts).tolist() == expected and 0 < sum(expected) < sum(LENGTHS) - len(LENGTHS)
+    assert next_token_hits(hidden.take([]), head, texts.take([])).shape == (0,)
 
 
 def test_word_nll_leaves_out_what_does_not_count():

@@ -7,21 +7,31 @@ from torch.nn import functional as F
 
 from fastvlp.data.batch import Batch
 from fastvlp.layers import QFormer
+from fastvlp.systems.adem_vl import AdemVl
+from fastvlp.systems.aim import Aim
 from fastvlp.systems.albef import Albef
 from fastvlp.systems.blip2 import Blip2
 from fastvlp.systems.brivl import BriVl
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.coca import CoCa
+from fastvlp.systems.dcd import Dcd
 from fastvlp.systems.dlip import Dlip
+from fastvlp.systems.ep_alm import EpAlm
+from fastvlp.systems.fiber import Fiber
 from fastvlp.systems.filip import Filip
 from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
 from fastvlp.systems.mae import Mae
+from fastvlp.systems.pix2struct import Pix2Struct
+from fastvlp.systems.proto_clip import ProtoClip
+from fastvlp.systems.pyramid_drop import PyramidDrop
 from fastvlp.systems.siglip import SigLip
 from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.slip import Slip
+from fastvlp.systems.solo import Solo
 from fastvlp.systems.system import System
+from fastvlp.systems.unified_vlp import UnifiedVlp
 from fastvlp.systems.vilt import Vilt
 from fastvlp.towers import Decoder, Joint, Text, Vit
 from fastvlp_kernels.packed import Packed
@@ -49,6 +59,23 @@ def _brivl() -> System:
     return system
 
 
+def _proto_clip() -> System:
+    system = ProtoClip(vit(), text(), 16, clusters=5, hidden=32, projection=8, target_temperature=0.5)
+    for seed in (5, 6):
+        generator = torch.Generator().manual_seed(seed)
+        system.before_episode({name: F.normalize(torch.randn(30, 8, generator=generator), dim=1)
+                               for name in ("projected_image", "projected_text")})
+    return system
+
+
+def _fiber() -> System:
+    system = Fiber(vit(), text(), 1, 16)
+    for module in system.fusion.modules():  # the gates start closed
+        if hasattr(module, "gate") and module.gate is not None:
+            torch.nn.init.constant_(module.gate, 0.7)
+    return system
+
+
 MAKERS = {
     "clip": lambda: Clip(vit(), text(), 16),
     "siglip": lambda: SigLip(vit(), text(), 16),
@@ -57,7 +84,9 @@ MAKERS = {
     "filip": lambda: Filip(vit(), text(), 16),
     "slip": lambda: Slip(vit(), text(), 16, hidden=32, projection=16),
     "brivl": _brivl,
+    "proto_clip": _proto_clip,
     "dlip": lambda: Dlip(vit(), text(), Clip(vit(width=48, heads=3), text(), 24), 16),
+    "dcd": lambda: Dcd(vit(), text(), Vilt(vit(), text(), joint()), 16, drawn=5, hard=3),
     "coca": lambda: CoCa(vit(), text(causal=True), Decoder(32, 2, 2, None, activation="gelu"), 16),
     "simvlm": lambda: SimVlm(vit(), text(), joint(), prefix=0.4),
     "vilt": lambda: Vilt(vit(), text(), joint()),
@@ -65,6 +94,14 @@ MAKERS = {
     "lexlip": lambda: LexLip(vit(), text()),
     "blip2": lambda: Blip2(vit(), QFormer(32, 32, 2, 2, 64, dropout=0.0), SimVlm(vit(), text(), joint()), queries=4),
     "albef": lambda: Albef(vit(), text(), joint(), 16),
+    "unified_vlp": lambda: UnifiedVlp(vit(), text(), joint(), seq2seq=0.5),
+    "aim": lambda: Aim(vit(), head=1, head_width=16),
+    "fiber": _fiber,
+    "pyramid_drop": lambda: PyramidDrop(vit(), text(), Joint(32, 3, 2), (1, 2)),
+    "ep_alm": lambda: EpAlm(vit(), SimVlm(vit(), text(), Joint(32, 3, 2)), layers=2, first=1, last=3),
+    "adem_vl": lambda: AdemVl(vit(), SimVlm(vit(), text(), joint()), grids=(2, 1), hidden=8, alpha=0.5, beta=0.5, drop=0.3),
+    "pix2struct": lambda: Pix2Struct(vit(), Decoder(32, 2, 2, WORDS + 1, 16, activation="gelu")),
+    "solo": lambda: Solo(vit(), text(), joint()),
 }
 
 
@@ -94,5 +131,5 @@ def whole() -> Batch:
     kept = Packed.from_list([x[::2] for x in image.segments()], [p[::2] for p in image.pos.split(image.lengths.tolist())])
     masked = [torch.where(torch.arange(len(row)) % 3 == 1, WORDS, row) for row in rows]
     streams = {"image": image, "kept": kept, "views": images(2), "text": captions(rows), "masked": captions(masked),
-               "other": captions(rows[1:] + rows[:1])}
+               "other": captions(rows[1:] + rows[:1]), "draw": torch.rand(SAMPLES, generator=generator, dtype=torch.float64)}
     return Batch(streams, torch.arange(SAMPLES))

@@ -4,6 +4,7 @@ import fiddle as fdl
 import pytest
 import torch
 
+from benchmarks import rivals
 from fastvlp import config
 from fastvlp.systems import clip
 from fastvlp.systems.files import build_system, take_weights
@@ -11,6 +12,7 @@ from fastvlp.towers import Vit, lora
 from tests.systems.recipes import save_small, small
 from tests.systems.small import vit, whole
 
+rivals.import_torchvision()  # peft imports transformers, and that torchvision, also one that was built for another torch
 pytest.importorskip("peft", reason="adapters are peft's")
 
 

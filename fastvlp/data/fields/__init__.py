@@ -10,4 +10,5 @@ from .image import Image as Image
 from .image import Pages as Pages
 from .image import Regions as Regions
 from .values import Label as Label
+from .values import Uniform as Uniform
 from .values import Vector as Vector

@@ -129,3 +129,6 @@ class OpenClipText(nn.Module):
             return tokens
         x = _through(self.blocks, tokens.x[None], Segments.of(tokens, self.causal))
         return tokens.replace(x=self.norm_out(x[0]))
+
+
+open_clip_tower.makes_module = True  # type: ignore[attr-defined]  # a recipe may name it (fastvlp.config.spec)

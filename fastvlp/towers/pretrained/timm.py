@@ -126,3 +126,6 @@ class NaFlexVit(TimmVit):
 
     def before(self, x: Tensor) -> Tensor:
         return self.model.norm_pre(x)
+
+
+timm_tower.makes_module = True  # type: ignore[attr-defined]  # a recipe may name it (fastvlp.config.spec)

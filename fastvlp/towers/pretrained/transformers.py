@@ -247,3 +247,6 @@ class Vit(PackedImages):
 
     def after(self, x: Tensor) -> Tensor:
         return self.model.layernorm(x)
+
+
+transformers_tower.makes_module = True  # type: ignore[attr-defined]  # a recipe may name it (fastvlp.config.spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import os
@@ -16,6 +17,12 @@ from fastvlp_kernels._backend import explain
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "pillow", "pyyaml", "matplotlib", "tensorboard", "wandb",
             "cupy", "flash-attn", "xformers", "open_clip_torch", "timm")
+
+
+def command(options: argparse.Namespace) -> int:
+    """Print the report."""
+    print(report())
+    return 0
 
 
 def operators() -> dict[str, tuple[str, ...]]:
