@@ -127,10 +127,10 @@ def confident_pairs() -> None:
 
 
 def no_large_tensors() -> None:
-    x, y = (t.bfloat16().requires_grad_() for t in _features(1280, 1280, 16))
-    with forbid_large_tensors(1280 * 1280 // 8):
+    x, y = (t.bfloat16().requires_grad_() for t in _features(1280, 640, 16))
+    with forbid_large_tensors(1280 * 640 // 8):
         row, col, positive = similarity_logsumexp(x, y, 10.0, offset=0, impl="triton")
-        (row + col - positive).sum().backward()
+        (row.sum() + col.sum() - positive.sum()).backward()
     assert x.grad.isfinite().all() and y.grad.isfinite().all()
 
 
