@@ -85,7 +85,8 @@ def test_what_the_api_pages_describe_exists():
 @pytest.mark.parametrize("name", [
     "fastvlp", "fastvlp.ops", "fastvlp.losses", "fastvlp.layers", "fastvlp.towers", "fastvlp.towers.pretrained", "fastvlp.integrations",
     "fastvlp.integrations.tome", "fastvlp.integrations.attention", "fastvlp.packing", "fastvlp.data", "fastvlp.train",
-    "fastvlp.evaluate", "fastvlp.config", "fastvlp.plan", "fastvlp.show",
+    "fastvlp.evaluate", "fastvlp.config", "fastvlp.commands.plan",
+    "fastvlp.commands.show",
 ])  # fmt: skip
 def test_every_public_name_is_in_the_reference(name):
     found = [described(line) for line in REFERENCE]

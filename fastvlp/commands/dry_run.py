@@ -78,7 +78,7 @@ def per_sample(system: System, recipe: Recipe, stage: Stage, dtype: torch.dtype 
     Raises:
         ConfigError: a field cannot be bound or filled, or ``encode`` asks for values.
     """
-    few, many = (measure(system, _batch(system, recipe, stage, count), dtype) for count in (2, 4))
+    few, many = (measure(system, longest_batch(system, recipe, stage, count), dtype) for count in (2, 4))
 
     def each(name: str) -> float:
         return float(getattr(many, name) - getattr(few, name)) / 2
@@ -179,7 +179,7 @@ def _zeros(one: Tensor) -> Tensor:
     return torch.zeros(one.shape, dtype=one.dtype)
 
 
-def _batch(system: System, recipe: Recipe, stage: Stage, samples: int) -> Batch:
+def longest_batch(system: System, recipe: Recipe, stage: Stage, samples: int) -> Batch:
     """So many samples with the largest pictures and the longest captions that the fields allow."""
     longest: Any = _Longest(recipe.data.fields)
     try:
