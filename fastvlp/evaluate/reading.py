@@ -70,6 +70,17 @@ class How:
         for number in range(world.rank, -(-len(items) // world.size) * world.size, world.size):
             yield (number, items[number]) if number < len(items) else (-1, items[0])
 
+    def loaded(self, data: Dataset[T], numbered: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, T]]:
+        """(number, ``data[key]``) of some (number, key) in their order, read by the workers."""
+        keys = [key for _, key in numbered]
+        found: Iterable[T] = map(data.__getitem__, keys)
+        if self.workers and len(keys) > 1:
+            found = DataLoader(data, batch_size=None, sampler=keys, num_workers=min(self.workers, len(keys)), collate_fn=_as_is,
+                               worker_init_fn=_quiet)
+        for (number, _), one in zip(numbered, found, strict=True):
+            self.beat()
+            yield number, one
+
     def together(self, mine: Mapping[int, T]) -> list[T]:
         """What all processes made of their parts, in order (a collective call)."""
         everyone: dict[int, T] = {}
@@ -157,13 +168,7 @@ class Samples:
         self.reading = Reading(paths, table, prepare, how.batch_size, others, pad=how.world.size > 1)
 
     def __iter__(self) -> Iterator[tuple[int, Read]]:
-        numbers = list(self.how.share(range(len(self.reading))))
-        loaded: Iterable[Read] = map(self.reading.__getitem__, (batch for _, batch in numbers))
-        if self.how.workers and len(numbers) > 1:
-            loaded = DataLoader(self.reading, batch_size=None, sampler=[batch for _, batch in numbers],
-                                num_workers=min(self.how.workers, len(numbers)), collate_fn=_as_is, worker_init_fn=_quiet)
-        for (number, _), read in zip(numbers, loaded, strict=True):
-            self.how.beat()
+        for number, read in self.how.loaded(self.reading, list(self.how.share(range(len(self.reading))))):
             if number >= 0:
                 self.skips += read.skips
             if read.pictures is not None:
