@@ -107,7 +107,7 @@ def test_loggers_by_name_get_the_numbers(tmp_path, monkeypatch):
     """Stand-ins with the interface of the two packages, which need not be installed."""
     heard = []
     board = types.ModuleType("torch.utils.tensorboard")
-    board.SummaryWriter = lambda folder: types.SimpleNamespace(
+    board.SummaryWriter = lambda folder, purge_step: types.SimpleNamespace(
         add_scalar=lambda name, value, step: heard.append(("board", name, value, step)), close=lambda: heard.append("board closed"))
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **options: types.SimpleNamespace(
