@@ -22,7 +22,8 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "write_a_system.md"])  # it has a test of its own
+# write_a_system.md has a test of its own.
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "write_a_system.md"])
 def test_python_samples_run(page, tmp_path, monkeypatch):
     """The samples of a page run one after the other, as a reader would type them."""
     import torch
