@@ -36,11 +36,18 @@ class Captioner(System):
         return self.words(self.states(images, texts).last(1).x)
 
     def generate(self, images: Any, **options: Any) -> list[list[int]]:
-        """Token ids of a caption for each picture (see ``prepared``), without its start and end; ``options`` as in :func:`write`."""
+        """Token ids of a caption for each picture (see ``prepared``), without its start and end.
+
+        ``options``: those of :func:`write`; ``start`` and ``end`` are the tokenizer's or the field's ``ends``, where there are any.
+        """
         images = self.prepared("image", images)
-        given = {"start": self.tokenizer.start, "end": self.tokenizer.end[0]} if self.tokenizer is not None else {}
-        return write(lambda rows, texts: self.next_words(images.take(rows), texts), len(images), **{**given, **options},
-                     device=images.x.device)
+        start, end = self.tokenizer.start if self.tokenizer else [], self.tokenizer.end if self.tokenizer else []
+        ends = getattr(self.fields.get("text"), "ends", None) or ((start[0], end[-1]) if start and end else None)
+        options = ({} if ends is None else {"start": ends[:1], "end": ends[1]}) | options
+        if not {"start", "end"} <= options.keys():
+            raise ValueError(f"{type(self).__name__}.generate: neither tokenizer nor field says where a caption starts and ends; pass start= "
+                             "and end=, or train with Caption(ends=...)")
+        return write(lambda rows, texts: self.next_words(images.take(rows), texts), len(images), **options, device=images.x.device)
 
 
 class MaskedCaptioner(Captioner):
@@ -103,6 +110,6 @@ def write(follow: Callable[[list[int], Packed], Tensor], count: int, *, start: S
 
 def _draw(chances: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One word [n] of each row, among the most likely ones of which all but the last have less than ``top_p`` together."""
-    ranked, words = chances.sort(1, descending=True, stable=True)
+    ranked, words = chances.sort(dim=1, descending=True, stable=True)
     ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0)
     return words.gather(1, torch.multinomial(ranked, 1, generator=generator)).squeeze(1)

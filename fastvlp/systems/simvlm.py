@@ -13,12 +13,13 @@ from fastvlp.losses import word_nll
 from fastvlp.losses.captions import IGNORE
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
-from fastvlp.systems.system import Outputs, Part, System
+from fastvlp.systems.captioner import Captioner
+from fastvlp.systems.system import Outputs, Part
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
 
-class SimVlm(System):
+class SimVlm(Captioner):
     """One transformer over embedded patches and words; a prefix of ``prefix`` words at most is seen by all, what follows is causal.
 
     -log p(word | image, words before it), the mean over the words behind the prefix.
@@ -35,26 +36,26 @@ class SimVlm(System):
         self.words = nn.Linear(joint.width, text.vocab_size)
 
     def encode(self, batch: Batch) -> Outputs:
-        return {"words_loss": batch.per_token(self._nll(batch.image, batch.text, self._given(batch.text)), "words")}
+        texts, given = batch.text, self._given(batch.text)
+        index = torch.arange(texts.total) - (texts.cu_seqlens[:-1].long().cpu()).repeat_interleave(texts.lengths)
+        silent = (index < given.repeat_interleave(texts.lengths)) | (index == texts.lengths.repeat_interleave(texts.lengths) - 1)
+        targets = texts.x.roll(-1).masked_fill(silent.to(texts.x.device), IGNORE)
+        return {"words_loss": batch.per_token(word_nll(self._states(batch.image, texts, given), self.words, targets), "words")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"words": int((batch.text.lengths - 1 - self._given(batch.text)).sum())}
 
-    def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
-        return self._nll(images, texts, torch.zeros_like(texts.lengths))
+    def states(self, images: Packed, texts: Packed) -> Packed:
+        return self._states(images, texts, torch.zeros_like(texts.lengths))
 
     def _given(self, texts: Packed) -> Tensor:
         """How many words of each caption belong to the prefix, beside its first token: int64 [S] on the CPU."""
         return ((texts.lengths - 1) * self.prefix).long()
 
-    def _nll(self, images: Packed, texts: Packed, given: Tensor) -> Tensor:
+    def _states(self, images: Packed, texts: Packed, given: Tensor) -> Packed:
         joined = self.image.embed(images).replace(pos=None).join(self.text.embed(texts).replace(pos=None))
         prefix = (images.lengths + given).int().to(joined.x.device, non_blocking=True)
-        states = self.joint(joined, prefix=prefix).last(texts.lengths)
-        index = torch.arange(texts.total) - (texts.cu_seqlens[:-1].long().cpu()).repeat_interleave(texts.lengths)
-        silent = (index < given.repeat_interleave(texts.lengths)) | (index == texts.lengths.repeat_interleave(texts.lengths) - 1)
-        targets = texts.x.roll(-1).masked_fill(silent.to(texts.x.device), IGNORE)
-        return word_nll(states, self.words, targets)
+        return self.joint(joined, prefix=prefix).last(texts)  # type: ignore[no-any-return]
 
 
 def recipe() -> Recipe:

@@ -18,6 +18,7 @@ from fastvlp.systems.dlip import Dlip
 from fastvlp.systems.ep_alm import EpAlm
 from fastvlp.systems.fiber import Fiber
 from fastvlp.systems.filip import Filip
+from fastvlp.systems.flame import Flame
 from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
@@ -88,6 +89,8 @@ MAKERS = {
     "ep_alm": lambda: EpAlm(vit(), SimVlm(vit(), text(), Joint(32, 3, 2)), layers=2, first=1, last=3),
     "adem_vl": lambda: AdemVl(vit(), SimVlm(vit(), text(), joint()), grids=(2, 1), hidden=8, alpha=0.5, beta=0.5, drop=0.3),
     "pix2struct": lambda: Pix2Struct(vit(), Decoder(32, 2, 2, WORDS + 1, 16, activation="gelu")),
+    "flame": lambda: Flame(vit(), SimVlm(vit(), text(), joint()), [[5, 6], [7], [8, 9, 10]], hidden=48),
+    "flame of features": lambda: Flame(vit(), width=6, hidden=48),
     "solo": lambda: Solo(vit(), text(), joint()),
 }
 
@@ -118,5 +121,6 @@ def whole() -> Batch:
     kept = Packed.from_list([x[::2] for x in image.segments()], [p[::2] for p in image.pos.split(image.lengths.tolist())])
     masked = [torch.where(torch.arange(len(row)) % 3 == 1, WORDS, row) for row in rows]
     streams = {"image": image, "kept": kept, "views": images(2), "text": captions(rows), "masked": captions(masked),
-               "other": captions(rows[1:] + rows[:1]), "draw": torch.rand(SAMPLES, generator=generator, dtype=torch.float64)}
+               "other": captions(rows[1:] + rows[:1]), "draw": torch.rand(SAMPLES, generator=generator, dtype=torch.float64),
+               "facets": torch.randn(SAMPLES, 18, generator=generator, dtype=torch.float64)}
     return Batch(streams, torch.arange(SAMPLES))
