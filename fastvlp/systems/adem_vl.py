@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import AdaptiveAveragePool, ParameterFreeAttention, packed_attend
-from fastvlp.recipe import Data, Eval, Optim, Recipe, Schedule, Train
+from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.captioner import Captioner
 from fastvlp.systems.simvlm import SimVlm
@@ -74,10 +74,9 @@ class AdemVl(Captioner):
 
 def recipe() -> Recipe:
     """Grids of 4 and 2 between a frozen tower and a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
     model = fdl.Config(AdemVl, shipped.image(), lm, grids=(4, 2), hidden=64)
-    data = Data(fields={"image": Image(keep=1.0), "text": Caption(max_captions=2, part="lm.text")}, batch_size=128)
-    return replace(clip.recipe(), model=model, data=data, schedule=shipped.schedule(keep=1.0),
+    return replace(clip.recipe(), model=model, data=shipped.captions("lm.text", keep=1.0), schedule=shipped.schedule(keep=1.0),
                    eval=Eval(captions=("mini:val-openclipart",)))
 
 

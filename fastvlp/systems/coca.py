@@ -47,9 +47,9 @@ class CoCa(Clip, Captioner):
 def recipe() -> Recipe:
     """Contrast and captions on the shipped data."""
     made = clip.recipe()
-    model = fdl.Config(CoCa, shipped.image(), shipped.text(depth=3, causal=True),
+    model = fdl.Config(CoCa, shipped.image(), shipped.text(depth=3, causal=True, vocab_size=shipped.CAPTIONER),
                        fdl.Config(Decoder, width=192, depth=3, heads=3, vocab_size=None, source=192))
-    return replace(made, model=model, eval=replace(made.eval, captions=("mini:val-openclipart",)))
+    return replace(made, model=model, data=shipped.captions(), eval=replace(made.eval, captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:

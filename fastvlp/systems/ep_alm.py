@@ -70,10 +70,9 @@ class EpAlm(Captioner):
 
 def recipe() -> Recipe:
     """Two layers of a frozen tower into four blocks of a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
     model = fdl.Config(EpAlm, shipped.image(), lm, layers=2, first=2, last=6)
-    data = replace(shipped.PAIRS, fields={"image": Image(), "text": Caption(max_captions=2, part="lm.text")})
-    return replace(clip.recipe(), model=model, data=data, eval=Eval(captions=("mini:val-openclipart",)))
+    return replace(clip.recipe(), model=model, data=shipped.captions("lm.text"), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:

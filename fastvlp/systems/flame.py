@@ -78,8 +78,8 @@ def recipe() -> Recipe:
     made, tokenizer = clip.recipe(), load_tokenizer(shipped.PAIRS.tokenizer)
     ends = slice(len(tokenizer.start), -len(tokenizer.end) or None)
     prompts = [tokenizer.encode(text)[ends] for text in ("it is a", "its colour is", "it is used for")]
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, context_length=32), fdl.Config(Joint, width=192, depth=6, heads=3))
-    fields = {"image": Image(), "text": Caption(length=24, max_captions=2, part="lm.text")}
+    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, context_length=32, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    fields = {"image": Image(), "text": Caption(length=24, max_captions=2, part="lm.text", ends=shipped.ENDS)}
     return replace(made, model=fdl.Config(Flame, shipped.image(), lm, prompts, hidden=384), data=replace(made.data, fields=fields))
 
 

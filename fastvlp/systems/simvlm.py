@@ -60,8 +60,8 @@ class SimVlm(Captioner):
 
 def recipe() -> Recipe:
     """A captioner of the shipped pictures from one objective."""
-    model = fdl.Config(SimVlm, shipped.image(), shipped.text(), fdl.Config(Joint, width=192, depth=6, heads=3))
-    return replace(clip.recipe(), model=model, eval=Eval(captions=("mini:val-openclipart",)))
+    model = fdl.Config(SimVlm, shipped.image(), shipped.text(vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:

@@ -22,6 +22,7 @@ from fastvlp.systems.flame import Flame
 from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
+from fastvlp.systems.llama_fusion import LlamaFusion
 from fastvlp.systems.mae import Mae
 from fastvlp.systems.pix2struct import Pix2Struct
 from fastvlp.systems.pyramid_drop import PyramidDrop
@@ -82,7 +83,7 @@ MAKERS = {
     "lexlip": lambda: LexLip(vit(), text()),
     "blip2": lambda: Blip2(vit(), QFormer(32, 32, 2, 2, 64, dropout=0.0), SimVlm(vit(), text(), joint()), queries=4),
     "albef": lambda: Albef(vit(), text(), joint(), 16),
-    "unified_vlp": lambda: UnifiedVlp(vit(), text(), joint(), seq2seq=0.5),
+    "unified_vlp": lambda: UnifiedVlp(vit(), text(), joint(), WORDS, seq2seq=0.5),
     "aim": lambda: Aim(vit(), head=1, head_width=16),
     "fiber": _fiber,
     "pyramid_drop": lambda: PyramidDrop(vit(), text(), Joint(32, 3, 2), (1, 2)),
@@ -91,6 +92,7 @@ MAKERS = {
     "pix2struct": lambda: Pix2Struct(vit(), Decoder(32, 2, 2, WORDS + 1, 16, activation="gelu")),
     "flame": lambda: Flame(vit(), SimVlm(vit(), text(), joint()), [[5, 6], [7], [8, 9, 10]], hidden=48),
     "flame of features": lambda: Flame(vit(), width=6, hidden=48),
+    "llama_fusion": lambda: LlamaFusion(vit(), SimVlm(vit(), text(), joint())),
     "solo": lambda: Solo(vit(), text(), joint()),
 }
 

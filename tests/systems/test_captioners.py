@@ -9,7 +9,8 @@ from fastvlp.data.fields import Caption
 from fastvlp.systems.captioner import Captioner, write
 from tests.systems.small import MAKERS, make, whole
 
-NAMES = ("simvlm", "coca", "blip2", "unified_vlp", "solo", "pyramid_drop", "ep_alm", "adem_vl", "pix2struct")
+NAMES = ("simvlm", "coca", "blip2", "unified_vlp", "solo", "pyramid_drop", "ep_alm", "adem_vl", "pix2struct",
+         "llama_fusion")
 
 
 def batch():

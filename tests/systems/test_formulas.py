@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fastvlp.layers import FusedBlocks
+from fastvlp.systems.llama_fusion import LlamaFusion
 from fastvlp.systems.pyramid_drop import PyramidDrop
 from fastvlp.systems.solo import Solo
 from fastvlp_kernels.packed import Packed
@@ -169,8 +170,8 @@ def test_fused_blocks():
             a, b = new
         expected[0].append(a)
         expected[1].append(b)
-    for side, want in zip(found, expected, strict=True):
-        plain.same(side.x, torch.cat(want), [*fusion.named_parameters(), *image.blocks.named_parameters()])
+    sides = [torch.cat([part.flatten() for part in parts]) for parts in ((found[0].x, found[1].x), (*expected[0], *expected[1]))]
+    plain.same(*sides, [*fusion.named_parameters(), *image.blocks.named_parameters(), *words.blocks.named_parameters()])
 
 
 def test_closed_gates_leave_the_towers_alone():
@@ -200,3 +201,30 @@ def test_flame():
     torch.testing.assert_close(system.objective(out, given)["contrastive"], torch.stack(each).mean())
     mean = F.normalize(system.facets(given.text).mean(1), dim=1)
     torch.testing.assert_close(system.embed_text(given.text), mean)
+
+
+def test_llama_fusion():
+    system, given = make("llama_fusion"), batch()
+    for number, tensor in enumerate(parameter for parameter in system.parameters() if parameter.requires_grad):
+        tensor.data += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    expected = []
+    for image, words in zip(alone(given.image), alone(given.text), strict=True):
+        x, n = torch.cat([system.image.embed(image).x, system.text.embed(words).x]), image.total
+        for block in system.blocks:
+            kinds = [(block.kind_1, slice(n)), (block.first, slice(n, None))]
+            q, k, v = torch.cat([plain.linear(one.qkv, plain.norm(one.norm1, x[part])) for one, part in kinds]).chunk(3, -1)
+            read = plain.attention(2, q, k, v, plain.earlier_seen(len(x), n), torch.ones(len(x)).double())
+            x = x + torch.cat([plain.linear(one.proj, read[part]) for one, part in kinds])
+            x = x + torch.cat([plain.linear(one.down, F.gelu(plain.linear(one.up, plain.norm(one.norm2, x[part])))) for one, part in kinds])
+        expected.append(plain.norm(system.norm_out, x[n:]))
+    torch.testing.assert_close(system.states(given.image, given.text).x, torch.cat(expected))
+
+
+def test_llama_fusion_leaves_text_alone_as_it_was():
+    lm, given = make("simvlm"), batch()
+    system = LlamaFusion(vit(), lm).double()
+    for tensor in system.parameters():
+        if tensor.requires_grad:
+            tensor.data += 1
+    nothing = given.image.first(0)
+    assert torch.equal(system.states(nothing, given.text).x, lm.states(nothing, given.text).x)
