@@ -22,6 +22,7 @@ from fastvlp.layers.pool import segment_mean as segment_mean
 from fastvlp.layers.q_shift import neighbours as neighbours
 from fastvlp.layers.q_shift import q_shift as q_shift
 from fastvlp.layers.qformer import QFormer as QFormer
+from fastvlp.layers.routed import RoutedBlock as RoutedBlock
 from fastvlp.layers.token_learner import TokenLearner as TokenLearner
 from fastvlp.layers.token_merger import TokenMerger as TokenMerger
 from fastvlp.layers.transformer import Attend as Attend

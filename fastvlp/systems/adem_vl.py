@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import AdaptiveAveragePool, ParameterFreeAttention, packed_attend
-from fastvlp.recipe import Data, Eval, Optim, Recipe, Schedule, Train
+from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.captioner import Captioner
 from fastvlp.systems.simvlm import SimVlm
@@ -74,10 +74,10 @@ class AdemVl(Captioner):
 
 def recipe() -> Recipe:
     """Grids of 4 and 2 between a frozen tower and a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
     model = fdl.Config(AdemVl, shipped.image(), lm, grids=(4, 2), hidden=64)
-    data = Data(fields={"image": Image(keep=1.0), "text": Caption(max_captions=2)}, batch_size=128)
-    return replace(clip.recipe(), model=model, data=data, schedule=shipped.schedule(keep=1.0), eval=Eval(captions=("mini:val-openclipart",)))
+    return replace(clip.recipe(), model=model, data=shipped.captions("lm.text", keep=1.0), schedule=shipped.schedule(keep=1.0),
+                   eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
@@ -86,5 +86,6 @@ def paper() -> Recipe:
     lm = fdl.Config(SimVlm, clip.vit_b(14, depth=1), clip.text_b(width=4096, heads=32, depth=1, vocab_size=32000, context_length=512),
                     fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"))
     model = fdl.Config(AdemVl, clip.vit_b(14, width=1024, depth=24, heads=16), lm)
-    return replace(made, model=model, data=replace(made.data, batch_size=32), schedule=Schedule(samples=5 * 566_747, warmup=1_771),
+    fields = {"image": Image(keep=1.0), "text": Caption(part="lm.text")}
+    return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=32), schedule=Schedule(samples=5 * 566_747, warmup=1_771),
                    optim=Optim(lr=9e-3 * 32 / 256, betas=(0.9, 0.95), weight_decay=0.02), train=Train(amp="bf16"))

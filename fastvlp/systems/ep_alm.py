@@ -8,6 +8,7 @@ import fiddle as fdl
 import torch
 from torch import nn
 
+from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import packed_attend, segment_mean
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
@@ -69,9 +70,9 @@ class EpAlm(Captioner):
 
 def recipe() -> Recipe:
     """Two layers of a frozen tower into four blocks of a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
     model = fdl.Config(EpAlm, shipped.image(), lm, layers=2, first=2, last=6)
-    return replace(clip.recipe(), model=model, eval=Eval(captions=("mini:val-openclipart",)))
+    return replace(clip.recipe(), model=model, data=shipped.captions("lm.text"), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
@@ -80,5 +81,6 @@ def paper() -> Recipe:
     lm = fdl.Config(SimVlm, clip.vit_b(16, depth=1), clip.text_b(width=4096, heads=32, depth=1, vocab_size=50272, context_length=64),
                     fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"))
     model = fdl.Config(EpAlm, clip.vit_b(16, width=1024, depth=24, heads=16), lm, prompt=10)
-    return replace(made, model=model, data=replace(made.data, batch_size=16), schedule=Schedule(samples=35 * 566_747, warmup=141_687),
+    fields = {"image": Image(), "text": Caption(part="lm.text")}
+    return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=16), schedule=Schedule(samples=35 * 566_747, warmup=141_687),
                    optim=Optim(lr=2e-4, weight_decay=0.02, scales={"prompt": 5.0}), train=Train(amp="bf16"))

@@ -36,8 +36,8 @@ class Pix2Struct(Captioner):
 
 def recipe() -> Recipe:
     """Captions on pages of 96 pixels in letters of 12, with all their patches."""
-    decoder = fdl.Config(Decoder, width=192, depth=4, heads=3, vocab_size=shipped.VOCABULARY)
-    fields = {"image": Pages(height=12, keep=1.0, augment=0.0), "text": Caption(part="decoder")}
+    decoder = fdl.Config(Decoder, width=192, depth=4, heads=3, vocab_size=shipped.CAPTIONER)
+    fields = {"image": Pages(height=12, keep=1.0, augment=0.0), "text": Caption(part="decoder", ends=shipped.ENDS)}
     model = fdl.Config(Pix2Struct, shipped.image(patch_size=8, image_size=96), decoder)
     return replace(clip.recipe(), model=model, data=Data(fields=fields, batch_size=128), schedule=shipped.schedule(keep=1.0),
                    eval=Eval(captions=("mini:val-openclipart",)))

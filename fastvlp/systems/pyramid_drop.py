@@ -69,8 +69,9 @@ def _drop(block: nn.Module, tokens: Packed, words: Tensor, remain: Tensor) -> Pa
 
 def recipe() -> Recipe:
     """Half of the tokens left after the second block, a quarter after the fourth."""
-    model = fdl.Config(PyramidDrop, shipped.image(), shipped.text(depth=1), fdl.Config(Joint, width=192, depth=6, heads=3), (2, 4))
-    return replace(clip.recipe(), model=model, eval=Eval(captions=("mini:val-openclipart",)))
+    model = fdl.Config(PyramidDrop, shipped.image(), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3),
+                       drop_before=(2, 4))
+    return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
@@ -78,6 +79,7 @@ def paper() -> Recipe:
     made = clip.paper()
     image = clip.vit_b(14, width=1024, depth=24, heads=16, image_size=336, grid=24)
     text = clip.text_b(width=4096, depth=1, heads=32, vocab_size=32000, context_length=1472)
-    model = fdl.Config(PyramidDrop, image, text, fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"), (8, 16, 24))
+    model = fdl.Config(PyramidDrop, image, text, fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"),
+                       drop_before=(8, 16, 24))
     return replace(made, model=model, data=replace(made.data, batch_size=128), schedule=Schedule(samples=665_000, warmup=156),
                    optim=Optim(lr=2e-5, betas=(0.9, 0.999), weight_decay=0.0), train=Train(amp="bf16"))
