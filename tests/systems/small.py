@@ -20,12 +20,13 @@ from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
 from fastvlp.systems.mae import Mae
 from fastvlp.systems.proto_clip import ProtoClip
+from fastvlp.systems.rwkv_clip import RwkvClip
 from fastvlp.systems.siglip import SigLip
 from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.slip import Slip
 from fastvlp.systems.system import System
 from fastvlp.systems.vilt import Vilt
-from fastvlp.towers import Decoder, Joint, Text, Vit
+from fastvlp.towers import Decoder, Joint, RwkvImage, RwkvText, Text, Vit
 from fastvlp_kernels.packed import Packed
 
 SAMPLES, WORDS, PATCH = 8, 64, 4
@@ -71,6 +72,7 @@ MAKERS = {
     "proto_clip": _proto_clip,
     "dlip": lambda: Dlip(vit(), text(), Clip(vit(width=48, heads=3), text(), 24), 16),
     "dcd": lambda: Dcd(vit(), text(), Vilt(vit(), text(), joint()), 16, drawn=5, hard=3),
+    "rwkv_clip": lambda: RwkvClip(RwkvImage(32, 2, 2, PATCH, 32, 8), RwkvText(32, 2, 2, vocab_size=WORDS + 1, context_length=16), 16),
     "coca": lambda: CoCa(vit(), text(causal=True), Decoder(32, 2, 2, None, activation="gelu"), 16),
     "simvlm": lambda: SimVlm(vit(), text(), joint(), prefix=0.4),
     "vilt": lambda: Vilt(vit(), text(), joint()),
