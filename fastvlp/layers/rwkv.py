@@ -59,8 +59,8 @@ class SpatialMix(nn.Module):
         low = torch.tanh((x + toward * self.mix[0]) @ self.mix_in).unflatten(1, (5, -1))
         w, k, v, r, g = x + toward * (self.mix[1:, None] + torch.einsum("tnm,nmc->ntc", low, self.mix_out))
         decay = self.decay + torch.tanh(w @ self.decay_in) @ self.decay_out
-        by_head = [y.unflatten(1, (self.heads, -1)) for y in (self.receptance(r), self.key(k), self.value(v), decay)]
-        return self.output(self.norm(wkv(*by_head, self.own).flatten(1)) * F.silu(self.gate(g)))
+        r, k, v, decay = (y.unflatten(1, (self.heads, -1)) for y in (self.receptance(r), self.key(k), self.value(v), decay))
+        return self.output(self.norm(wkv(r, k, v, decay, self.own).flatten(1)) * F.silu(self.gate(g)))
 
 
 class ChannelMix(nn.Module):

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from fastvlp.layers import RwkvBlock, neighbours, previous_and_next, shift
-from fastvlp.layers.rwkv import packed_wkv
+from fastvlp.layers.rwkv import Shift, packed_wkv
 from fastvlp.towers import inputs
 from fastvlp.towers.vit import Patches
 from fastvlp_kernels.packed import Packed
@@ -66,7 +66,7 @@ def _blocks(name: str, width: int, depth: int, heads: int, ratio: float, parts: 
     return nn.ModuleList(RwkvBlock(width, heads, int(width * ratio), layer, depth, eps) for layer in range(depth))
 
 
-def _through(tower: RwkvImage | RwkvText, tokens: Packed, look: partial) -> Packed:
+def _through(tower: RwkvImage | RwkvText, tokens: Packed, look: Shift) -> Packed:
     x, wkv = tokens.x, packed_wkv(tokens)
     for block in tower.blocks:
         x = block(x, look, wkv)
