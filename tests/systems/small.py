@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from fastvlp.data.batch import Batch
 from fastvlp.layers import QFormer
 from fastvlp.systems.albef import Albef
+from fastvlp.systems.align import Align
 from fastvlp.systems.blip2 import Blip2
 from fastvlp.systems.brivl import BriVl
 from fastvlp.systems.clip import Clip
@@ -18,7 +19,9 @@ from fastvlp.systems.filip import Filip
 from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
+from fastvlp.systems.m2_encoder import M2Encoder
 from fastvlp.systems.mae import Mae
+from fastvlp.systems.navit import NaVit
 from fastvlp.systems.proto_clip import ProtoClip
 from fastvlp.systems.rwkv_clip import RwkvClip
 from fastvlp.systems.siglip import SigLip
@@ -73,6 +76,9 @@ MAKERS = {
     "dlip": lambda: Dlip(vit(), text(), Clip(vit(width=48, heads=3), text(), 24), 16),
     "dcd": lambda: Dcd(vit(), text(), Vilt(vit(), text(), joint()), 16, drawn=5, hard=3),
     "rwkv_clip": lambda: RwkvClip(RwkvImage(32, 2, 2, PATCH, 32, 8), RwkvText(32, 2, 2, vocab_size=WORDS + 1, context_length=16), 16),
+    "align": lambda: Align(vit(), text(), 16),
+    "m2_encoder": lambda: M2Encoder(vit(), text(), 16, node_size=1),
+    "navit": lambda: NaVit(vit(heads=8), text(), 16),
     "coca": lambda: CoCa(vit(), text(causal=True), Decoder(32, 2, 2, None, activation="gelu"), 16),
     "simvlm": lambda: SimVlm(vit(), text(), joint(), prefix=0.4),
     "vilt": lambda: Vilt(vit(), text(), joint()),
