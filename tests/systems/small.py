@@ -9,11 +9,13 @@ from fastvlp.data.batch import Batch
 from fastvlp.layers import QFormer
 from fastvlp.systems.albef import Albef
 from fastvlp.systems.align import Align
+from fastvlp.systems.bert import Bert
 from fastvlp.systems.blip2 import Blip2
 from fastvlp.systems.brivl import BriVl
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.coca import CoCa
 from fastvlp.systems.dcd import Dcd
+from fastvlp.systems.distilbert import DistilBert
 from fastvlp.systems.dlip import Dlip
 from fastvlp.systems.filip import Filip
 from fastvlp.systems.jina_clip import JinaClip
@@ -79,6 +81,8 @@ MAKERS = {
     "align": lambda: Align(vit(), text(), 16),
     "m2_encoder": lambda: M2Encoder(vit(), text(), 16, node_size=1),
     "navit": lambda: NaVit(vit(heads=8), text(), 16),
+    "bert": lambda: Bert(text()),
+    "distilbert": lambda: DistilBert(text(depth=1), Bert(text())),
     "coca": lambda: CoCa(vit(), text(causal=True), Decoder(32, 2, 2, None, activation="gelu"), 16),
     "simvlm": lambda: SimVlm(vit(), text(), joint(), prefix=0.4),
     "vilt": lambda: Vilt(vit(), text(), joint()),

@@ -28,8 +28,8 @@ class Resolutions(Image):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.smallest < 1 or not 0 < self.least <= 1 or self.views != 1:
-            raise ValueError(f"Resolutions: smallest is {self.smallest}, least is {self.least} and views is {self.views}; at least 1 pixel, "
-                             "a share above 0 and at most 1, and one view are needed")
+            raise ValueError(f"Resolutions: smallest is {self.smallest}, least is {self.least} and views is {self.views}; at least 1 "
+                             "pixel, a share above 0 and at most 1, and one view are needed")
 
     def __call__(self, samples: Sequence[Record], words: np.ndarray, stage: Stage) -> Packed:
         size, patch, keep, _ = self.at(stage)
