@@ -102,6 +102,8 @@ def extreme_logits() -> None:
     out, lse = similarity_attend(far, far, far, 2.0, impl="triton")
     near = similarity_attend(far.clone(), far.clone(), far.clone(), 2.0, impl="triton")
     assert torch.equal(out, near[0]) and torch.equal(lse, near[1])
+    with pytest.raises(RuntimeError, match="not in float64; use impl='cpu'"):
+        similarity_attend(x.double(), y.double(), v.double(), impl="triton")
 
 
 def small_gradients_and_confident_rows() -> None:

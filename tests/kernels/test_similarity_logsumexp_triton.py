@@ -106,6 +106,8 @@ def extreme_logits() -> None:
     far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((3, 64), (2**30, 1)).copy_(torch.randn(3, 64) / 8)
     row, _ = similarity_logsumexp(far, far, 2.0, impl="triton")
     assert torch.equal(row, similarity_logsumexp(far.clone(), far.clone(), 2.0, impl="triton")[0])
+    with pytest.raises(RuntimeError, match="not in float64; use impl='cpu'"):
+        similarity_logsumexp(x.double(), y.double(), impl="triton")
 
 
 def confident_pairs() -> None:
@@ -202,9 +204,12 @@ def _launches(monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype, wi
     return recorders
 
 
-# float16 compiles to what bfloat16 does.
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize(("dtype", "case"), [*(("bfloat16", name) for name in CASES), ("float32", "clip")])
+# float16 compiles to what bfloat16 does; on Ampere, cases with the tiles of another one that takes more registers are left out.
+@pytest.mark.parametrize(
+    ("arch", "dtype", "case"),
+    [*((arch, "bfloat16", case) for arch in SHARED_LIMIT for case in CASES if arch > 80 or case in ("both", "stash", "everything"))]
+    + [(arch, "float32", "clip") for arch in SHARED_LIMIT],
+)
 def test_compiled_ahead_of_time(arch, dtype, case, monkeypatch):
     recorders = _launches(monkeypatch, arch, DTYPES[dtype], 512, CASES[case])
     for name in ("_forward_kernel", "stashed_kernel" if case == "stash" else "_backward_kernel"):
@@ -213,8 +218,9 @@ def test_compiled_ahead_of_time(arch, dtype, case, monkeypatch):
         recorders[name].compile(arch).assert_fits()
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize(("width", "case"), [(512, "clip"), (640, "stash")])
+@pytest.mark.parametrize(
+    ("arch", "width", "case"), [*((arch, 512, "clip") for arch in SHARED_LIMIT), (90, 640, "stash"), (100, 640, "stash")]
+)
 def test_products_compiled_ahead_of_time(arch, width, case, monkeypatch):
     recorder = _launches(monkeypatch, arch, torch.bfloat16, width, CASES[case])["_product_kernel"]
     # One wave: into the gradient of x; into the sum for y at first, in the middle, at last.
