@@ -102,7 +102,7 @@ class Stream:
 
     def met(self) -> int:
         """Samples that this rank knows more of than their number: whose headers were read, or which were read (each time they were)."""
-        return max(self.read, sum(index.scanned for index in self.indices) + len(self.skips))
+        return max(self.read, sum(index.scanned for index in self.indices))
 
     def sizes(self) -> list[int]:
         """Usable samples of each source by the headers of all shards, which are read for it (half a minute for a million samples)."""
