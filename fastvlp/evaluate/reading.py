@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastvlp.data.images import MAX_PIXELS, Unusable
 from fastvlp.data.samples import Labels, Reader
 from fastvlp.data.shards import Index, Shards, expand
+from fastvlp.data.stream import ignore_signals
 from fastvlp.systems.system import System
 
 T = TypeVar("T")
@@ -161,7 +161,7 @@ class Samples:
         loaded: Iterable[Read] = map(self.reading.__getitem__, (batch for _, batch in numbers))
         if self.how.workers and len(numbers) > 1:
             loaded = DataLoader(self.reading, batch_size=None, sampler=[batch for _, batch in numbers],
-                                num_workers=min(self.how.workers, len(numbers)), collate_fn=_as_is, worker_init_fn=_quiet)
+                                num_workers=min(self.how.workers, len(numbers)), collate_fn=_as_is, worker_init_fn=ignore_signals)
         for (number, _), read in zip(numbers, loaded, strict=True):
             self.how.beat()
             if number >= 0:
@@ -227,8 +227,3 @@ def _known(reason: str, name: str) -> None:
 
 def _as_is(value: Any) -> Any:
     return value
-
-
-def _quiet(worker: int) -> None:
-    """Ctrl-C is for the process that reads, which stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

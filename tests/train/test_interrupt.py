@@ -232,7 +232,7 @@ def test_a_terminal_never_stops_the_lines_of_a_run(kind, monkeypatch):
     shown.say("done")
     if isinstance(stream, io.TextIOWrapper) and kind != "full pipe":
         assert not shown.enabled
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # so that closing it does not fail
+        stream.close()  # and what was left in its buffer fails no more
     if kind == "full pipe":
         assert len(os.read(reader, 1 << 20)) > 30_000
 
