@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class RoutedBlock(nn.Module):
         """x [T, C] -> [T, C]; ``rows``: the numbers of the tokens of each kind, int64, each token once."""
         blocks, back = [getattr(self, name) for name in self.names], torch.cat(list(rows)).argsort()
 
-        def by_kind(tokens: Tensor, through: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        def by_kind(tokens: Tensor, through: Callable[[Any, Tensor], Tensor]) -> Tensor:
             return torch.cat([through(block, tokens[index]) for block, index in zip(blocks, rows, strict=True)])[back]
 
         q, k, v = by_kind(x, lambda block, own: torch.stack(block.queries_keys_values(own), 1)).unbind(1)
