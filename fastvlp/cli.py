@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.parser.print_help()
             if not options.arguments:
                 return 0
-        return importlib.import_module(f"fastvlp.commands.{options.command}").command(options)  # type: ignore[no-any-return]
+        return importlib.import_module(f"fastvlp.commands.{options.command}").command(options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

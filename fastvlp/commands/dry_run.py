@@ -112,7 +112,7 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
     def enter(name: str, args: tuple[Any, ...]) -> None:
         inputs[name] += sum(_bytes(_tensor(one)) for one in args[:1] if isinstance(one, Tensor | Packed))
 
-    hooks += [block.register_forward_pre_hook(lambda block, args, name=name: enter(name, args)) for name, block in blocks.items()]  # type: ignore[misc]
+    hooks += [block.register_forward_pre_hook(lambda block, args, name=name: enter(name, args)) for name, block in blocks.items()]
     try:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None), counted, known, \
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
@@ -137,7 +137,8 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
 
 
 def _kind(module: nn.Module) -> str:
-    return {ClipLoss: "clip", SigLipLoss: "siglip"}.get(type(module), "")
+    kind = type(module)
+    return "clip" if kind is ClipLoss else "siglip" if kind is SigLipLoss else ""
 
 
 def _in(inside: str, name: str) -> bool:

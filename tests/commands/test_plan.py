@@ -17,7 +17,6 @@ from fastvlp.data.batch import Batch
 from fastvlp.systems.flops import FlopCount
 from fastvlp.systems.system import System
 
-
 SHALLOW = ("model.image.depth=2", "model.text.depth=2", "model.decoder.depth=2")
 
 
