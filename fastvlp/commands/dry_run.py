@@ -126,7 +126,8 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
             hook.remove()
     found.forward, found.backward = sum(counted.forward.values()), sum(counted.backward.values())
     found.outputs = sum(_bytes(_tensor(value)) for value in out.values())
-    own = {name: size for name in blocks if (size := sum(size for inside, size in kept.values() if _in(inside, name)))}  # none of frozen ones
+    own = {name: sum(size for inside, size in kept.values() if _in(inside, name)) for name in blocks}
+    own = {name: size for name, size in own.items() if size}  # frozen ones keep nothing
     found.again = sum(flops for inside, flops in counted.forward.items() if any(_in(inside, name) for name in blocks))
     whole = float(sum(size for _, size in kept.values()))
     outside, largest = whole - sum(own.values()), max(own.values(), default=0)
