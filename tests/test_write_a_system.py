@@ -1,4 +1,4 @@
-"""The page "Write a system in twenty lines" from its first line to its last, on a tiny shard; its system on two nodes that lose a process."""
+"""The page "Write a system in twenty lines" from first line to last, on a tiny shard; its system on two nodes that lose a process."""
 
 from __future__ import annotations
 

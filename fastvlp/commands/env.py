@@ -62,7 +62,7 @@ def report() -> str:
     else:
         reason = f"torch {torch.__version__} is a CPU build" if torch.version.cuda is None else "torch finds none"
         lines.append(f"CUDA            no device ({reason})")
-    for name in ("FASTVLP_IMPL", "FASTVLP_TMA", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+    for name in ("FASTVLP_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         if name in os.environ:
             lines.append(f"{name}={os.environ[name]}")
     for device in devices():

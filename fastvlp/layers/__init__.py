@@ -12,6 +12,7 @@ from fastvlp.layers.cosine_attention import RelativePositions as RelativePositio
 from fastvlp.layers.cross_attention import CrossAttention as CrossAttention
 from fastvlp.layers.facets import FacetMask as FacetMask
 from fastvlp.layers.facets import facet_mask as facet_mask
+from fastvlp.layers.fusion import FusedBlocks as FusedBlocks
 from fastvlp.layers.learned_centres import LearnedCentres as LearnedCentres
 from fastvlp.layers.parameter_free import ParameterFreeAttention as ParameterFreeAttention
 from fastvlp.layers.patch_dropout import PatchDropout as PatchDropout
@@ -19,8 +20,12 @@ from fastvlp.layers.patch_dropout import PatchDropoutWithIndices as PatchDropout
 from fastvlp.layers.pool import Pool as Pool
 from fastvlp.layers.pool import segment_mean as segment_mean
 from fastvlp.layers.q_shift import neighbours as neighbours
+from fastvlp.layers.q_shift import previous_and_next as previous_and_next
 from fastvlp.layers.q_shift import q_shift as q_shift
+from fastvlp.layers.q_shift import shift as shift
 from fastvlp.layers.qformer import QFormer as QFormer
+from fastvlp.layers.routed import RoutedBlock as RoutedBlock
+from fastvlp.layers.rwkv import RwkvBlock as RwkvBlock
 from fastvlp.layers.token_learner import TokenLearner as TokenLearner
 from fastvlp.layers.token_merger import TokenMerger as TokenMerger
 from fastvlp.layers.transformer import Attend as Attend

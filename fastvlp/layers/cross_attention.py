@@ -16,7 +16,7 @@ class CrossAttention(nn.Module):
         width: C, of x, a multiple of ``heads``. source: of y; None: C.
         depth: how many such layers the tower has: residual outputs start smaller by sqrt(2 * depth), as in ``Block``.
         gated: gate = tanh(g) with a learned g that starts at 0, so that the layer starts as the identity (Flamingo, arXiv:2204.14198;
-            FIBER, arXiv:2206.07643, has g itself). Else gate = 1.
+            FIBER's is ``fastvlp.layers.FusedBlocks``). Else gate = 1.
     """
 
     def __init__(self, width: int, heads: int, source: int | None = None, depth: int = 1, gated: bool = False) -> None:
@@ -34,6 +34,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Packed, y: Packed) -> Packed:
         """Packed [T, C] and [T', source] of as many segments -> the segments of x. ``y.size`` weighs what is read."""
+        added = self.read(x, y)
+        return x.replace(x=x.x + (added if self.gate is None else self.gate.tanh() * added))
+
+    def read(self, x: Packed, y: Packed) -> Tensor:
+        """What is added to x, before the gate: [T, C]."""
         check_packed("CrossAttention", self.q.in_features, x=x)
         check_packed("CrossAttention", self.kv.in_features, y=y)
         if len(x) != len(y):
@@ -43,5 +48,4 @@ class CrossAttention(nn.Module):
         read = packed_attention(
             q, k, v, x.cu_seqlens, y.cu_seqlens, x.max_seqlen, y.max_seqlen, key_size=y.size, lengths=x.lengths, lengths_k=y.lengths
         )
-        added: Tensor = self.proj(cast(Tensor, read).flatten(1))
-        return x.replace(x=x.x + (added if self.gate is None else self.gate.tanh() * added))
+        return cast(Tensor, self.proj(cast(Tensor, read).flatten(1)))

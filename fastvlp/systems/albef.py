@@ -44,13 +44,17 @@ class Albef(Clip):
         own = torch.arange(batch.first, batch.first + len(batch))
         rows = torch.cat([own, own, of_text[own]]), torch.cat([own, of_image[own], own])
         truth = (rows[0] == rows[1]).long().to(image.device)
-        fused = segment_mean(self.fusion(patches.take(rows[0]).join(words.take(rows[1]))))
-        match = F.cross_entropy(self.match(fused), truth, reduction="sum") * batch.world / (3 * batch.total)
+        logits = self.match(self.fused(patches.take(rows[0]), words.take(rows[1])))
+        match = F.cross_entropy(logits, truth, reduction="sum") * batch.world / (3 * batch.total)
         return {**super().objective(out, batch), "match": match}
 
+    def fused(self, patches: Packed, words: Packed) -> Tensor:
+        """One feature [n, C] of each pair of a picture's tokens and a caption's."""
+        return segment_mean(self.fusion(patches.join(words)))
+
     def score(self, images: Packed, texts: Packed) -> Tensor:
-        tokens = self.image(images).replace(pos=None).join(self.text(texts).replace(pos=None))
-        return self.match(segment_mean(self.fusion(tokens))).log_softmax(-1)[:, 1]
+        fused = self.fused(self.image(images).replace(pos=None), self.text(texts).replace(pos=None))
+        return self.match(fused).log_softmax(-1)[:, 1]
 
 
 def recipe() -> Recipe:

@@ -41,7 +41,7 @@ class Mae(System):
         places = self.rows[whole.pos[:, 1].long()] + self.columns[whole.pos[:, 2].long()]
         x = places + self.mask.expand_as(places).index_copy(0, seen, tokens.to(places.dtype))
         made = self.pixels(self.decoder(whole.replace(x=x, pos=None)).x[left])
-        target = _normalised(whole.x[left].to(made.dtype))
+        target = normalised(whole.x[left].to(made.dtype))
         owner = torch.arange(len(batch), device=made.device).repeat_interleave((whole.lengths - kept.lengths).to(made.device))
         error = (made - target).square().mean(1)
         return {"pixels_loss": batch.per_token(error.new_zeros(len(batch)).index_add(0, owner, error), "left")}
@@ -68,7 +68,7 @@ class Mae(System):
         return F.normalize(segment_mean(self.image(images)), dim=-1)
 
 
-def _normalised(pixels: Tensor) -> Tensor:
+def normalised(pixels: Tensor) -> Tensor:
     """Each patch with mean 0 and variance 1 (the authors' norm_pix_loss: unbiased variance, 1e-6 on pixels in 0..1)."""
     pixels = pixels / 255
     return (pixels - pixels.mean(1, keepdim=True)) / (pixels.var(1, keepdim=True) + 1e-6).sqrt()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def lora(part: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
+def lora(part: nn.Module, rank: int = 8, alpha: int = 16, dropout: float = 0.0,
          targets: Sequence[str] = ("qkv", "proj", "up", "down")) -> nn.Module:
     """A part whose weights are frozen and whose linear layers learn a product of two thin matrices each (LoRA, arXiv:2106.09685).
 

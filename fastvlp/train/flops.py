@@ -42,7 +42,8 @@ def needed_per_cost(system: System, batch: Batch, cost: float, world: World, aut
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second that products of large square matrices reach here: the best of those that fit into a tenth of a second."""
     side = 8192 if device.type == "cuda" else 512
-    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # a run that is continued must find the generators where it left them
+    one, other = (torch.randn(side, side, device=device, dtype=torch.float32, generator=own).to(dtype) for _ in range(2))
     best, began = 0.0, time.perf_counter()
     for number in range(1000):
         start = time.perf_counter()

@@ -110,7 +110,9 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
         losses, found = objective(leaves)
     _backward(losses, scale_loss)
 
-    shares = {name: grad.split(counts[name]) for name, value in leaves.items() if (grad := tensor(value).grad) is not None}
+    # What the objective leaves out has a gradient of zeros: DistributedDataParallel waits for one of every parameter.
+    shares = {name: (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).split(counts[name])
+              for name, value in leaves.items() if (leaf := tensor(value)).is_floating_point()}
     for number, (encode, state) in enumerate(zip(second, states, strict=True)):
         set_random_state(state)
         with autocast():

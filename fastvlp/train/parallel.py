@@ -189,9 +189,8 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     for block in blocks:
         fully_shard(block, mesh=mesh, offload_policy=policy)
-        for name in ("merging",):  # blocks that merge are called by this name
-            if hasattr(block, name):
-                register_fsdp_forward_method(block, name)
+        if hasattr(block, "queries_keys_values"):  # asked for on its own where tokens are ranked before the block
+            register_fsdp_forward_method(block, "queries_keys_values")
     fully_shard(system, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
     for name in FORWARDS:
         register_fsdp_forward_method(system, name)

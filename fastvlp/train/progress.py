@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import shutil
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import TextIO
 
 import torch
+
+from fastvlp.train.interrupt import writable
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Progress:
 
     def __init__(self, total: int, every: float, stream: TextIO | None = None, enabled: bool = True) -> None:
         self.total, self.every, self.enabled = total, every, enabled
-        self.stream = stream or sys.stdout
+        self.stream = stream or sys.stdout or io.StringIO()  # Python has no stdout where its descriptor was closed
         self.live = self.stream.isatty()
         self.rates: dict[str, float] = {}
         self.seconds_per_step = 0.0
@@ -87,10 +90,17 @@ class Progress:
     def _write(self, text: str) -> None:
         """A terminal that was closed, a pipe that nobody reads or a full disk behind it never stops a training."""
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            if self._writable():
+                self.stream.write(text)
+                self.stream.flush()
         except (OSError, ValueError):
             self.enabled = False
+
+    def _writable(self) -> bool:
+        try:
+            return writable(self.stream.fileno())
+        except io.UnsupportedOperation:  # it is in memory
+            return True
 
 
 def memory_in_use() -> int:

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import random
 
 import numpy as np
@@ -18,7 +19,7 @@ def write(folder, step, keep=2):
     temporary = checkpoint.begin(folder, step)
     (temporary / checkpoint.STATE).mkdir()
     (temporary / checkpoint.STATE / "part.distcp").write_bytes(bytes(range(256)) * 20 + bytes([step]))
-    return checkpoint.finish(temporary, {"counters": {"step": step}}, [random_state(CPU)], keep)
+    return checkpoint.finish(temporary, {"recipe": {}, "counters": {"step": step}}, [random_state(CPU)], keep)
 
 
 def flip(file, at):
@@ -36,10 +37,9 @@ def test_the_last_ones_are_kept_and_the_newest_is_found(tmp_path):
     for step in (5, 10, 15, 200):
         write(folder, step)
     assert [path.name for path in checkpoint.checkpoints(folder)] == names(folder) == ["step-00000015", "step-00000200"]
-    found = checkpoint.latest(folder, print)
-    assert found == folder / "step-00000200" and checkpoint.verify(found) == {"counters": {"step": 200}}
+    found, described = checkpoint.latest(folder, print)
+    assert found == folder / "step-00000200" and checkpoint.verify(found) == described == {"recipe": {}, "counters": {"step": 200}}
     assert sorted(str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()) == NAMES
-    assert checkpoint.newest(tmp_path) == checkpoint.newest(folder) == checkpoint.newest(found) == found
 
 
 def test_what_was_cut_while_writing_is_no_checkpoint_and_is_cleared_away(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_what_was_cut_while_writing_is_no_checkpoint_and_is_cleared_away(tmp_pat
         patch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path, 2)
-    assert checkpoint.latest(tmp_path, print).name == "step-00000001"
+    assert checkpoint.latest(tmp_path, print)[0].name == "step-00000001"
     assert names(tmp_path) == [".step-00000002.partial", "step-00000001"]
     write(tmp_path, 3)
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
@@ -72,7 +72,9 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_taken(tmp
     with pytest.raises(Damaged, match=said):
         checkpoint.verify(broken)
     words = []
-    assert checkpoint.latest(tmp_path, words.append).name == "step-00000001"
+    assert checkpoint.latest(tmp_path, words.append, mine=False)[0].name == "step-00000001"  # another run's folder is left as it is
+    assert names(tmp_path) == ["step-00000001", "step-00000002"] and len(words) == 1 and "aside" not in words.pop()
+    assert checkpoint.latest(tmp_path, words.append)[0].name == "step-00000001"
     assert len(words) == 1 and "step-00000002" in words[0] and "damaged" in words[0] and "aside" in words[0]
     assert names(tmp_path) == ["aside", "step-00000001"] and names(tmp_path / "aside") == ["step-00000002"]
 
@@ -85,6 +87,53 @@ def test_a_manifest_without_its_sums_is_damaged_too(tmp_path):
     (broken / "manifest.json").write_text(text.replace(digest, digest[::-1]))
     with pytest.raises(Damaged, match="random.pt is not what was written"):
         checkpoint.verify(broken)
+
+
+def test_a_checkpoint_without_a_manifest_is_named_and_kept(tmp_path):
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "manifest.json").unlink()
+    words = []
+    assert checkpoint.latest(tmp_path, words.append)[0].name == "step-00000001"
+    assert "step-00000002 holds no manifest.json" in words[0] and names(tmp_path / "aside") == ["step-00000002"]
+
+
+@pytest.mark.parametrize("call", ["listdir", "stat"])
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path, monkeypatch, call):
+    """``Path.glob`` and ``Path.exists`` take what cannot be read for what is not there: the run would start over."""
+    write(tmp_path, 1)
+
+    def refuse(place, *rest, **options):
+        if str(place).startswith(str(tmp_path)):
+            raise PermissionError(errno.EACCES, "refused", str(place))
+        return original(place, *rest, **options)
+
+    original = getattr(os, call)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        for act in (lambda: checkpoint.latest(tmp_path, print), lambda: checkpoint.checkpoints(tmp_path)):
+            with pytest.raises((CheckpointError, PermissionError), match="refused") as caught:
+                act()
+            assert not isinstance(caught.value, Damaged)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_memory_that_is_full_is_no_damage(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_sha256", lambda file: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(CheckpointError, match="cannot be read: out of memory; nothing was changed") as caught:
+        checkpoint.latest(tmp_path, print)
+    assert not isinstance(caught.value, Damaged) and names(tmp_path) == ["step-00000001"]
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path):
+    """The sums vouch for the files; whatever is flipped in the sums is refused or named as damage."""
+    file = write(tmp_path, 1) / "manifest.json"
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        for bit in range(8):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:])
+            with pytest.raises(CheckpointError):
+                checkpoint.verify(file.parent)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN])
@@ -101,7 +150,7 @@ def test_what_cannot_be_read_now_may_be_whole(tmp_path, monkeypatch, number):
         with pytest.raises(CheckpointError, match="cannot be read: refused; nothing was changed") as caught:
             checkpoint.latest(tmp_path, print)
     assert not isinstance(caught.value, Damaged) and names(tmp_path) == ["step-00000001", "step-00000002"]
-    assert checkpoint.latest(tmp_path, print).name == "step-00000002"
+    assert checkpoint.latest(tmp_path, print)[0].name == "step-00000002"
 
 
 def test_a_newer_format_is_left_to_the_version_that_wrote_it(tmp_path):

@@ -89,8 +89,8 @@ def test_every_recipe_survives_yaml_and_json(name, tmp_path):
 
 
 def test_changes_survive_their_own_file(recipe, tmp_path):
-    made = config.load(recipe, ["model.image.width=96", "run.log=[wandb]", "optim.betas=[0.8, 0.9]", "train.ema=0.99", "model.image.merge=[0.3]",
-                                "optim.scales={image: 0.1}", "train.tokens={image: 512}", "train.shard=world"])
+    made = config.load(recipe, ["model.image.width=96", "run.log=[wandb]", "optim.betas=[0.8, 0.9]", "train.ema=0.99",
+                                "model.image.merge=[0.3]", "optim.scales={image: 0.1}", "train.tokens={image: 512}", "train.shard=world"])
     (tmp_path / "recipe.yaml").write_text(config.dump(made))
     assert config.load(str(tmp_path / "recipe.yaml"), ["run.name=mine"]) == made
     assert made.optim.scales == {"image": 0.1} and made.train.tokens == {"image": 512} and made.train.shard == "world"
@@ -109,7 +109,8 @@ def test_sources_and_fields_survive(recipe):
 
 def test_changes_reach_every_depth_and_kind(recipe):
     made = config.load(recipe, ["optim.lr=2e-4", "model.text.causal=true", "optim.grad_clip=1", "schedule.stages.0.keep=0.25",
-                                "schedule.stages.1.image_size=96", "data.batch_size=1e3", "data.fields.image.augment=0.5", "train.ema=null"])
+                                "schedule.stages.1.image_size=96", "data.batch_size=1e3", "train.ema=null",
+                                "data.fields.image.augment=0.5"])
     assert made.optim.lr == 2e-4 and made.model.text.causal is True and made.optim.grad_clip == 1.0 and made.train.ema is None
     assert made.schedule.stages[0].keep == 0.25 and made.schedule.stages[1].image_size == 96
     assert made.data.batch_size == 1000 and made.data.fields["image"].augment == 0.5

@@ -65,7 +65,7 @@ def test_any_budget_gives_the_gradient_of_the_whole_batch(name, loss, budgets):
     direct, cached = make(name), make(name)
     value = one_by_one(direct, loss)
     batch = batch_of(cached)
-    parts = [rows.tolist() for rows in batch.split(batch.microbatches(budgets, WIDTHS), WIDTHS)]
+    parts = batch.split(batch.microbatches(budgets, WIDTHS), WIDTHS)
     assert (len(parts) > 1) == bool(budgets)
     losses, out = gradients(cached, batch, parts)
     torch.testing.assert_close(losses["contrastive"].reshape(()), value, rtol=1e-12, atol=0)
@@ -79,13 +79,13 @@ def test_a_frozen_tower_gets_no_gradient_and_the_other_the_same(part):
     for system in (direct, cached):
         freeze(getattr(system, part))
     one_by_one(direct, clip)
-    gradients(cached, batch_of(cached), [[0, 5, 2], [1, 3], [4, 6, 7]])
+    gradients(cached, batch_of(cached), [torch.tensor(rows) for rows in ([0, 5, 2], [1, 3], [4, 6, 7])])
     same(found(cached), found(direct))
     assert any(p.grad is not None for p in cached.parameters())
 
 
 @pytest.mark.parametrize("name", ["clip", "simvlm", "coca"])
-@pytest.mark.parametrize("parts", [[list(range(SAMPLES))], [[0, 1, 2], [3, 4], [5, 6, 7]]], ids=len)
+@pytest.mark.parametrize("parts", [torch.arange(SAMPLES).split(size) for size in (SAMPLES, 3)], ids=len)
 def test_gradients_accumulate_and_scale(name, parts):
     """What a float16 run needs: the loss times a factor gives the gradients times this factor, on top of what is there."""
     system = make(name)
@@ -100,7 +100,7 @@ def test_gradients_accumulate_and_scale(name, parts):
 @pytest.mark.parametrize("name", ["clip", "simvlm"])
 def test_random_numbers_of_a_system_are_the_same_in_both_passes(name):
     """Dropout in micro-batches: part by part in one graph, from the same seed; and what comes after repeats nothing."""
-    parts = [[0, 1, 2], [3, 4], [5, 6, 7]]
+    parts = torch.arange(SAMPLES).split(3)
     direct, cached = make(name), make(name)
     for system in (direct, cached):
         embed = system.text.tokens

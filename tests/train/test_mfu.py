@@ -45,7 +45,9 @@ def test_counting_leaves_running_statistics_alone(settings):
 
 
 def test_the_rate_is_one_that_products_reach():
+    generator = torch.get_rng_state()
     assert 1e8 < matrix_rate(torch.device("cpu"), torch.float32) < 1e14
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_the_log_and_the_line_say_it(settings, tmp_path, capsys):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastvlp.data.batch import Stage
-from fastvlp.data.fields.field import Field, Record
+from fastvlp.data.fields.field import UNIFORM, Field, Record
 from fastvlp.data.images import Unusable
+from fastvlp.data.patches import mix
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,24 @@ class Label(Field):
         if isinstance(value, int) and not self.names and -(1 << 63) <= value < 1 << 63:
             return int(value)
         raise Unusable(f"{self.key} is none of the {len(self.names)} names" if self.names else f"{self.key} is no whole number")
+
+
+@dataclass(frozen=True)
+class Uniform(Field):
+    """A random number of each sample in [0, 1): float64 [n], of which a system makes its own draws (a mask, the length of a prefix).
+
+    ``salt``: fields with other salts draw other numbers.
+    """
+
+    salt: int = 0
+
+    def __post_init__(self) -> None:
+        if self.salt < 0:
+            raise ValueError(f"Uniform: salt is {self.salt}; it is 0 or more")
+
+    def __call__(self, samples: Sequence[Record], words: np.ndarray, stage: Stage) -> Tensor:
+        drawn = mix(mix(words, np.array([UNIFORM])), np.array([self.salt]))
+        return torch.from_numpy((drawn >> np.uint64(11)).astype(np.float64) / (1 << 53))
 
 
 def _array(data: bytes | None, key: str) -> np.ndarray:
