@@ -243,7 +243,8 @@ def _stage(number: int, price: Price, memory: float) -> list[str]:
         f"stage {number}, up to {price.until:.0%} of the steps; the longest sample: {tokens} tokens, "
         f"{price.forward / GB:.1f} GFLOP forward, {price.backward / GB:.1f} backward",
         f"a device: {price.samples} samples in {price.parts} micro-batch{'es' if price.parts > 1 else ''} of {price.micro}, "
-        f"{price.computed / 1e12:.1f} TFLOP, {1e3 * price.compute_seconds:.1f} ms; parameters and gradients: {_size(price.intra_bytes)} over fast links, "
+        f"{price.computed / 1e12:.1f} TFLOP, {1e3 * price.compute_seconds:.1f} ms; parameters and gradients: "
+        f"{_size(price.intra_bytes)} over fast links, "
         f"{_size(price.inter_bytes)} over slow ones, {1e3 * price.travel_seconds:.1f} ms",
         f"memory in GB: {used}: {price.memory.total / GB:.1f} of {memory / GB:.0f}: {fits}",
         f"a step: at least {1e3 * price.seconds:.1f} ms",
