@@ -22,7 +22,7 @@ EPILOG = """examples:
   fastvlp show tokens picture.png                   which patches merge, are dropped, are attended to
   fastvlp env
 
-exit codes: 0 done, 1 failed while running, 2 wrong usage or settings; 128 + the signal that stopped it, with a checkpoint (130: Ctrl-C)
+exit codes: 0 done, 1 failed while running, 2 wrong usage or settings, 128 + the signal when stopped by one (130: Ctrl-C), with a checkpoint
 """
 TRAIN = """Train a system. RECIPE is a name that `fastvlp recipes` lists, NAME:paper for the published setting, a Python file (FILE.py, or
 FILE.py:FUNCTION) whose function returns a Recipe, or a YAML file of changes; without one the default recipe runs. A run that was
@@ -80,17 +80,15 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a system", description=TRAIN, epilog=TRAIN_EPILOG, add_help=False, **raw)
     train.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help=CHANGES)
-    train.add_argument(
-        "--resume", metavar="auto|PATH|none", help="continue from the run's last checkpoint (auto, the default), from PATH, or start over"
-    )
+    train.add_argument("--resume", metavar="auto|PATH|none",
+                       help="continue from the run's last checkpoint (auto, the default), from PATH, or start over")
     train.add_argument("-h", "--help", action="store_true", help="show this, and, where a recipe is named, all of its keys")
     train.set_defaults(parser=train)
 
     score = commands.add_parser("eval", help="score a model on shards", description=EVAL, epilog=EVAL_EPILOG, **raw)
     score.add_argument("checkpoint", metavar="CHECKPOINT", help="a run directory, a checkpoint or a model directory")
-    score.add_argument(
-        "--data", required=True, nargs="+", metavar="SHARDS", help="paths, globs, brace ranges, or mini:val-emoji, mini:val-openclipart"
-    )
+    score.add_argument("--data", required=True, nargs="+", metavar="SHARDS",
+                       help="paths, globs, brace ranges, or mini:val-emoji, mini:val-openclipart")
     score.add_argument("--classes", metavar="FILE", help="class names, one a line or as JSON; mini:emoji for the shipped emoji's")
     score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be repeated")
     score.add_argument("--recipe", metavar="FILE.py", help="the recipe file of a system of your own")
@@ -106,13 +104,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help=CHANGES)
     plan.add_argument("--devices", type=int, default=8, metavar="N", help="in all (default: %(default)s)")
     plan.add_argument("--per-node", type=int, default=8, metavar="N", help="that share fast links (default: %(default)s)")
-    for flag, default, what in (
-        ("--memory", 80.0, "GB of one device"),
-        ("--intra", 300.0, "GB/s that a device sends inside its node"),
-        ("--inter", 40.0, "GB/s that a device sends to other nodes"),
-        ("--tflops", 400.0, "10^12 operations per second that its products reach"),
-        ("--latency", 20.0, "microseconds of one exchange"),
-    ):
+    for flag, default, what in (("--memory", 80.0, "GB of one device"),
+                                ("--intra", 300.0, "GB/s that a device sends inside its node"),
+                                ("--inter", 40.0, "GB/s that a device sends to other nodes"),
+                                ("--tflops", 400.0, "10^12 operations per second that its products reach"),
+                                ("--latency", 20.0, "microseconds of one exchange")):
         plan.add_argument(flag, type=float, default=default, metavar="X", help=f"{what} (default: %(default)g)")
     plan.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -120,17 +116,12 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("what", choices=["tokens"], help="what to show")
     show.add_argument("image", metavar="IMAGE", help="a picture file")
     fate = show.add_mutually_exclusive_group()
-    fate.add_argument(
-        "--merge",
-        type=float,
-        metavar="SHARE",
-        help="that share of the patches, the most similar, merges away (ToMe), in steps of at most a half",
-    )
+    fate.add_argument("--merge", type=float, metavar="SHARE",
+                      help="that share of the patches, the most similar, merges away (ToMe), in steps of at most a half")
     fate.add_argument("--keep", type=float, metavar="SHARE", help="the patches that differ most from the mean stay, the others fade")
     fate.add_argument("--attend", action="store_true", help="how much attention each patch receives")
-    show.add_argument(
-        "--model", metavar="CHECKPOINT", help="compare patches as this model embeds them, and attend as it does; else by their pixels"
-    )
+    show.add_argument("--model", metavar="CHECKPOINT", help="compare patches as this model embeds them, and attend as it does; else by "
+                      "their pixels")
     show.add_argument("--out", default="tokens.png", metavar="FILE", help="where the picture goes (default: %(default)s)")
 
     commands.add_parser("env", help="versions, devices, and what computes each operator")
@@ -147,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags and recipe:
             from fastvlp.commands.recipes import key_for
 
-            root.error(key_for(flags[0], rest[rest.index(flags[0]) + 1 :]))
+            root.error(key_for(flags[0], rest[rest.index(flags[0]) + 1:]))
         if flags or (rest and not recipe):
             root.error(f"unrecognized arguments: {' '.join(rest)}")
         if recipe:

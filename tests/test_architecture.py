@@ -20,25 +20,13 @@ FORBIDDEN = {
 # Inside fastvlp, the lowest first: who stands higher may import who stands lower. What stands beside each other does so only if SIDEWAYS.
 # "" is fastvlp/__init__.py, for load and accelerate; fastvlp.ops, .tome and .attention are doors to the kernels and to integrations.
 LEVELS = [
-    {"fastvlp_kernels"},
-    {"_schema", "packing"},
-    {"layers", "losses"},
-    {"towers", "data"},
-    {"systems", "integrations", "config", "recipe"},
-    {"", "ops", "tome", "attention"},
-    {"train", "evaluate", "curate"},
-    {"commands"},
-    {"cli"},
+    {"fastvlp_kernels"}, {"_schema", "packing"}, {"layers", "losses"}, {"towers", "data"},
+    {"systems", "integrations", "config", "recipe"}, {"", "ops", "tome", "attention"}, {"train", "evaluate", "curate"},
+    {"commands"}, {"cli"},
     {"__main__"},
 ]
-SIDEWAYS = {
-    ("systems", "config"),
-    ("systems", "recipe"),
-    ("config", "systems"),
-    ("config", "recipe"),
-    ("train", "evaluate"),
-    ("train", "curate"),
-}
+SIDEWAYS = {("systems", "config"), ("systems", "recipe"), ("config", "systems"), ("config", "recipe"),
+            ("train", "evaluate"), ("train", "curate")}
 
 
 def _imports(file: Path) -> set[str]:
@@ -60,11 +48,9 @@ def _files() -> dict[str, Path]:
 
 def _graph(files: dict[str, Path]) -> dict[str, set[str]]:
     """Which of these modules each imports, wherever in the file it does so; those for annotations alone are none."""
-    return {
-        name: {target for node in _nodes(ast.parse(file.read_text(encoding="utf-8"))) for target in _targets(node, name, file, files)}
-        - {name}
-        for name, file in files.items()
-    }
+    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    return {name: {target for node in _nodes(trees[name]) for target in _targets(node, name, file, files)} - {name}
+            for name, file in files.items()}
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -79,7 +65,7 @@ def _targets(node: ast.AST, name: str, file: Path, files: dict[str, Path]) -> It
         yield from (alias.name for alias in node.names if alias.name in files)
     if isinstance(node, ast.ImportFrom):
         package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
-        base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module
+        base = ".".join([*package[:len(package) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module
         for alias in node.names:
             if f"{base}.{alias.name}" in files:
                 yield f"{base}.{alias.name}"
@@ -105,12 +91,8 @@ def test_inside_the_package_they_go_down():
     assert len(graph) > 150 and {"commands", "train", "evaluate", "systems", "towers", "layers"} <= {_part(name) for name in graph}
     unknown = {_part(name) for name in graph} - level.keys()
     assert not unknown, f"say in LEVELS where they stand: {unknown}"
-    wrong = [
-        f"{name} -> {target}"
-        for name, targets in graph.items()
-        for target in sorted(targets)
-        if (own := _part(name)) != (other := _part(target)) and level[other] >= level[own] and (own, other) not in SIDEWAYS
-    ]
+    wrong = [f"{name} -> {target}" for name, targets in graph.items() for target in sorted(targets)
+             if (own := _part(name)) != (other := _part(target)) and level[other] >= level[own] and (own, other) not in SIDEWAYS]
     assert not wrong
 
 
@@ -124,12 +106,8 @@ def test_no_two_files_import_each_other():
 
 
 def test_the_graph_sees_what_there_is(tmp_path):
-    for name, text in (
-        ("__init__", ""),
-        ("a", "def f():\n    from .b import x"),
-        ("b", "import p.c as c\nfrom . import a"),
-        ("c", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p import a"),
-    ):
+    for name, text in (("__init__", ""), ("a", "def f():\n    from .b import x"), ("b", "import p.c as c\nfrom . import a"),
+                       ("c", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p import a")):
         (tmp_path / f"{name}.py").write_text(text)
     files = {"p" if file.stem == "__init__" else f"p.{file.stem}": file for file in tmp_path.glob("*.py")}
     assert _graph(files) == {"p": set(), "p.a": {"p.b"}, "p.b": {"p.c", "p.a"}, "p.c": set()}
@@ -147,14 +125,8 @@ def test_every_operator_has_its_parts():
 def test_import_is_light():
     """Of other packages it imports torch alone, and of torch not the compilers, which take longer than all the rest."""
     code = "import torch, sys; before = set(sys.modules); import fastvlp, fastvlp.ops, fastvlp.losses; print(*set(sys.modules) - before)"
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
+                         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
     modules = out.stdout.split()
     # torch.distributed.nn makes the module with the underscore.
     allowed = sys.stdlib_module_names | {"fastvlp", "fastvlp_kernels", "torch", "_remote_module_non_scriptable"}
@@ -163,10 +135,6 @@ def test_import_is_light():
 
 
 def test_no_file_does_two_jobs():
-    long = {
-        str(f.relative_to(ROOT)): n
-        for d in ("fastvlp", "kernels", "benchmarks", "tests")
-        for f in (ROOT / d).rglob("*.py")
-        if (n := len(f.read_text(encoding="utf-8").splitlines())) > 400
-    }
+    long = {str(f.relative_to(ROOT)): n for d in ("fastvlp", "kernels", "benchmarks", "tests") for f in (ROOT / d).rglob("*.py")
+            if (n := len(f.read_text(encoding="utf-8").splitlines())) > 400}
     assert not long, f"split these: {long}"

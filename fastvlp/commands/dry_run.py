@@ -85,15 +85,8 @@ def per_sample(system: System, recipe: Recipe, stage: Stage, dtype: torch.dtype 
 
     saved = {how: (many.saved[how] - few.saved[how]) / 2 for how in many.saved}
     once = few.saved[None] - 2 * saved[None]
-    return Sizes(
-        each("forward"),
-        each("backward"),
-        each("again"),
-        saved,
-        each("outputs"),
-        {name: count / 4 for name, count in many.tokens.items()},
-        many.losses,
-    ), max(0.0, once)
+    return Sizes(each("forward"), each("backward"), each("again"), saved, each("outputs"),
+                 {name: count / 4 for name, count in many.tokens.items()}, many.losses), max(0.0, once)
 
 
 def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
@@ -110,17 +103,10 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
             kept.setdefault(storage._cdata, (counted.inside[-1], storage.nbytes()))
         return value
 
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args: found.losses.append((_kind(module), args[0].shape[-1])))
-        for module in system.modules()
-        if _kind(module)
-    ]
-    blocks = {
-        f"{name}.{number}": block
-        for name, module in system.named_modules()
-        if isinstance(module, nn.ModuleList)
-        for number, block in enumerate(module)
-    }
+    hooks = [module.register_forward_pre_hook(lambda module, args: found.losses.append((_kind(module), args[0].shape[-1])))
+             for module in system.modules() if _kind(module)]
+    blocks = {f"{name}.{number}": block for name, module in system.named_modules() if isinstance(module, nn.ModuleList)
+              for number, block in enumerate(module)}
     inputs = dict.fromkeys(blocks, 0)
 
     def enter(name: str, args: tuple[Any, ...]) -> None:
@@ -128,27 +114,20 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
 
     hooks += [block.register_forward_pre_hook(lambda block, args, name=name: enter(name, args)) for name, block in blocks.items()]
     try:
-        with (
-            torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
-            counted,
-            known,
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),
-        ):
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None), counted, known, \
+                torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             out = system.encode(batch)
             system.objective(out, batch)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ConfigError(
-            f"{type(system).__name__} asks for values of features while it computes ({error.func}), which a plan does not "
-            "have; measure it with fastvlp profile"
-        ) from error
+        raise ConfigError(f"{type(system).__name__} asks for values of features while it computes ({error.func}), which a plan does not "
+                          "have; measure it with fastvlp profile") from error
     finally:
         for hook in hooks:
             hook.remove()
     found.forward, found.backward = sum(counted.forward.values()), sum(counted.backward.values())
     found.outputs = sum(_bytes(_tensor(value)) for value in out.values())
-    own = {
-        name: size for name in blocks if (size := sum(size for inside, size in kept.values() if _in(inside, name)))
-    }  # none of frozen ones
+    own = {name: sum(size for inside, size in kept.values() if _in(inside, name)) for name in blocks}
+    own = {name: size for name, size in own.items() if size}  # frozen ones keep nothing
     found.again = sum(flops for inside, flops in counted.forward.items() if any(_in(inside, name) for name in blocks))
     whole = float(sum(size for _, size in kept.values()))
     outside, largest = whole - sum(own.values()), max(own.values(), default=0)
@@ -159,8 +138,8 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
 
 
 def _kind(module: nn.Module) -> str:
-    kinds: dict[type, str] = {ClipLoss: "clip", SigLipLoss: "siglip"}
-    return kinds.get(type(module), "")
+    kind = type(module)
+    return "clip" if kind is ClipLoss else "siglip" if kind is SigLipLoss else ""
 
 
 def _in(inside: str, name: str) -> bool:

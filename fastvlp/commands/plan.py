@@ -148,27 +148,16 @@ def plan(recipe: Recipe, cluster: Cluster, memory: float = 80 * GB) -> Plan:
     return Plan(type(system).__name__, every, trained, name, system.compares, features, stages, seconds)
 
 
-def _price(
-    recipe: Recipe,
-    system: System,
-    cluster: Cluster,
-    most: float,
-    stage: Stage,
-    shard: int,
-    dtype: torch.dtype | None,
-    sizes: dry_run.Sizes,
-    once: float,
-) -> Price:
+def _price(recipe: Recipe, system: System, cluster: Cluster, most: float, stage: Stage, shard: int, dtype: torch.dtype | None,
+           sizes: dry_run.Sizes, once: float) -> Price:
     options, devices = recipe.train, cluster.devices
     samples = -(-recipe.data.batch_size // devices)
     parts = max([1, *(math.ceil(samples * sizes.tokens[name] / budget) for name, budget in options.tokens.items() if name in sizes.tokens)])
     parts = min(parts, samples)
     micro = -(-samples // parts)
     cached = parts > 1 and system.compares
-    losses = [
-        strategies.predict(kind, recipe.data.batch_size, width, cluster, str(dtype or torch.float32).removeprefix("torch."))
-        for kind, width in sizes.losses
-    ]
+    losses = [strategies.predict(kind, recipe.data.batch_size, width, cluster, str(dtype or torch.float32).removeprefix("torch."))
+              for kind, width in sizes.losses]
     again = (sizes.again if options.checkpointing == "blocks" else 0.0) + (sizes.forward if cached else 0.0)
     computed = samples * (sizes.forward + sizes.backward + again)
 
@@ -176,15 +165,8 @@ def _price(
     held = 0.0 if options.offload and devices > 1 else 1 / shard
     lost = max((found[0].memory_bytes for found in losses), default=0.0)
     gathered = 0.0 if shard == 1 else 2 * block + every - 4 * sum(_sizes_of_blocks(system))
-    used = Memory(
-        every * held,
-        trained / shard,
-        2 * trained * held,
-        trained / shard if options.ema else 0.0,
-        sizes.saved[options.checkpointing] * micro,
-        sizes.outputs * samples * (2 if cached else 1) + lost,
-        once + gathered,
-    )
+    used = Memory(every * held, trained / shard, 2 * trained * held, trained / shard if options.ema else 0.0,
+                  sizes.saved[options.checkpointing] * micro, sizes.outputs * samples * (2 if cached else 1) + lost, once + gathered)
     room = (most - used.total + used.activations) / max(1.0, sizes.saved[options.checkpointing])
 
     intra = inter = 0.0
@@ -200,24 +182,8 @@ def _price(
     travel = max(intra / cluster.intra, inter / cluster.inter) / GB
     # Parameters and gradients travel while blocks are computed; what the loss sends is in its own time.
     seconds = max(compute, travel) + sum(found[0].seconds for found in losses)
-    return Price(
-        stage.until,
-        sizes.tokens,
-        sizes.forward,
-        sizes.backward,
-        computed,
-        samples,
-        micro,
-        parts,
-        intra,
-        inter,
-        used,
-        max(0, int(room)),
-        losses,
-        compute,
-        travel,
-        seconds,
-    )
+    return Price(stage.until, sizes.tokens, sizes.forward, sizes.backward, computed, samples, micro, parts, intra, inter, used,
+                 max(0, int(room)), losses, compute, travel, seconds)
 
 
 def _count(system: nn.Module, trained: bool) -> int:
@@ -244,10 +210,8 @@ def as_json(found: Plan, cluster: Cluster) -> dict[str, Any]:
 def table(found: Plan, recipe: Recipe, cluster: Cluster, memory: float) -> str:
     """The plan as text: what a step costs in each stage, whether it fits, what crosses devices, and how long the run takes."""
     share = "" if found.trained == found.parameters else f" ({found.trained / 1e6:.1f}M of them trained)"
-    lines = [
-        f"{recipe.run.name}: {found.system}, {found.parameters / 1e6:.1f}M parameters{share}, {recipe.data.batch_size} samples a step on "
-        f"{cluster.nodes} x {cluster.width} devices, {found.dtype}"
-    ]
+    lines = [f"{recipe.run.name}: {found.system}, {found.parameters / 1e6:.1f}M parameters{share}, {recipe.data.batch_size} samples a step "
+             f"on {cluster.nodes} x {cluster.width} devices, {found.dtype}"]
     for number, price in enumerate(found.stages):
         lines += ["", *_stage(number, price, memory)]
     last = found.stages[-1]
@@ -256,10 +220,8 @@ def table(found: Plan, recipe: Recipe, cluster: Cluster, memory: float) -> str:
         lines += strategies.table(losses)
     if not last.losses and found.compares:
         whole = recipe.data.batch_size - last.samples
-        lines.append(
-            f"the objective compares samples of all devices: up to {_size(found.features * whole)} of features reach each one "
-            f"({found.features / 1e3:.1f} kB a sample), and as much of their gradients comes back"
-        )
+        lines.append(f"the objective compares samples of all devices: up to {_size(found.features * whole)} of features reach each one "
+                     f"({found.features / 1e3:.1f} kB a sample), and as much of their gradients comes back")
     if not found.compares:
         lines.append("no sample is compared with another: parameters and gradients alone cross devices")
     lines.append(f"{recipe.steps} steps: at least {clock(found.seconds)}, {found.seconds / 3600 * cluster.devices:.3g} device hours")
@@ -273,16 +235,17 @@ def _stage(number: int, price: Price, memory: float) -> list[str]:
     if price.memory.total <= memory:
         fits = "fits"
     elif price.fitting and budget is not None:
-        tokens_that_fit = int(price.fitting * price.tokens[budget])
-        fits = f"does not fit; micro-batches of {price.fitting} samples would: train.tokens={{{budget}: {tokens_that_fit}}}"
+        tokens_of_one = int(price.fitting * price.tokens[budget])
+        fits = f"does not fit; micro-batches of {price.fitting} samples would: train.tokens={{{budget}: {tokens_of_one}}}"
     else:
         fits = "does not fit, however small the micro-batches; try train.shard=world, or train.checkpointing=blocks"
     return [
-        f"stage {number}, up to {price.until:.0%} of the steps; the longest sample: {tokens} tokens, {price.forward / GB:.1f} GFLOP "
-        f"forward, {price.backward / GB:.1f} backward",
+        f"stage {number}, up to {price.until:.0%} of the steps; the longest sample: {tokens} tokens, "
+        f"{price.forward / GB:.1f} GFLOP forward, {price.backward / GB:.1f} backward",
         f"a device: {price.samples} samples in {price.parts} micro-batch{'es' if price.parts > 1 else ''} of {price.micro}, "
         f"{price.computed / 1e12:.1f} TFLOP, {1e3 * price.compute_seconds:.1f} ms; parameters and gradients: "
-        f"{_size(price.intra_bytes)} over fast links, {_size(price.inter_bytes)} over slow ones, {1e3 * price.travel_seconds:.1f} ms",
+        f"{_size(price.intra_bytes)} over fast links, "
+        f"{_size(price.inter_bytes)} over slow ones, {1e3 * price.travel_seconds:.1f} ms",
         f"memory in GB: {used}: {price.memory.total / GB:.1f} of {memory / GB:.0f}: {fits}",
         f"a step: at least {1e3 * price.seconds:.1f} ms",
     ]

@@ -95,9 +95,8 @@ def _parts(stage: int, counted: FlopCount, samples: int) -> list[Part]:
     for name, forward in counted.forward.items():
         own = _shortened(name)
         old = rows.get(own, Part(stage, own, counted.tokens.get(own, samples) / samples, 0.0, 0.0))
-        rows[own] = dataclasses.replace(
-            old, forward=old.forward + forward / samples, backward=old.backward + counted.backward[name] / samples
-        )
+        backward = old.backward + counted.backward[name] / samples
+        rows[own] = dataclasses.replace(old, forward=old.forward + forward / samples, backward=backward)
     return list(rows.values())
 
 
@@ -115,20 +114,13 @@ def table(streams: Sequence[Stream], parts: Sequence[Part], recipe: Recipe) -> s
         whole = sum(part.forward + part.backward for part in parts if part.stage == number)
         for name, times, part in _together(parts, number):
             each = f"{times} x" if times > 1 else ""
-            lines.append(
-                f"{number:<6}{name:<{width}}{part.tokens:>8.1f}{part.forward / 1e6:>12.2f}{part.backward / 1e6:>12.2f}"
-                f"{times * (part.forward + part.backward) / whole:>8.1%}    {each}".rstrip()
-            )
+            lines.append(f"{number:<6}{name:<{width}}{part.tokens:>8.1f}{part.forward / 1e6:>12.2f}{part.backward / 1e6:>12.2f}"
+                         f"{times * (part.forward + part.backward) / whole:>8.1%}    {each}".rstrip())
         forward = sum(part.forward for part in parts if part.stage == number)
-        said = ", ".join(
-            f"{one.name} {one.tokens:.1f} tokens a sample ({one.shortest} to {one.longest} a segment)"
-            for one in streams
-            if one.stage == number
-        )
-        lines.append(
-            f"stage {number}, up to {stage.until:.0%} of the steps: {said}: {forward / 1e6:.1f} MFLOP forward per sample, "
-            f"{whole / 1e6:.1f} in training"
-        )
+        said = ", ".join(f"{one.name} {one.tokens:.1f} tokens a sample ({one.shortest} to {one.longest} a segment)"
+                         for one in streams if one.stage == number)
+        lines.append(f"stage {number}, up to {stage.until:.0%} of the steps: {said}: {forward / 1e6:.1f} MFLOP forward per sample, "
+                     f"{whole / 1e6:.1f} in training")
     return "\n".join(lines)
 
 

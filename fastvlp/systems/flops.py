@@ -34,21 +34,8 @@ def visible_pairs(lengths: Tensor, lengths_k: Tensor, causal: bool, prefix: Tens
     return int(seen.clamp(min=0).minimum(keys).sum())
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    lengths: Tensor | None,
-    lengths_k: Tensor | None,
-    key_size: Any,
-    key_bias: Any,
-    prefix: Tensor | None,
-    causal: bool,
-    *rest: Any,
-    **options: Any,
-) -> int:
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None,
+               key_size: Any, key_bias: Any, prefix: Tensor | None, causal: bool, *rest: Any, **options: Any) -> int:
     lengths = cu_q.diff().cpu() if lengths is None else lengths
     lengths_k = cu_k.diff().cpu() if lengths_k is None else lengths_k
     return 2 * q.shape[1] * (q.shape[2] + v.shape[2]) * visible_pairs(lengths, lengths_k, causal, prefix)
@@ -68,11 +55,8 @@ def _attended(x: Tensor, y: Tensor, v: Tensor, *rest: Any, **options: Any) -> in
 
 # The formula of each operator with products, and which of its arguments are their operands.
 _OURS: dict[str, tuple[Callable[..., int], tuple[int, ...]]] = {
-    "packed_attention": (_attention, (0, 1, 2)),
-    "patch_embed": (_embedding, (0, 3)),
-    "maxsim": (_similarities, (0, 1)),
-    "similarity_logsumexp": (_similarities, (0, 1)),
-    "pairwise_sigmoid": (_similarities, (0, 1)),
+    "packed_attention": (_attention, (0, 1, 2)), "patch_embed": (_embedding, (0, 3)), "maxsim": (_similarities, (0, 1)),
+    "similarity_logsumexp": (_similarities, (0, 1)), "pairwise_sigmoid": (_similarities, (0, 1)),
     "similarity_attend": (_attended, (0, 1, 2)),
 }
 _OPERANDS: dict[Any, tuple[int, ...]] = {}

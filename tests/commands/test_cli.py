@@ -20,11 +20,9 @@ def call(capsys, *arguments):
 
 
 def test_help_imports_nothing_that_takes_long():
-    code = (
-        "import sys; from fastvlp import cli\n"
-        "try:\n  cli.main(['train', '--help'])\nexcept SystemExit:\n  pass\n"
-        "assert not {'torch', 'numpy', 'PIL', 'yaml', 'tokenizers'} & set(sys.modules)"
-    )
+    code = ("import sys; from fastvlp import cli\n"
+            "try:\n  cli.main(['train', '--help'])\nexcept SystemExit:\n  pass\n"
+            "assert not {'torch', 'numpy', 'PIL', 'yaml', 'tokenizers'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cli.__file__.rpartition("/fastvlp/")[0])
     assert done.returncode == 0, done.stderr
     assert "fastvlp train" in done.stdout and "--resume none" in done.stdout
@@ -53,11 +51,8 @@ def test_recipes_are_listed_with_their_papers_and_what_they_show(capsys):
     code, out, _ = call(capsys, "recipes")
     lines = out.splitlines()
     place = lines.index("clip (default); clip:paper")
-    assert (
-        code == 0
-        and lines[place + 1].startswith("    CLIP (Radford et al. 2021, arXiv:2103.00020): ")
-        and "8 % zero-shot" in lines[place + 2]
-    )
+    assert code == 0 and lines[place + 1].startswith("    CLIP (Radford et al. 2021, arXiv:2103.00020): ")
+    assert "8 % zero-shot" in lines[place + 2]
     assert [line.split(";")[0].split(" (")[0] for line in lines[::3]] == config.names() and len(config.names()) >= 15
 
 
@@ -69,32 +64,16 @@ def test_a_recipe_s_keys_are_listed_with_their_values_and_can_be_given_back(comm
     assert keys["optim.grad_clip"] == "null" and "grad_clip bounds the norm of the whole gradient" in out
     changes = [f"{key}={value}" for key, value in keys.items() if not key.endswith("make")]
     assert config.load("clip", changes) == config.load("clip") and {key.split(".")[0] for key in keys} == {
-        "run",
-        "data",
-        "optim",
-        "schedule",
-        "train",
-        "eval",
-        "model",
-    }
+        "run", "data", "optim", "schedule", "train", "eval", "model"}
 
 
-@pytest.mark.parametrize(
-    "flags, key",
-    [
-        (["--batch-size", "32"], "data.batch_size=32"),
-        (["--lr=1e-3"], "optim.lr=1e-3"),
-        (["--lr", "1e-3", "--wd", "0.1"], "optim.lr=1e-3"),
-        (["--wd", "0.1"], "optim.weight_decay=0.1"),
-        (["--bf16"], "train.amp=bf16"),
-        (["--epochs", "3"], "schedule.samples=SAMPLES"),
-        (["--num-workers", "4"], "data.workers=4"),
-        (["--per_device_train_batch_size", "8"], "data.batch_size=8"),
-        (["--seeed", "1"], "run.seed=1"),
-        (["--grad-checkpointing"], "train.checkpointing=blocks"),
-        (["--train-data", "x.tar"], "data.train=x.tar"),
-    ],
-)
+@pytest.mark.parametrize("flags, key", [
+    (["--batch-size", "32"], "data.batch_size=32"), (["--lr=1e-3"], "optim.lr=1e-3"), (["--lr", "1e-3", "--wd", "0.1"], "optim.lr=1e-3"),
+    (["--wd", "0.1"], "optim.weight_decay=0.1"), (["--bf16"], "train.amp=bf16"), (["--epochs", "3"], "schedule.samples=SAMPLES"),
+    (["--num-workers", "4"], "data.workers=4"), (["--per_device_train_batch_size", "8"], "data.batch_size=8"),
+    (["--seeed", "1"], "run.seed=1"),
+    (["--grad-checkpointing"], "train.checkpointing=blocks"), (["--train-data", "x.tar"], "data.train=x.tar"),
+])
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_flags_of_other_tools_are_answered_with_the_key(command, flags, key, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -121,24 +100,21 @@ def test_env_says_what_computes_each_operator_and_why(capsys):
         assert text in out
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["optm.lr=1"], "did you mean optim.lr?"),
-        (["coka"], "unknown recipe coka; did you mean coca?"),
-        (["clip:papper"], "clip has no recipe papper; it has "),
-        (["nowhere.py"], "recipe nowhere.py: there is no such file"),
-        (["broken.py"], "recipe broken.py does not import: ZeroDivisionError: division by zero"),
-        (["mine.py:fails"], "recipe mine.py:fails fails: KeyError: 'image'"),
-        (["mine.py:wrong"], "mine.py:wrong returns int; a recipe returns"),
-        (["mine.py:streamless", "data.workers=0"], "the batch has no stream 'text'; this recipe's fields are image"),
-        (["clip", "optim.lr=fast"], "optim.lr is 'fast'; a number is needed"),
-        (["clip", "data.train=nowhere/*.tar"], "nowhere"),
-        (["clip", "--resume", "nowhere"], "nowhere holds no "),
-        (["clip", "--resume", "none", "lr=1"], "did you mean optim.lr?"),
-        (["clip", "clip"], "'clip' is no change; write key=value"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    (["optm.lr=1"], "did you mean optim.lr?"),
+    (["coka"], "unknown recipe coka; did you mean coca?"),
+    (["clip:papper"], "clip has no recipe papper; it has "),
+    (["nowhere.py"], "recipe nowhere.py: there is no such file"),
+    (["broken.py"], "recipe broken.py does not import: ZeroDivisionError: division by zero"),
+    (["mine.py:fails"], "recipe mine.py:fails fails: KeyError: 'image'"),
+    (["mine.py:wrong"], "mine.py:wrong returns int; a recipe returns"),
+    (["mine.py:streamless", "data.workers=0"], "the batch has no stream 'text'; this recipe's fields are image"),
+    (["clip", "optim.lr=fast"], "optim.lr is 'fast'; a number is needed"),
+    (["clip", "data.train=nowhere/*.tar"], "nowhere"),
+    (["clip", "--resume", "nowhere"], "nowhere holds no "),
+    (["clip", "--resume", "none", "lr=1"], "did you mean optim.lr?"),
+    (["clip", "clip"], "'clip' is no change; write key=value"),
+])
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("1 / 0\n")
@@ -146,9 +122,8 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
         "from dataclasses import replace\nfrom fastvlp.systems import clip\n"
         "def fails():\n    raise KeyError('image')\n"
         "def wrong():\n    return 1\n"
-        "def streamless():\n    made = clip.recipe()\n    fields = {'image': made.data.fields['image']}\n"
-        "    return replace(made, data=replace(made.data, fields=fields))\n"
-    )
+        "def streamless():\n    made = clip.recipe()\n"
+        "    return replace(made, data=replace(made.data, fields={'image': made.data.fields['image']}))\n")
     code, out, err = call(capsys, "train", *arguments)
     assert code == 2 and message in err
     assert err.startswith("fastvlp: error: ") and err.count("\n") == 1
@@ -159,9 +134,8 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
 def test_a_file_of_one_s_own_trains(settings, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text("from fastvlp.systems import clip\n\n\ndef small():\n    return clip.recipe()\n")
-    changes = [
-        f"{section}.{key}={json.dumps(value)}" for section in ("data", "model", "schedule") for key, value in settings[section].items()
-    ]
+    changes = [f"{section}.{key}={json.dumps(value)}" for section in ("data", "model", "schedule")
+               for key, value in settings[section].items()]
     code, out, err = call(capsys, "train", "own.py:small", *changes, "schedule.steps=1", "eval={}", "run.device=cpu")
     assert code == 0 and "trained 1 steps" in out and err == "" and (tmp_path / "runs" / "own-small" / "results.json").is_file()
 
@@ -204,15 +178,12 @@ def test_train_then_eval(recipe, shard, tmp_path, capsys):  # noqa: F811
     assert code == 0 and "image to text (96 pairs)" in out and "R@10" in out
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["nowhere", "--data", "x.tar"], "nowhere"),
-        (["{run}", "--data", "nowhere/*.tar"], "nowhere"),
-        (["{run}", "--data", "{shard}", "--classes", "nowhere.txt"], "nowhere.txt"),
-        (["{run}", "--data", "{shard}", "--template", "a {}"], "--classes FILE"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere", "--data", "x.tar"], "nowhere"),
+    (["{run}", "--data", "nowhere/*.tar"], "nowhere"),
+    (["{run}", "--data", "{shard}", "--classes", "nowhere.txt"], "nowhere.txt"),
+    (["{run}", "--data", "{shard}", "--template", "a {}"], "--classes FILE"),
+])
 def test_eval_refuses_what_is_not_there(arguments, message, recipe, shard, tmp_path, capsys):  # noqa: F811
     from fastvlp.systems.files import build_system, save
 

@@ -54,18 +54,12 @@ def test_keep_and_merge_make_it_cheaper():
 
 def test_teachers_and_frozen_parts_cost_forward_alone():
     found = priced("dlip")
-    teacher, student = (
-        priced("clip"),
-        priced(
-            "clip",
-            *(f"model.{side}.{key}" for side, depth in (("image", 4), ("text", 2)) for key in ("width=128", "heads=2", f"depth={depth}")),
-        ),
-    )
+    teacher, student = priced("clip"), priced("clip", *(f"model.{side}.{key}" for side, depth in (("image", 4), ("text", 2))
+                                                        for key in ("width=128", "heads=2", f"depth={depth}")))
     assert found.parameters == pytest.approx(teacher.parameters + student.parameters, abs=2) and found.trained == student.parameters
     for both, one, other in zip(found.stages, student.stages, teacher.stages, strict=True):
-        assert both.backward == pytest.approx(one.backward, rel=1e-3) and both.forward == pytest.approx(
-            one.forward + other.forward, rel=1e-3
-        )
+        assert both.backward == pytest.approx(one.backward, rel=1e-3)
+        assert both.forward == pytest.approx(one.forward + other.forward, rel=1e-3)
         assert both.memory.gradients == 4 * found.trained
     stages = "schedule.stages=[{until: 0.5, frozen: [image]}, {until: 1.0}]"
     first, second = priced("clip", stages).stages
@@ -173,17 +167,14 @@ def test_the_command_says_which_strategy_wins(capsys):
     assert memory.pop("total") == pytest.approx(sum(memory.values()))
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--devices", "12"], "12 devices are no whole number of nodes of 8"),
-        (["--devices", "256"], "data.batch_size is 128 for 256 devices"),
-        (["train.shard=3"], "train.shard is 3 on 8 devices"),
-        (["--memory", "0"], "--memory is 0; it is a positive number of GB"),
-        (["model.image.width=7"], "model: "),
-        (["schedule.stages.0.frozen=[nose]"], "Clip has no part 'nose'"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    (["--devices", "12"], "12 devices are no whole number of nodes of 8"),
+    (["--devices", "256"], "data.batch_size is 128 for 256 devices"),
+    (["train.shard=3"], "train.shard is 3 on 8 devices"),
+    (["--memory", "0"], "--memory is 0; it is a positive number of GB"),
+    (["model.image.width=7"], "model: "),
+    (["schedule.stages.0.frozen=[nose]"], "Clip has no part 'nose'"),
+])
 def test_what_cannot_be_planned_is_one_line(arguments, message, capsys):
     assert cli.main(["plan", "clip", *arguments]) == 2
     out, err = capsys.readouterr()
