@@ -45,7 +45,7 @@ class AdemVl(Captioner):
     @property
     def words(self) -> nn.Module:
         """The language model's head."""
-        return self.lm.words  # type: ignore[no-any-return]
+        return self.lm.words
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         seen = self._pooled(images)
@@ -54,7 +54,7 @@ class AdemVl(Captioner):
         for block in self.lm.joint.blocks:
             read: list[Tensor] = []
 
-            def look(h: Tensor, block: nn.Module = block, words: Packed = words, read: list[Tensor] = read) -> Tensor:
+            def look(h: Tensor, block: Part = block, words: Packed = words, read: list[Tensor] = read) -> Tensor:
                 read.append(self.attention(words.replace(x=block.norm2(h)), seen.replace(x=keys), values))
                 return h
 

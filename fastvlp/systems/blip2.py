@@ -35,12 +35,12 @@ class Blip2(Captioner):
     @property
     def words(self) -> nn.Module:
         """The language model's head."""
-        return self.lm.words  # type: ignore[no-any-return]
+        return self.lm.words
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         prefix = Packed.from_padded(self.to_lm(self.qformer(self.queries, self.image(images).replace(pos=None))))
         joined = prefix.join(self.lm.text.embed(texts).replace(pos=None))
-        return self.lm.joint(joined, prefix=prefix.cu_seqlens.diff()).last(texts)  # type: ignore[no-any-return]
+        return self.lm.joint(joined, prefix=prefix.cu_seqlens.diff()).last(texts)
 
 
 def recipe() -> Recipe:

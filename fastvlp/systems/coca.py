@@ -41,7 +41,7 @@ class CoCa(Clip, Captioner):
         return {**super().objective(out, batch), **self.means(out, batch)}
 
     def states(self, images: Packed, texts: Packed) -> Packed:
-        return self.decoder(self.text(texts), self.image(images))  # type: ignore[no-any-return]
+        return self.decoder(self.text(texts), self.image(images))
 
 
 def recipe() -> Recipe:

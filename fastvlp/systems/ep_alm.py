@@ -44,7 +44,7 @@ class EpAlm(Captioner):
     @property
     def words(self) -> nn.Module:
         """The language model's head."""
-        return self.lm.words  # type: ignore[no-any-return]
+        return self.lm.words
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         seen, each = self._seen(images), (self.last - self.first) // self.layers

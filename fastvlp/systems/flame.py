@@ -47,7 +47,7 @@ class Flame(System):
 
     def encode(self, batch: Batch) -> Outputs:
         facets = batch.facets.unflatten(1, (-1, self.width)) if self.lm is None else self.facets(batch.text)
-        return {"image": self.embed_image(batch.image), "text": F.normalize(facets.to(self.project[0].weight.dtype), dim=-1)}
+        return {"image": self.embed_image(batch.image), "text": F.normalize(facets, dim=-1)}
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         return {"contrastive": multi_caption_loss(out["image"], out["text"].transpose(0, 1).contiguous(), *self.scale())}

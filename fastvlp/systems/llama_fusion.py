@@ -34,9 +34,8 @@ class LlamaFusion(Captioner):
     def __init__(self, image: Part, lm: Part) -> None:
         super().__init__()
         self.image, self.text, self.words, self.norm_out = image, freeze(lm.text), freeze(lm.words), freeze(lm.joint.norm_out)
-        self.blocks = nn.ModuleList(RoutedBlock(copy.deepcopy(block)) for block in lm.joint.blocks)
-        for block in self.blocks:
-            freeze(block.first)
+        self.blocks = nn.ModuleList(RoutedBlock([freeze(block), copied]) for block, copied in
+                                    zip(lm.joint.blocks, copy.deepcopy(lm.joint.blocks), strict=True))
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         tokens = self.image.embed(images).replace(pos=None).join(self.text.embed(texts).replace(pos=None))

@@ -31,7 +31,7 @@ class Pix2Struct(Captioner):
         self.words = nn.Linear(decoder.width, decoder.vocab_size, bias=False)
 
     def states(self, images: Packed, texts: Packed) -> Packed:
-        return self.decoder(texts, self.image(images))  # type: ignore[no-any-return]
+        return self.decoder(texts, self.image(images))
 
 
 def recipe() -> Recipe:

@@ -52,7 +52,7 @@ class PyramidDrop(Captioner):
 
 
 @torch.no_grad()
-def _ranks(block: nn.Module, tokens: Packed, patches: Tensor) -> Tensor:
+def _ranks(block: Part, tokens: Packed, patches: Tensor) -> Tensor:
     """How much each patch [T'] of the first ``patches`` tokens of each segment gets from the token behind them."""
     q, k, v = (tokens.replace(x=part, size=None).first(patches + 1) for part in block.queries_keys_values(tokens.x))
     asking = q.last(1)
@@ -61,7 +61,7 @@ def _ranks(block: nn.Module, tokens: Packed, patches: Tensor) -> Tensor:
     return k.replace(x=mass).first(patches).x
 
 
-def _drop(block: nn.Module, tokens: Packed, words: Tensor, remain: Tensor) -> Packed:
+def _drop(block: Part, tokens: Packed, words: Tensor, remain: Tensor) -> Packed:
     patches = tokens.first(tokens.lengths - words)
     kept = token_select(_ranks(block, tokens, patches.lengths), patches.cu_seqlens, remain, lengths=patches.lengths)
     return kept.apply(patches).join(tokens.last(words))
