@@ -7,6 +7,7 @@
     python -m benchmarks run --e2e ladder                 a training step from open_clip's to ours, one mechanism at a time
     python -m benchmarks run --e2e scaling                the loss over batch and processes, the image tower over picture size
     python -m benchmarks run --e2e quality                images/s and accuracy with patches dropped, merged, both, neither
+    python -m benchmarks recipes [ROW]                    what a paper's idea is worth on the shipped data, with intervals
     python -m benchmarks compare A.csv B.csv              what got slower or faster from A to B; exit 1 where something got slower
     python -m benchmarks plot                             pictures of the results, beside them
     python -m benchmarks report [--check]                 the tables in the READMEs and docs/, and a page of all results
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, e2e, graphs, ladder, plot, quality, report, scaling
+from benchmarks import compare, e2e, graphs, ladder, plot, quality, recipes, report, scaling
 from benchmarks.measure import ParityError, budget
 from benchmarks.registry import ENDS, OPS, find, suggest
 from benchmarks.run import RESULTS, run_case, split_providers, write
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seconds", type=float, metavar="S", help="no further samples of one size and mode after S seconds (default: 10)")
     e2e.add_arguments(run)
     quality.add_arguments(run)
+    ideas = commands.add_parser("recipes", help="recipes against their baselines on the shipped data, three seeds, with intervals")
+    ideas.add_argument("--out", type=Path, default=RESULTS, help="folder for <device>/recipes.csv (default: %(default)s)")
+    recipes.add_arguments(ideas)
     compared = commands.add_parser("compare", help="what got slower or faster between two result files")
     compared.add_argument("a", type=Path, metavar="A.csv")
     compared.add_argument("b", type=Path, metavar="B.csv")
@@ -131,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.command == "compare":
         return compare.main(arguments.a, arguments.b, arguments.minimal)
+    if arguments.command == "recipes":
+        return recipes.run(arguments, arguments.out)
     if arguments.command == "soak":
         return soak.run(arguments, arguments.out)
     return report.main(arguments.results, arguments.check, page=arguments.html)

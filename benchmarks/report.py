@@ -225,6 +225,17 @@ def quality(results: Results) -> str:
     return _table(header, lines or [["CPU", "all patches", UNMEASURED, *[""] * (len(header) - 3)]]) + "".join(pictures)
 
 
+def recipes(results: Results) -> str:
+    """What papers claim and what their recipes show on the shipped data."""
+    header = ("id", "recipe", "the paper's claim", "measure, at equal", "recipe", "baseline", "difference, 95 % interval", "shown",
+              "samples/s", "command")  # fmt: skip
+    lines = [[str(row["id"]), f"`{row['row']}`", row["claim"], f"{row['measure']}, {row['equal']}", _number(row["ours"]),
+              _number(row["baseline"]), f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})", row["shown"],
+              f"{row['ours_samples_per_second']:.0f} and {row['baseline_samples_per_second']:.0f}", f"`{row['command']}`"]
+             for files in results.values() for row in files.get("recipes", {}).get("rows", [])]  # fmt: skip
+    return _table(header, lines or [["", "", UNMEASURED, *[""] * (len(header) - 3)]])
+
+
 def ladder(results: Results) -> str:
     """Every rung from open_clip's training step to ours."""
     header = ("device", "rung", "what it is", "images/s", "than open_clip's", "than the one before", "extra MB")
@@ -259,7 +270,7 @@ def _reached(system: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     **{op.replace("_", "-"): operator(op) for op in OPS if op not in MODELS}, "towers": towers, "merging": merging, "operators": operators,
     "accelerate": accelerate, "patch-dropping": dropping,
-    "mini": mini, "quality": quality, "ladder": ladder, "scaling": scaling,
+    "mini": mini, "quality": quality, "recipes": recipes, "ladder": ladder, "scaling": scaling,
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Each point is measured against its rival, interleaved; memory in a process of its own (CPU). A point that would not fit is named, not
 tried: one sweep's memory grows at most by the square of the factor from one point to the next. Beyond the processes of one machine there
-is what ``fastvlp.plan`` predicts, for its default links and rates.
+is what ``fastvlp plan`` predicts, for its default links and rates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.peak import elsewhere, growth
 from benchmarks.processes import forkserver
 from benchmarks.rivals import clip_loss, import_open_clip
 from benchmarks.run import write
-from fastvlp.plan import Cluster, plan
+from fastvlp.commands.strategies import Cluster, predict
 
 COLUMNS = ("sweep", "provider", "kind", "x", "p20_ms", "p50_ms", "p80_ms", "samples", "ratio_rival", "extra_mb", "note",
            "device", "threads", "torch", "commit", "timestamp")  # fmt: skip
@@ -169,7 +169,7 @@ def processes(sizes: tuple[int, ...], batch: int, budget: Budget) -> Iterator[di
 def predicted(devices: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """The planner's lower bounds for CLIP's loss, :data:`EACH` pairs of bfloat16 on every device."""
     for size in devices:
-        for found in plan("clip", EACH * size, WIDTH, Cluster(size)):
+        for found in predict("clip", EACH * size, WIDTH, Cluster(size)):
             yield {"sweep": PREDICTED, "provider": f"fastvlp {found.strategy}", "kind": "ours", "x": size, "p50_ms": 1e3 * found.seconds,
                    "samples": 0, "ratio_rival": None, "extra_mb": found.memory_bytes / 1e6}  # fmt: skip
 

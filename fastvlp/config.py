@@ -56,7 +56,11 @@ def load(recipe: str | None = None, changes: Sequence[str] = ()) -> Recipe:
     recipe = recipe or DEFAULT
     if Path(recipe).suffix in (".yaml", ".yml"):
         return _from_yaml(Path(recipe), changes)
-    made = function(recipe)()
+    make = function(recipe)
+    try:
+        made = make()
+    except Exception as error:  # as when a file is imported, anything may happen
+        raise ConfigError(f"recipe {recipe} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(made, Recipe):
         raise ConfigError(f"{recipe} returns {type(made).__name__}; a recipe returns fastvlp.recipe.Recipe(model=..., schedule=..., ...)")
     if made.run.name == "run":
@@ -137,17 +141,20 @@ def _from_yaml(path: Path, changes: Sequence[str]) -> Recipe:
 
 
 def _sections(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The changes that a YAML file means: sections merge, what is inside them is replaced."""
+    """The changes that a YAML file means: sections merge, what is inside them is replaced; a model that says what makes it is whole."""
     for section, inside in values.items():
-        if isinstance(inside, Mapping) and inside:
+        if isinstance(inside, Mapping) and inside and "make" not in inside:
             yield from ((f"{section}.{key}", value) for key, value in inside.items())
         else:
             yield str(section), inside
 
 
 def _value(text: str, line: str) -> Any:
-    """What stands behind the = of a change: a list, a mapping, or the text as it was typed (010, 1:30, *.tar, {00..01}.tar)."""
-    return _yaml(text, line) if text[:1] in ("[", "{", '"', "'") and not re.match(r"\{\d+\.\.", text) else text
+    """What stands behind the = of a change: a list, a mapping, or the text as it was typed (010, 1:30, *.tar, {00..01}.tar, [ab].tar)."""
+    close = {"[": "]", "{": "}", '"': '"', "'": "'"}.get(text[:1])
+    if close is None or re.match(r"\{\d+\.\.", text) or (close in text[1:] and not text.rstrip().endswith(close)):
+        return text
+    return _yaml(text, line)
 
 
 def _yaml(text: str, source: str) -> Any:
@@ -251,7 +258,8 @@ def _argument(hint: Any, value: Any, path: str) -> Any:
 def _find(make: Any, path: str, packages: Sequence[str]) -> Any:
     module, _, name = str(make).partition(":")
     if not any(module == package or module.startswith(f"{package}.") for package in packages) and module not in _own_files:
-        raise ConfigError(f"{path}: {make} is outside of {', '.join(packages)}; name the recipe's own file on the command line")
+        raise ConfigError(f"{path}: {make} is outside of {', '.join(packages)}; name the file that it is from: fastvlp train FILE.py, "
+                          "fastvlp eval --recipe FILE.py, fastvlp.load(..., recipe='FILE.py')")
     try:
         found = importlib.import_module(module)
         for part in name.split("."):

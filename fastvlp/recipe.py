@@ -166,8 +166,9 @@ class Train:
             always sees the whole batch (GradCache).
         shard: over how many processes parameters, gradients and optimizer are sharded: 1 (every process holds all of them), a divisor of
             the number of processes (shards inside groups of so many, replicas across), or "world".
-        compile: each block by torch.compile (true), or by a backend of it (aot_eager needs no C++ compiler). checkpointing: "blocks" recomputes each block in its backward, "selective" keeps the results
-            of products and attention. offload: parameters and optimizer live in the memory of the CPU (sharded runs).
+        compile: each block by torch.compile (true), or by a backend of it (aot_eager needs no C++ compiler).
+        checkpointing: "blocks" recomputes each block in its backward, "selective" keeps the results of products and attention.
+        offload: parameters and optimizer live in the memory of the CPU (sharded runs).
         ema: decay of the averaged weights that are evaluated and exported; null: none.
         episode: every so many steps the system's ``before_episode`` sees features of the training set; null: never.
         checkpoint_every: steps between checkpoints (0: only at the end). keep: how many stay. asynchronous: written while training goes on.
@@ -215,6 +216,7 @@ class Eval:
         templates: sentences with {} for the class name. retrieval: shards of pairs; also the source of the contact sheet.
         captions: shards of pairs, whose captions' bits per token are measured. pairs: shards of pairs, told from mismatched ones.
         knn, probe: shards with classes; features of ``probe_train`` are what neighbours are searched among, and what is fitted.
+        batch_size: samples encoded at a time. workers: loading processes per process.
     """
 
     zero_shot: tuple[str, ...] = ()
@@ -228,6 +230,7 @@ class Eval:
     probe_train: tuple[str, ...] = ()
     every: int = 0
     batch_size: int = 256
+    workers: int = 1
 
     def __post_init__(self) -> None:
         if self.zero_shot and self.classes is None:
@@ -236,8 +239,9 @@ class Eval:
             raise ValueError(f"templates is {list(self.templates)}; each needs {{}} where the class name goes")
         if (self.knn or self.probe) and not self.probe_train:
             raise ValueError("knn or probe is set and probe_train is not; name the shards that neighbours or the probe come from")
-        if self.every < 0 or self.batch_size < 1:
-            raise ValueError(f"every is {self.every} and batch_size is {self.batch_size}; every counts steps, batch_size is at least 1")
+        if self.every < 0 or self.batch_size < 1 or self.workers < 0:
+            raise ValueError(f"every is {self.every}, batch_size is {self.batch_size} and workers is {self.workers}; every counts steps, "
+                             "batch_size is at least 1, workers is not negative")
 
 
 @dataclass(frozen=True)

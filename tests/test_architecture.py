@@ -1,8 +1,10 @@
 """Imports point one way, and importing the library costs next to nothing."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,61 @@ FORBIDDEN = {
 }
 
 
+# Inside fastvlp, the lowest first: who stands higher may import who stands lower. What stands beside each other does so only if SIDEWAYS.
+# "" is fastvlp/__init__.py, for load and accelerate; fastvlp.ops, .tome and .attention are doors to the kernels and to integrations.
+LEVELS = [
+    {"fastvlp_kernels"}, {"_schema", "packing"}, {"layers", "losses"}, {"towers", "data"},
+    {"systems", "integrations", "config", "recipe"}, {"", "ops", "tome", "attention"}, {"train", "evaluate", "curate"}, {"commands"}, {"cli"},
+    {"__main__"},
+]
+SIDEWAYS = {("systems", "config"), ("systems", "recipe"), ("config", "systems"), ("config", "recipe"), ("train", "evaluate"), ("train", "curate")}
+
+
 def _imports(file: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) if node.level == 0]
     return {name.split(".")[0] for name in names}
+
+
+def _files() -> dict[str, Path]:
+    """The modules of fastvlp and of its kernels by their names."""
+    found = {}
+    for root, package in ((ROOT, "fastvlp"), (ROOT / "kernels", "fastvlp_kernels")):
+        for file in (root / package).rglob("*.py"):
+            parts = file.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def _graph(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Which of these modules each imports, wherever in the file it does so; those for annotations alone are none."""
+    return {name: {target for node in _nodes(ast.parse(file.read_text(encoding="utf-8"))) for target in _targets(node, name, file, files)} - {name}
+            for name, file in files.items()}
+
+
+def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield child
+            yield from _nodes(child)
+
+
+def _targets(node: ast.AST, name: str, file: Path, files: dict[str, Path]) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name in files)
+    if isinstance(node, ast.ImportFrom):
+        package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+        base = ".".join([*package[:len(package) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module
+        for alias in node.names:
+            if f"{base}.{alias.name}" in files:
+                yield f"{base}.{alias.name}"
+            elif base in files:
+                yield base
+
+
+def _part(name: str) -> str:
+    return name.split(".")[1] if name.startswith("fastvlp.") else "" if name == "fastvlp" else "fastvlp_kernels"
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
@@ -28,6 +80,36 @@ def test_imports_point_one_way(folder):
     assert files
     wrong = {str(file.relative_to(ROOT)): _imports(file) & FORBIDDEN[folder] for file in files}
     assert not {file: names for file, names in wrong.items() if names}
+
+
+def test_inside_the_package_they_go_down():
+    level = {part: number for number, parts in enumerate(LEVELS) for part in parts}
+    graph = _graph(_files())
+    assert len(graph) > 150 and {"commands", "train", "evaluate", "systems", "towers", "layers"} <= {_part(name) for name in graph}
+    unknown = {_part(name) for name in graph} - level.keys()
+    assert not unknown, f"say in LEVELS where they stand: {unknown}"
+    wrong = [f"{name} -> {target}" for name, targets in graph.items() for target in sorted(targets)
+             if (own := _part(name)) != (other := _part(target)) and level[other] >= level[own] and (own, other) not in SIDEWAYS]
+    assert not wrong
+
+
+def test_no_two_files_import_each_other():
+    """Nor more of them in a circle. What a file imports inside a function counts, too."""
+    order = graphlib.TopologicalSorter(_graph(_files()))
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
+
+
+def test_the_graph_sees_what_there_is(tmp_path):
+    for name, text in (("__init__", ""), ("a", "def f():\n    from .b import x"), ("b", "import p.c as c\nfrom . import a"),
+                       ("c", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p import a")):
+        (tmp_path / f"{name}.py").write_text(text)
+    files = {"p" if file.stem == "__init__" else f"p.{file.stem}": file for file in tmp_path.glob("*.py")}
+    assert _graph(files) == {"p": set(), "p.a": {"p.b"}, "p.b": {"p.c", "p.a"}, "p.c": set()}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(_graph(files)).prepare()
 
 
 def test_every_operator_has_its_parts():

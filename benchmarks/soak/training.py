@@ -27,7 +27,7 @@ def settings(seed: int, folder: Path, name: str) -> dict[str, Any]:
     draw = random.Random(seed)
     base = draw.choice(("clip", "siglip", "brivl"))
     tokens = {"image": draw.choice((60, 4096)), "text": draw.choice((50, 4096))}
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "run": {"name": name, "dir": str(folder), "seed": seed % 2**31, "device": "cpu"},
         "data": {"train": "mini:val-openclipart", "batch_size": draw.choice((8, 13)), "workers": 0},
         "model": {"embed_dim": 16, "image": {"width": 32, "depth": 2, "heads": 2}, "text": {"width": 32, "depth": 1, "heads": 2},

@@ -42,6 +42,10 @@ class Stage:
             raise ValueError(f"augment is {self.augment}; a strength from 0 (none) to 4 is allowed, 1 is the usual full range")
 
 
+class UnknownStream(AttributeError, ValueError):
+    """A system asked a batch for a stream that the recipe's fields do not make."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """n samples of one process. ``batch.NAME`` is the stream NAME.
@@ -86,7 +90,7 @@ class Batch:
             return self.__dict__["streams"][name]
         except KeyError:
             known = ", ".join(self.__dict__.get("streams", ()))
-            raise AttributeError(f"the batch has no stream {name!r}; this recipe's fields are {known}") from None
+            raise UnknownStream(f"the batch has no stream {name!r}; this recipe's fields are {known}") from None
 
     def take(self, rows: Sequence[int] | Tensor) -> Batch:
         """Some of the samples, in this order; ``sizes`` and ``counts`` stay those of the whole batch."""
@@ -107,6 +111,10 @@ class Batch:
         """
         lengths = self._lengths()
         return packing.parts(packing.costs(len(self), lengths, widths), lengths, budgets)
+
+    def cost(self, widths: Mapping[str, int]) -> float:
+        """Operations of a transformer block of these widths over all tokens (``packing.costs``): how the work of batches compares."""
+        return float(packing.costs(len(self), self._lengths(), widths).sum())
 
     def split(self, k: int, widths: Mapping[str, int]) -> list[Tensor]:
         """The rows (int64) of k micro-batches of nearly equal work, none empty: what ``take`` takes."""

@@ -86,6 +86,9 @@ class Flat:
             data[first:first + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
         return cls(data, layout, places, longest, about, skips)
 
+    def __len__(self) -> int:
+        return self.layout[0][2][0]  # the ids
+
     def pin_memory(self) -> Flat:
         """In page-locked memory, from which copies to a GPU need not be waited for (DataLoader calls this)."""
         return replace(self, data=self.data.pin_memory())

@@ -30,6 +30,7 @@ NAMED = {
     "mini:val-openclipart": ("val-openclipart-*.tar",),
 }
 INDEXED = 1 << 26  # bytes of names and places that are held in memory
+UNOPENED = "shard cannot be opened"
 MOST_SHARDS = 1 << 20  # that one pattern may stand for
 MOST_NAMES = 1 << 8  # of arrays beside the pictures
 MOST_SAMPLES, MOST_PROBLEMS, LONGEST_NAME = 1 << 19, 1 << 14, 1 << 10  # of one shard; usual ones hold 10,000 samples
@@ -255,7 +256,7 @@ def scan(path: str) -> Shard:
                 found.problems.append((str(error), f"{found.path}: after {printable(found.stem)}" if found.stem else found.path))
                 found.close()
     except OSError as error:
-        found.problems.append(("shard cannot be opened", f"{found.path}: {error.strerror or error}"))
+        found.problems.append((UNOPENED, f"{found.path}: {error.strerror or error}"))
     except BrokenTar as error:
         found.problems.append((str(error), found.path))
     arrays = {name: np.array(rows, dtype=np.int64).reshape(-1, 3) for name, rows in found.arrays.items()}
@@ -298,18 +299,34 @@ class Index:
             self.shard(number)
         return self._counts[number]
 
+    @property
+    def scanned(self) -> int:
+        """Number of usable samples of the shards whose headers were read so far."""
+        return sum(self._counts.values())
+
     def missing(self) -> list[str]:
         """The shards that are not there, fit to be shown. Asks the file system for each; reads nothing."""
         return [printable(path) for path in self.paths if not os.path.exists(path)]
 
-    def digest(self) -> str:
+    def digest(self, most: int | None = None) -> str:
         """32 hexadecimal digits that name the data: file names (without folders), sizes in bytes and usable samples of all shards in order.
 
         Equal digests on two machines, or at two starts, mean that the same samples are read in the same order. All headers are read for
-        it (about half a minute for a million samples); a shard that is not there counts as empty.
+        it (about half a minute for a million samples), or those of the first ``most`` samples; a shard that is not there counts as empty.
         """
-        facts = hashlib.blake2b(digest_size=16)
+        facts, counted = hashlib.blake2b(digest_size=16), 0
         for number, path in enumerate(self.paths):
-            count = self.count(number)
-            facts.update(f"{os.path.basename(path)}\0{self._sizes[number]}\0{count}\n".encode("utf-8", "surrogateescape"))
+            if most is None or counted < most:
+                count = self.count(number)
+                counted += count
+                facts.update(f"{os.path.basename(path)}\0{self._sizes[number]}\0{count}\n".encode("utf-8", "surrogateescape"))
+            else:
+                facts.update(f"{os.path.basename(path)}\0{_size(path)}\n".encode("utf-8", "surrogateescape"))
         return facts.hexdigest()
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ class Stream:
 
     Attributes:
         skips: (reason, digest of "shard: key") of the bad samples met so far by this rank; the union over ranks counts each sample once.
-        indices: the index of each source's shards.
+        indices: the index of each source's shards. read: samples that this rank has got.
 
     Raises:
         FileNotFoundError: a shard list matches nothing.
@@ -82,6 +83,7 @@ class Stream:
         self.sources = _sources(sources)
         if positions is not None and len(positions) != len(self.sources):
             raise ValueError(f"positions has {len(positions)} numbers for {len(self.sources)} sources; one for each is needed")
+        self.read = 0
         self.skips: set[tuple[str, int]] = set()  # the names of millions of bad samples would take gigabytes
         self.on_skip = on_skip or _warn
         self.indices = [Index(expand(source.shards), self._skip) for source in self.sources]
@@ -98,20 +100,32 @@ class Stream:
         """Number of bad samples by reason, met so far by this rank."""
         return Counter(reason for reason, _ in self.skips)
 
+    def met(self) -> int:
+        """Samples that this rank knows more of than their number: whose headers were read, or which were read (each time they were)."""
+        return max(self.read, sum(index.scanned for index in self.indices) + len(self.skips))
+
     def sizes(self) -> list[int]:
         """Usable samples of each source by the headers of all shards, which are read for it (half a minute for a million samples)."""
         return [sum(index.count(number) for number in range(len(index.paths))) for index in self.indices]
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        requests = self._requests()
-        loaded: Iterable[Flat] = map(self._load, requests)
-        if self.workers > 0:
-            loaded = DataLoader(self._loader, batch_size=None, sampler=requests, num_workers=self.workers, collate_fn=_as_is,
-                                worker_init_fn=_quiet, pin_memory=self.pin_memory, timeout=self.timeout)
-        for flat in loaded:
+        for flat in map(self._load, self._requests()) if self.workers == 0 else self._from_workers():
+            self.read += len(flat)
             for reason, name in flat.skips:
                 self._skip(reason, name)
             yield flat.batch(self.sizes_of_ranks, self.slice[0])
+
+    def _from_workers(self) -> Iterator[Flat]:
+        others = set(multiprocessing.active_children())
+        loaded = iter(DataLoader(self._loader, batch_size=None, sampler=self._requests(), num_workers=self.workers, collate_fn=_as_is,
+                                 worker_init_fn=_quiet, pin_memory=self.pin_memory, timeout=self.timeout))
+        workers = set(multiprocessing.active_children()) - others
+        try:
+            yield from loaded
+        finally:
+            loaded._shutdown_workers()  # type: ignore[attr-defined]  # before they are killed, which it would report as an error
+            for worker in workers:
+                worker.kill()  # one that hangs
 
     def _load(self, request: Request) -> Flat:
         flat = self._loader[request]
@@ -192,5 +206,6 @@ def _as_is(flat: Any) -> Any:
 
 
 def _quiet(worker: int) -> None:
-    """Ctrl-C is for the training process, which stops the workers when it has written its checkpoint."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What a whole group of processes is sent is for the training process, which stops the workers when it has written its checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

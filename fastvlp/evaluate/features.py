@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fastvlp.data.samples import Sample, samples
+from fastvlp.data.samples import Labels, samples
 from fastvlp.data.shards import Shards
+from fastvlp.evaluate.reading import How, Prepared, Samples
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,21 +29,22 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """Normalised features of the n samples of some shards, float32 on the CPU.
+    """Normalised features of the n samples of some shards and of their m captions, float32 on the CPU; the same on every process.
 
     Attributes:
-        images: [n, D]. texts: [n, D], of each sample's first caption, or [0, D] if captions were not asked for.
-        captions: the n first captions. classes: the n classes (None where a sample names none). keys: the n names.
-        owner: int64 [n], the image each caption belongs to.
+        images: [n, D]. texts: [m, D], of all captions, or [0, D] if captions were not asked for.
+        captions: the m captions, sample after sample. owner: int64 [m], the sample each belongs to. first: int64 [n], each sample's first.
+        classes: the n classes (None where a sample names none). keys: the n names.
         skipped: number of samples that could not be used, by reason.
     """
 
     images: Tensor
     texts: Tensor
     captions: list[str]
+    owner: Tensor
+    first: Tensor
     classes: list[str | None]
     keys: list[str]
-    owner: Tensor
     skipped: Counter[str]
     shards: Shards
 
@@ -53,76 +55,77 @@ class Features:
 
 
 @torch.no_grad()
-def features(model: Encoder, shards: Shards, batch_size: int = 256, texts: bool = True) -> Features:
-    """Encode every usable sample of ``shards``, in the order of the files.
+def features(model: Encoder, shards: Shards, how: How | int = 256, texts: bool = True) -> Features:
+    """Encode every usable sample of ``shards``, in the order of the files; with several processes a collective call.
 
     Args:
-        model: its ``encode_image`` takes a list of PIL images, its ``encode_text`` a list of strings; put it into evaluation mode first.
-        batch_size: samples encoded (and decoded pictures held) at a time.
-        texts: also encode each sample's first caption; a sample's further captions are not used.
+        model: its ``encode_image`` takes a list of PIL images or what its field ``image`` makes of it, its ``encode_text`` a list of
+            strings; put it into evaluation mode first.
+        how: batch size, processes and workers; a number is the batch size alone.
+        texts: also encode all captions.
 
     Raises:
         FileNotFoundError: the shard list matches nothing.
         ValueError: no sample could be used; says what was skipped and why.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    skipped: Counter[str] = Counter()
-    names: list[str] = []
-
-    def on_skip(reason: str, name: str) -> None:
-        skipped[reason] += 1
-        names.append(name)
-
-    images: list[Tensor] = []
-    encoded: list[Tensor] = []
-    captions: list[str] = []
-    classes: list[str | None] = []
-    keys: list[str] = []
-    for batch in _batches(samples(shards, on_skip=on_skip), batch_size):
-        first = [sample.labels.captions[0] for sample in batch]
-        images.append(_normalised(model.encode_image([sample.image for sample in batch])))
-        if texts:
-            encoded.append(encode_texts(model, first, batch_size))
-        captions += first
-        classes += [sample.labels.name for sample in batch]
-        keys += [sample.key for sample in batch]
-    if not images:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common())
-        raise ValueError(f"no sample of {shards!r} can be used" + (f": {reasons}; the first is {names[0]}" if names else ""))
-    x = torch.cat(images)
-    return Features(x, torch.cat(encoded) if encoded else x[:0], captions, classes, keys, torch.arange(len(x)), skipped, shards)
+    how = how if isinstance(how, How) else How(how)
+    reading = Samples(shards, Prepared.by(model), how)
+    mine: dict[int, tuple[Tensor, list[Labels], list[str]]] = {}
+    for number, read in reading:
+        encoded = normalised(model.encode_image(read.pictures))
+        if number >= 0:
+            mine[number] = encoded, read.labels, read.keys
+    parts = how.together(mine)
+    skipped = reading.skipped(len(parts))
+    images = torch.cat([part[0] for part in parts])
+    labels = [label for part in parts for label in part[1]]
+    counts = torch.tensor([len(label.captions) for label in labels])
+    captions = [caption for label in labels for caption in label.captions]
+    return Features(images, encode_texts(model, captions, how) if texts else images[:0], captions,
+                    torch.arange(len(labels)).repeat_interleave(counts), counts.cumsum(0) - counts, [label.name for label in labels],
+                    [key for part in parts for key in part[2]], skipped, shards)
 
 
 @torch.no_grad()
-def encode_texts(model: Encoder, texts: Sequence[str], batch_size: int) -> Tensor:
-    """Normalised features of strings: float32 [n, D] on the CPU."""
-    return torch.cat([_normalised(model.encode_text(list(texts[i:i + batch_size]))) for i in range(0, len(texts), batch_size)])
+def encode_texts(model: Encoder, texts: Sequence[str], how: How) -> Tensor:
+    """Normalised features of strings: float32 [n, D] on the CPU; with several processes a collective call."""
+    mine = {}
+    for number, batch in how.share([list(texts[i:i + how.batch_size]) for i in range(0, len(texts), how.batch_size)]):
+        how.beat()
+        mine[number] = normalised(model.encode_text(batch))
+    return torch.cat(how.together(mine))
 
 
-def _normalised(x: Tensor) -> Tensor:
+def normalised(x: Tensor) -> Tensor:
+    """Rows of length 1, float32 on the CPU."""
     return torch.nn.functional.normalize(x.float(), dim=-1).cpu()
 
 
-def _batches(stream: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    while batch := list(islice(stream, size)):
-        yield batch
-
-
-def ranks(queries: Tensor, keys: Tensor, targets: Tensor, batch_size: int) -> Tensor:
-    """How many keys are more similar to each query than its target is: int64 [Q], 0 is best.
+def ranks(queries: Tensor, keys: Tensor, targets: Tensor, owner: Tensor, batch_size: int) -> Tensor:
+    """How many wrong keys are more similar to each query than the best of its right ones is: int64 [Q], 0 is best.
 
     Among equally similar keys the one listed first counts as more similar; a similarity that is not a number counts against the model.
     Memory: batch_size x K similarities at a time.
 
     Args:
-        queries: [Q, D]. keys: [K, D]. targets: int64 [Q], the right key of each query.
+        queries: [Q, D]. keys: [K, D]. Key k is right for query q where owner[k] == targets[q]. targets: int64 [Q]. owner: int64 [K].
     """
     found = []
     place = torch.arange(len(keys))
     for query, target in zip(queries.split(batch_size), targets.split(batch_size), strict=True):
-        similarity = query @ keys.T
-        own = similarity.gather(1, target[:, None])
-        behind = (similarity < own) | ((similarity == own) & (place > target[:, None]))
-        found.append((~behind).sum(1) - 1)
+        similarity, right = query @ keys.T, owner == target[:, None]
+        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        first = place.where(right & (similarity == best), len(keys)).amin(1, keepdim=True)
+        behind = (similarity < best) | ((similarity == best) & (place > first))
+        found.append((~behind & ~right).sum(1))
     return torch.cat(found)
+
+
+def shares(rank: Tensor, tops: Sequence[int], name: str) -> dict[str, float]:
+    """The share of ranks below each of ``tops``, as NAME1, NAME5, ..."""
+    return {f"{name}{k}": (rank < k).double().mean().item() for k in tops}
+
+
+def reciprocal(rank: Tensor) -> float:
+    """The mean reciprocal rank: of 1 / (rank + 1), since 0 is best here."""
+    return (1 / (rank + 1).double()).mean().item()

@@ -2,7 +2,9 @@
 
 from .across.gather_batch import gather_batch as gather_batch
 from .across.group import ALONE as ALONE
+from .captions import next_token_hits as next_token_hits
 from .captions import next_token_nll as next_token_nll
+from .captions import word_kl as word_kl
 from .captions import word_nll as word_nll
 from .clip import ClipLoss as ClipLoss
 from .cluster_distill import cluster_instance_loss as cluster_instance_loss
@@ -14,6 +16,8 @@ from .filip import filip_loss as filip_loss
 from .focal import focal_sigmoid_loss as focal_sigmoid_loss
 from .grouping import group_patches as group_patches
 from .grouping import grouping_loss as grouping_loss
+from .kmeans import kmeans as kmeans
+from .kmeans import nearest_centroid as nearest_centroid
 from .light import light_clip_loss as light_clip_loss
 from .light import softness as softness
 from .llip import llip_loss as llip_loss

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvlp.data.batch import Batch
 from fastvlp.data.patches import pack_texts
-from fastvlp.losses import next_token_nll, word_nll
+from fastvlp.losses import next_token_hits, next_token_nll, word_nll
 from fastvlp.systems.system import Outputs, System
 from fastvlp_kernels.packed import Packed
 
@@ -30,6 +30,9 @@ class Captioner(System):
 
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
         return next_token_nll(self.states(images, texts), self.words, texts)
+
+    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
+        return next_token_hits(self.states(images, texts), self.words, texts)
 
     def next_words(self, images: Packed, texts: Packed) -> Tensor:
         """Logits [n, V] of the word that follows each caption's last."""
@@ -57,12 +60,22 @@ class MaskedCaptioner(Captioner):
     """
 
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
+        rows, states, words = self._each_word(images, texts)
+        nll = word_nll(states, self.words, words)
+        return nll.new_zeros(len(texts)).index_add(0, rows, nll)
+
+    @torch.no_grad()
+    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
+        rows, states, words = self._each_word(images, texts)
+        return words.new_zeros(len(texts)).index_add(0, rows, (self.words(states.x).argmax(1) == words).to(words.dtype))
+
+    def _each_word(self, images: Packed, texts: Packed) -> tuple[Tensor, Packed, Tensor]:
+        """Of every word but the first of each caption: the caption's number, the state of a hidden word in its place, and the word."""
         counts = texts.lengths - 1
         rows = torch.arange(len(texts)).repeat_interleave(counts)
         known = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows] + 1
         begun = texts.take(rows).first(known + 1)
-        nll = word_nll(self._behind(images.take(rows), begun.first(known)), self.words, begun.last(1).x)
-        return nll.new_zeros(len(texts)).index_add(0, rows.to(nll.device), nll)
+        return rows.to(texts.x.device), self._behind(images.take(rows), begun.first(known)), begun.last(1).x
 
     def next_words(self, images: Packed, texts: Packed) -> Tensor:
         return self.words(self._behind(images, texts).x)

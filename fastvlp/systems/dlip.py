@@ -41,7 +41,7 @@ class Dlip(Clip):
 
 
 def recipe() -> Recipe:
-    """Towers of 128 channels and 4 blocks from a teacher of the default size (``run.start=runs/clip`` fills it, see ``start_from``)."""
+    """Towers of 128 channels and 4 blocks from a teacher of the default size (``run.start=runs/clip`` fills it)."""
     student = fdl.Config(Dlip, shipped.image(width=128, depth=4, heads=2), shipped.text(width=128, depth=2, heads=2),
                          teacher=fdl.Config(Clip, shipped.image(), shipped.text()))
     return replace(clip.recipe(), model=student)

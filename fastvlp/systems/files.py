@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fastvlp._schema import ConfigError
-from fastvlp.config import from_dict, to_dict
+from fastvlp.config import from_dict, function, to_dict
 from fastvlp.data.fields import bind as bind_fields
 from fastvlp.data.tokenizer import load_tokenizer
 from fastvlp.recipe import Recipe
+from fastvlp.systems.state_folder import metadata_of, read_state
 from fastvlp.systems.system import System
 
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
+TEACHER = "teacher."  # how the weights of a system's teacher begin
 
 
 def build_system(recipe: Recipe, tokenizer: str | os.PathLike[str] | None = None) -> System:
@@ -37,6 +37,8 @@ def build_system(recipe: Recipe, tokenizer: str | os.PathLike[str] | None = None
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
     if not isinstance(system, System):
         raise ConfigError(f"model makes a {type(system).__name__}; a fastvlp.systems.System is needed")
+    if type(system).encode is System.encode:
+        raise ConfigError(f"{type(system).__name__} has no encode; write encode(self, batch), which gives what some samples are alone")
     try:
         system.tokenizer = load_tokenizer(tokenizer or recipe.data.tokenizer)
     except (ImportError, ValueError, FileNotFoundError) as error:
@@ -80,17 +82,20 @@ def _umask() -> int:
     return mask
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> System:
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", recipe: str | os.PathLike[str] | None = None) -> System:
     """A system that ``save`` or a training run wrote, in evaluation mode.
 
     Args:
         path: a run, one of its checkpoints (then with the averaged weights where there are any), or a folder with model.safetensors and
             model.json.
+        recipe: the Python file that a system of one's own is from (``mine.py``). Its code runs; nothing that ``path`` holds does.
 
     Raises:
         FileNotFoundError: there is no model in the folder.
         ValueError: the description cannot be used, or the weights do not belong to it.
     """
+    if recipe is not None:
+        function(os.fspath(recipe))
     folder = Path(path)
     if (folder / "model" / DESCRIPTION).is_file():
         folder = folder / "model"
@@ -125,7 +130,7 @@ def _from_checkpoint(folder: Path) -> System:
     """The weights of a training checkpoint, whole or written in shards."""
     system = _described(folder / "trainer.json", lambda found: found["recipe"], None)
     state: dict[str, Any] = {"model": system.state_dict()}
-    names = dcp.FileSystemReader(str(folder / "state")).read_metadata().state_dict_metadata
+    names = metadata_of(folder / "state").state_dict_metadata
     averaged = [key.removeprefix("ema.") for key in names if key.startswith("ema.")]
     if averaged:
         state["ema"] = {name: torch.empty_like(state["model"][name]) for name in averaged}
@@ -137,15 +142,10 @@ def _from_checkpoint(folder: Path) -> System:
     return system
 
 
-def read_state(state: dict[str, Any], folder: Path, alone: bool) -> None:
-    """Fill tensors from a folder of ``torch.distributed.checkpoint``, of any number of processes; ``alone``: by this process only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
-        dcp.load(state, checkpoint_id=str(folder), no_dist=alone)
-
-
 def take_weights(system: System, path: str | os.PathLike[str]) -> str:
     """Take the weights of another run or model folder as far as names and shapes fit; returns a sentence that says what was taken.
+
+    A system with a ``teacher`` takes them for that, unless they come from a system with a teacher themselves.
 
     Raises:
         ConfigError: none fits, or there is no such model.
@@ -159,6 +159,8 @@ def take_weights(system: System, path: str | os.PathLike[str]) -> str:
     theirs, mine = load_file(str(folder / WEIGHTS)), system.state_dict()
     # A layer with an adapter keeps its weights one level down, which a run without adapters does not know.
     named = {name.replace(".base_layer.", "."): name for name in mine}
+    if not any(name.startswith(TEACHER) for name in theirs):
+        named = {name.removeprefix(TEACHER): whole for name, whole in named.items() if name.startswith(TEACHER)} or named
     taken = {named[name]: tensor for name, tensor in theirs.items() if name in named and mine[named[name]].shape == tensor.shape}
     if not taken:
         raise ConfigError(f"run.start: nothing in {folder / WEIGHTS} has the name and the shape of a part of this model")

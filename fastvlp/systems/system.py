@@ -120,6 +120,10 @@ class System(nn.Module):
         """The negative log-likelihood of caption i given picture i, in nats, summed over its words: [n]."""
         raise NotImplementedError(f"{type(self).__name__} has no caption_nll; it does not predict captions")
 
+    def caption_hits(self, images: Any, texts: Any) -> Tensor:
+        """How many tokens of caption i are the likeliest one given picture i and the tokens before: int64 [n]."""
+        raise NotImplementedError(f"{type(self).__name__} has no caption_hits; it does not predict captions")
+
     def generate(self, images: Any, **options: Any) -> list[list[int]]:
         """Token ids of a caption for each picture."""
         raise NotImplementedError(f"{type(self).__name__} has no generate; it writes no captions")

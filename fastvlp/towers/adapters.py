@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def lora(part: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
+def lora(part: nn.Module, rank: int = 8, alpha: int = 16, dropout: float = 0.0,
          targets: Sequence[str] = ("qkv", "proj", "up", "down")) -> nn.Module:
     """A part whose weights are frozen and whose linear layers learn a product of two thin matrices each (LoRA, arXiv:2106.09685).
 
@@ -17,8 +17,8 @@ def lora(part: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0
 
     Args:
         rank: of the products. alpha: they are multiplied by alpha / rank.
-        targets: ends of the names of the layers that get one; of a timm ViT ("qkv", "proj", "fc1", "fc2"), of CLIP in transformers ("q_proj",
-            "k_proj", "v_proj", "out_proj").
+        targets: ends of the names of the layers that get one; of a timm ViT ("qkv", "proj", "fc1", "fc2"), of CLIP in transformers
+            ("q_proj", "k_proj", "v_proj", "out_proj").
 
     Raises:
         ImportError: peft is not installed. ValueError: no layer has such a name.
@@ -32,7 +32,8 @@ def lora(part: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0
         raise ValueError(f"lora: no linear layer of {type(part).__name__} is called {' or '.join(targets)}; there are "
                          f"{', '.join(sorted(set(names))) or 'none'}")
     part.requires_grad_(False)
-    found: nn.Module = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets)), part)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
+    found: nn.Module = inject_adapter_in_model(config, part)
     return found
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,8 @@ from fastvlp.config import ConfigError, to_dict
 from fastvlp.data.shards import Index
 from fastvlp.recipe import Recipe
 from fastvlp.train.parallel import World
+
+HEADERS = 1 << 16  # samples whose headers are read to compare data; of shards beyond these, the sizes of the files have to do
 
 T = TypeVar("T")
 
@@ -36,27 +38,67 @@ def first_decides(world: World, act: Callable[[], T]) -> T:
     return found
 
 
-def check(world: World, recipe: Recipe, system: nn.Module, indices: Sequence[Index]) -> None:
-    """Refuse to train processes that would not train the same thing: versions, settings, data, weights.
+def all_or_none(world: World, act: Callable[[], T]) -> T:
+    """What ``act`` gives on each process; where it is refused on one, it is on all, and says on which."""
+    found: Any = None
+    error: Exception | None = None
+    try:
+        found = act()
+    except (ValueError, OSError, RuntimeError) as caught:
+        error = caught
+    for rank, theirs in enumerate(world.gather(None if error is None else str(error))):
+        if theirs is not None and world.size > 1:
+            raise ConfigError(f"process {rank}: {theirs}") from error
+    if error is not None:
+        raise error
+    return found
+
+
+def check(world: World, facts: Callable[[], Mapping[str, str]]) -> None:
+    """Refuse to train processes that would not train the same thing.
 
     Raises:
-        ConfigError: on every process; says which key differs on which process.
+        ConfigError: on every process; says which of the ``facts`` differ on which process.
     """
     if world.size == 1:
         return
-    mine = _facts(recipe, system, indices)
+    everyone = world.gather(dict(facts()))
+    differing = [key for key in {key: None for theirs in everyone for key in theirs}
+                 if any(theirs.get(key) != everyone[0].get(key) for theirs in everyone)]
+    if not differing:
+        return
+    said = []
+    for key in differing[:4]:
+        rank, other = next((rank, theirs.get(key)) for rank, theirs in enumerate(everyone) if theirs.get(key) != everyone[0].get(key))
+        said.append(f"process {rank} has {key}={other} and process 0 has {everyone[0].get(key)}")
+    more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
+    raise ConfigError(f"{'; '.join(said)}{more}: all processes of a run need the same; start them with the same command, code and data")
+
+
+def settings(recipe: Recipe, device: torch.device) -> dict[str, str]:
+    """Versions and every setting, by dotted key."""
+    values = {key: value for section, inside in to_dict(recipe).items() for key, value in _leaves(inside, section)}
+    return {**values, "fastvlp": __version__, "torch": torch.__version__, "python": ".".join(map(str, sys.version_info[:2])),
+            "device": device.type}
+
+
+def same_file(world: World, path: Path, why: str) -> None:
+    """Refuse to go on when a process does not see what the first one sees at ``path``.
+
+    Raises:
+        ConfigError: on every process; ``why`` completes the sentence.
+    """
+    if world.size == 1:
+        return
+    try:
+        mine: str | None = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        mine = None
     everyone = world.gather(mine)
     for rank, theirs in enumerate(everyone):
-        for key in {**everyone[0], **theirs}:
-            if everyone[0].get(key) != theirs.get(key):
-                raise ConfigError(f"process {rank} has {key}={theirs.get(key)} and process 0 has {everyone[0].get(key)}; all processes of "
-                                  "a run need the same: start them with the same command, code and data")
-
-
-def _facts(recipe: Recipe, system: nn.Module, indices: Sequence[Index]) -> dict[str, str]:
-    settings = {key: value for section, inside in to_dict(recipe).items() for key, value in _leaves(inside, section)}
-    return {**settings, "fastvlp": __version__, "torch": torch.__version__, "python": ".".join(map(str, sys.version_info[:2])),
-            "data": data_digest(indices), "weights": _weights_digest(system)}
+        if theirs is None or theirs != everyone[0]:
+            raise ConfigError(f"process {rank} {'does not see' if theirs is None else 'sees another'} {path}, {why}; run.dir has to lie on "
+                              "a file system that all processes share")
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, str]]:
@@ -67,12 +109,12 @@ def _leaves(value: Any, path: str) -> list[tuple[str, str]]:
 
 
 def data_digest(indices: Sequence[Index]) -> str:
-    """Names and sizes of all shards."""
-    facts = [[os.path.basename(path), os.path.getsize(path)] for index in indices for path in index.paths]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    """Names the shards of all sources."""
+    return hashlib.sha256(" ".join(index.digest(HEADERS) for index in indices).encode()).hexdigest()[:16]
 
 
-def _weights_digest(system: nn.Module) -> str:
+def weights_digest(system: nn.Module) -> str:
+    """Names the weights of a system by name, shape and sum of each."""
     digest = hashlib.sha256()
     for name, tensor in system.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.double().sum().item()!r}".encode())

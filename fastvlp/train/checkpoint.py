@@ -33,8 +33,9 @@ class Damaged(CheckpointError):
 def begin(folder: Path, step: int) -> Path:
     """An empty folder beside the checkpoints for one that is being written; what a killed process left is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.partial"):
-        shutil.rmtree(leftover)
+    for leftover in _entries(folder):
+        if leftover.name.startswith(".") and leftover.name.endswith(".partial"):
+            shutil.rmtree(leftover)
     temporary = folder / f".step-{step:08d}.partial"
     temporary.mkdir()
     return temporary
@@ -46,7 +47,7 @@ def finish(temporary: Path, trainer: dict[str, Any], random: list[Any], keep: in
     (temporary / TRAINER).write_text(json.dumps(trainer), encoding="utf-8")
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     sums = {str(path.relative_to(temporary)): [path.stat().st_size, _sha256(path)] for path in files}
-    (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": trainer["counters"]["step"], "files": sums}), encoding="utf-8")
+    (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": sums}), encoding="utf-8")
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
     final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".partial"))
@@ -87,18 +88,33 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints below a folder, oldest first."""
-    return [path for path in _named(folder) if (path / MANIFEST).exists()]
+    """The complete checkpoints below a folder, oldest first; none where there is no folder.
+
+    Raises:
+        OSError: the folder, or one in it, cannot be read, which does not mean that there is nothing.
+    """
+    return [path for path in _named(folder) if _exists(path / MANIFEST)]
 
 
 def _named(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted(path for path in _entries(folder) if path.name.startswith("step-") and path.name.removeprefix("step-").isdigit())
 
 
-def newest(path: Path) -> Path:
-    """A run folder, or its ``checkpoints``, stands for its last checkpoint."""
-    found = checkpoints(path / "checkpoints") or checkpoints(path)
-    return found[-1] if found else path
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds. ``Path.glob`` would take one that cannot be read for an empty one."""
+    try:
+        return [folder / name for name in os.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _exists(path: Path) -> bool:
+    """Unlike ``Path.exists``, which takes any error for absence in newer versions of Python, raises what is neither yes nor no."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -119,40 +135,47 @@ def verify(path: Path) -> dict[str, Any]:
             file = path / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise Damaged(f"{path / MANIFEST} is damaged: it names {name}")
-            if not file.exists():
+            if not _exists(file):
                 raise Damaged(f"{path} is damaged: {name} is missing")
             if file.stat().st_size != size or _sha256(file) != digest:
                 raise Damaged(f"{path} is damaged: {name} is not what was written")
         trainer = json.loads((path / TRAINER).read_text(encoding="utf-8"))
+        if not isinstance(trainer, dict) or not {"recipe", "counters"} <= trainer.keys():
+            raise CheckpointError(f"{path / TRAINER} does not describe a training run")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} holds no {MANIFEST}; name a folder such as runs/NAME/checkpoints/step-00000200") from error
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}; nothing was changed") from error
-    except (ValueError, TypeError) as error:
+    except (OSError, MemoryError) as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise Damaged(f"{path / MANIFEST} is damaged: {error}") from error
     return dict(trainer)
 
 
-def latest(folder: Path, warn: Callable[[str], object]) -> Path | None:
-    """The newest checkpoint that is what was written, or None; damaged ones are named through ``warn``, set aside and passed over.
+def latest(folder: Path, warn: Callable[[str], object], *, mine: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is what was written, and its ``trainer.json``, or None; damaged ones are named through ``warn`` and
+    passed over, and set aside where the folder is ``mine``.
 
     Raises:
         CheckpointError: one cannot be read just now, or only by a newer version: it is not passed over, since it may be whole.
     """
     try:
-        candidates = list(reversed(checkpoints(folder)))
+        for path in reversed(_named(folder)):
+            try:
+                if not _exists(path / MANIFEST):
+                    raise Damaged(f"{path} holds no {MANIFEST}: it is not whole, or of a version of fastvlp that wrote none")
+                return path, verify(path)
+            except Damaged as error:
+                warn(f"{error}; {f'it is kept in {set_aside(path).parent}, ' if mine else ''}trying the one before")
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror}; nothing was changed") from error
-    for path in candidates:
-        try:
-            verify(path)
-            return path
-        except Damaged as error:
-            warn(f"{error}; it is kept in {folder / 'aside'}, trying the one before")
-            set_aside(path)
+        raise _unreadable(folder, error) from error
     return None
+
+
+def _unreadable(path: Path, error: OSError | MemoryError) -> CheckpointError:
+    name = getattr(error, "filename", None) or path
+    return CheckpointError(f"{name} cannot be read: {getattr(error, 'strerror', None) or 'out of memory'}; nothing was changed")
 
 
 def random_states(path: Path) -> list[Any]:

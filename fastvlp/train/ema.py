@@ -32,7 +32,7 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = [local_tensor(average) for average in self.averages.values()]
         weights = [_wide(local_tensor(p)) for p in self.parameters.values()]
-        torch._foreach_lerp_(averages, weights, [(counts * (1 - decay)).to(average.dtype) for average in averages])
+        torch._foreach_lerp_(averages, weights, [counts.to(average.dtype) * (1 - decay) for average in averages])
         self.updates += 1
 
     @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from fastvlp._schema import ConfigError
 from fastvlp.data.batch import Batch, take_samples
 from fastvlp.systems.system import Losses, Outputs, System
 from fastvlp_kernels.packed import Packed
@@ -36,7 +37,7 @@ def gradients(system: System, whole: Batch, parts: Parts, *, autocast: Autocast 
         The loss terms of this process, detached, and what ``encode`` gave, detached, in the order of ``whole``.
 
     Raises:
-        ValueError: the system has neither an objective nor losses, or a ``*_loss`` is not one number a sample.
+        ConfigError: the system has neither an objective nor losses, or a ``*_loss`` is not one number a sample.
     """
     if len(parts) == 1:
         with autocast():
@@ -109,7 +110,9 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
         losses, found = objective(leaves)
     _backward(losses, scale_loss)
 
-    shares = {name: grad.split(counts[name]) for name, value in leaves.items() if (grad := tensor(value).grad) is not None}
+    # What the objective leaves out has a gradient of zeros: DistributedDataParallel waits for one of every parameter.
+    shares = {name: (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).split(counts[name])
+              for name, value in leaves.items() if (leaf := tensor(value)).is_floating_point()}
     for number, (encode, state) in enumerate(zip(second, states, strict=True)):
         set_random_state(state)
         with autocast():
@@ -126,11 +129,11 @@ def _terms(system: System, out: Outputs, batch: Batch) -> Losses:
     for name, value in out.items():
         if name.endswith("_loss") and (not isinstance(value, Tensor) or value.shape != (len(batch),)):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{type(system).__name__}.encode: {name} is {got}; a *_loss is one number a sample, here [{len(batch)}]")
+            raise ConfigError(f"{type(system).__name__}.encode: {name} is {got}; a *_loss is one number a sample, here [{len(batch)}]")
     losses = system.objective(out, batch)
     if not losses:
-        raise ValueError(f"{type(system).__name__} has nothing to train on: encode gives {', '.join(out) or 'nothing'}; name an output "
-                         "*_loss (one number a sample), or write an objective")
+        raise ConfigError(f"{type(system).__name__} has nothing to train on: encode gives {', '.join(out) or 'nothing'}; name an output "
+                          "*_loss (one number a sample), or write an objective")
     return losses
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -12,13 +14,14 @@ from typing import TextIO
 from fastvlp._schema import ConfigError
 
 NAME = ".lock"
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
 class RunLock:
     """A lock on a run's folder that dies with its process, on this machine and on file systems that share ``flock``.
 
     Raises:
-        ConfigError: another process trains in the folder, or the folder cannot be written.
+        ConfigError: another process trains in the folder, or the folder cannot be written. OSError: the disk is full.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,6 +33,8 @@ class RunLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = (self.folder / NAME).open("a+")
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
             raise ConfigError(f"{error.filename or self.folder}: {error.strerror}; choose a run.dir that can be written") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,8 +45,10 @@ class RunLock:
             raise ConfigError(f"{self.folder} is in use: {holder} is training there; wait for it, stop it, or choose another "
                               "run.name") from None
         except OSError as error:
+            self._file.close()
             raise ConfigError(f"{self.folder} is on a file system without locks ({error.strerror}): two runs could write there; choose a "
                               "run.dir on another one") from error
+        _held.add(self)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
         self._file.flush()
@@ -54,4 +61,18 @@ class RunLock:
             if [path.name for path in self.folder.iterdir()] == [NAME]:
                 (self.folder / NAME).unlink()
                 self.folder.rmdir()
-        self._file.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        _held.discard(self)
+        if self._file is not None:
+            self._file.close()
+
+
+def _forget() -> None:
+    """A loading process inherits the open file, and with it the lock, which it would hold after its parent was killed."""
+    for lock in list(_held):
+        lock._let_go()
+
+
+os.register_at_fork(after_in_child=_forget)

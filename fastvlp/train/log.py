@@ -29,8 +29,11 @@ class JsonLines:
     def __init__(self, path: Path, start: int) -> None:
         kept = [line for line in lines(path) if line["step"] <= start] if start else []
         temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        try:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         self.file = path.open("a", buffering=1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -42,12 +45,12 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars for ``tensorboard --logdir runs``."""
+    """Scalars for ``tensorboard --logdir runs``, which hides those of steps after ``start`` that were written before."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -75,13 +78,17 @@ class WandB:
 
 
 class Log:
-    """All writers of a run as one; ``enabled=False`` (every rank but the first) writes nothing."""
+    """All writers of a run as one; ``enabled=False`` (every rank but the first) writes nothing.
+
+    Args:
+        start: the step after which the run goes on; what was written of later ones is of another past.
+    """
 
     def __init__(self, folder: Path, recipe: Recipe, start: int, enabled: bool) -> None:
         self.writers: list[Writer] = []
         if enabled:
             self.writers.append(JsonLines(folder / "log.jsonl", start))
-            self.writers += [TensorBoard(folder) if name == "tensorboard" else WandB(folder, recipe) for name in recipe.run.log]
+            self.writers += [TensorBoard(folder, start) if name == "tensorboard" else WandB(folder, recipe) for name in recipe.run.log]
 
     def write(self, step: int, **values: Any) -> None:
         """One line about the state after ``step`` steps."""

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fastvlp._schema import ConfigError
 from fastvlp.systems.system import System
 
-FORWARDS = ("encode", "objective", "after_step", "before_episode", "embed_image", "embed_text", "score", "caption_nll", "generate")
+FORWARDS = ("encode", "objective", "after_step", "before_episode", "embed_image", "embed_text", "score", "caption_nll", "caption_hits",
+            "generate")
 LAUNCHERS = (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
 
 
@@ -163,8 +164,9 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
     Args:
         shard: over how many neighbouring processes parameters, gradients and optimizer state are split: 1 replicates (data parallel), a
             divisor of the number of processes shards inside groups and replicates across (hybrid), "world" shards over all.
-        compile: each block by torch.compile, or by one of its backends by name. checkpointing: "blocks" keeps only the input of each block for backward, "selective" also the
-            results of matrix products and attention. offload: parameters and optimizer state live in the CPU's memory.
+        compile: each block by torch.compile, or by one of its backends by name.
+        checkpointing: "blocks" keeps only the input of each block for backward, "selective" also the results of products and attention.
+        offload: parameters and optimizer state live in the CPU's memory.
 
     Raises:
         ConfigError: ``shard`` does not divide the number of processes, or offload without a sharded run.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CELL, FRAME, TEXT = 100, 3, 2.5  # pixels of a cell and of its frame; width of the texts in inches of CELL pixels
 GREEN = (44, 160, 44)
+PANELS = (("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm"), ("samples_per_second", "samples per second"))
 
 
 def available() -> bool:
@@ -30,10 +31,9 @@ def curves(log: Path, target: Path) -> None:
     from matplotlib.figure import Figure
 
     records = lines(log)
-    panels = [("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm"), ("images_per_second", "images per second")]
     figure = Figure(figsize=(11, 7), layout="tight")
     FigureCanvasAgg(figure)
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         steps, values = series(records, name)
         axes.plot(steps, values, color="tab:blue", linewidth=0.8, alpha=0.35 if name != "lr" else 1.0)
         if name != "lr":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import shutil
@@ -13,15 +14,23 @@ from typing import TextIO
 
 import torch
 
+from fastvlp.train.interrupt import writable
+
 
 @dataclass(frozen=True)
 class Rates:
-    """What a step, or some, took. seconds: in all. samples, tokens: over all processes. waited: seconds until the data was there."""
+    """What a step, or some, took.
+
+    Attributes:
+        seconds: in all. samples, tokens: over all processes. waited: seconds until the data was there.
+        mfu: the share of the devices' matrix rate that the samples needed (``train.flops``).
+    """
 
     seconds: float
     samples: int
     tokens: int
     waited: float = 0.0
+    mfu: float = 0.0
 
 
 class Progress:
@@ -33,7 +42,7 @@ class Progress:
 
     def __init__(self, total: int, every: float, stream: TextIO | None = None, enabled: bool = True) -> None:
         self.total, self.every, self.enabled = total, every, enabled
-        self.stream = stream or sys.stdout
+        self.stream = stream or sys.stdout or io.StringIO()  # Python has no stdout where its descriptor was closed
         self.live = self.stream.isatty()
         self.rates: dict[str, float] = {}
         self.seconds_per_step = 0.0
@@ -48,7 +57,7 @@ class Progress:
         """
         now = time.perf_counter()
         rates = {"samples": took.samples / took.seconds, "tokens": took.tokens / took.seconds, "step": took.seconds,
-                 "waiting": took.waited / took.seconds}
+                 "waiting": took.waited / took.seconds, "mfu": took.mfu}
         for name, value in rates.items():
             self.rates[name] = value if name not in self.rates else 0.9 * self.rates[name] + 0.1 * value
         if not self.enabled or (now < self._next and step < self.total):
@@ -57,8 +66,8 @@ class Progress:
         terms = " + ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in ("loss", "grad_norm", "lr"))
         waiting = f"  {self.rates['waiting']:.0%} waiting for data" if self.rates["waiting"] > 0.05 else ""
         line = (f"step {step}/{self.total}  loss {values['loss']:.3f}{f' = {terms}' if terms else ''}  "
-                f"{self.rates['samples']:.0f} samples/s  {human(self.rates['tokens'])} tokens/s{waiting}  {human(memory_in_use(), 'B')}  "
-                f"ETA {clock((self.total - step) * self.rates['step'])}{note}")
+                f"{self.rates['samples']:.0f} samples/s  {human(self.rates['tokens'])} tokens/s  {self.rates['mfu']:.0%} MFU{waiting}  "
+                f"{human(memory_in_use(), 'B')}  ETA {clock((self.total - step) * self.rates['step'])}{note}")
         if self.live:
             width = shutil.get_terminal_size().columns
             self._write("\r\x1b[K" + line[: width - 1])
@@ -81,10 +90,17 @@ class Progress:
     def _write(self, text: str) -> None:
         """A terminal that was closed, a pipe that nobody reads or a full disk behind it never stops a training."""
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            if self._writable():
+                self.stream.write(text)
+                self.stream.flush()
         except (OSError, ValueError):
             self.enabled = False
+
+    def _writable(self) -> bool:
+        try:
+            return writable(self.stream.fileno())
+        except io.UnsupportedOperation:  # it is in memory
+            return True
 
 
 def memory_in_use() -> int:

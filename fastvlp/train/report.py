@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def episode(recipe: Recipe, trainer: Trainer, beat: Callable[[], object] = lambd
     system = trainer.system
     training = system.training
     system.eval()
-    features = evaluate.encode_all(system, recipe.data.sources[0].shards, recipe.eval.batch_size, trainer.world, beat)
+    features = evaluate.encode_all(system, recipe.data.sources[0].shards, recipe.eval.batch_size, trainer.world, beat,
+                                   workers=recipe.data.workers)
     system.train(training)
     with torch.no_grad():
         system.before_episode(features)
@@ -70,19 +71,19 @@ def show(folder: Path, say: Callable[[str], object]) -> dict[str, Any]:
     return results
 
 
-def set_run_aside(folder: Path) -> Path:
-    """Move what a run left into a folder beside it; its lock stays, held by who asks."""
+def set_run_aside(folder: Path, but: Sequence[str] = (".lock",)) -> Path:
+    """Move what a run left into a folder beside it, ``but`` some; its lock stays, held by who asks."""
     target = next(place for i in range(1, 10_000) if not (place := folder.with_name(f"{folder.name}.before-{i}")).exists())
     target.mkdir()
     for path in folder.iterdir():
-        if path.name != ".lock":
+        if path.name not in but:
             path.rename(target / path.name)
     return target
 
 
 def finish(recipe: Recipe, trainer: Trainer, folder: Path, log: Log, progress: Progress, *, skipped: dict[str, int],
-           startup_seconds: float) -> dict[str, Any]:
-    """Score and export the trained system, draw its pictures and write results.json."""
+           startup_seconds: float, beat: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """Score and export the trained system, draw its pictures and write results.json; ``beat`` is called at every batch."""
     counters, world, system = trainer.counters, trainer.world, trainer.system
     began = time.perf_counter()
     with trainer.evaluation_weights():
@@ -90,7 +91,7 @@ def finish(recipe: Recipe, trainer: Trainer, folder: Path, log: Log, progress: P
         if world.rank == 0:
             files.save(folder / "model", system, recipe, state)  # type: ignore[arg-type]  # torch types any value
         del state
-    scores = score(recipe, trainer, counters.step, log, Progress(0, 0, enabled=False))
+    scores = score(recipe, trainer, counters.step, log, Progress(0, 0, enabled=False), beat)
     evaluation_seconds, began = time.perf_counter() - began, time.perf_counter()
     summary = {"steps": counters.step, "samples": counters.samples, "train_seconds": counters.seconds}
     if world.rank > 0:
@@ -112,8 +113,11 @@ def finish(recipe: Recipe, trainer: Trainer, folder: Path, log: Log, progress: P
         "device": str(world.device), "threads": torch.get_num_threads(), "torch": torch.__version__, "fastvlp": __version__,
     }
     temporary = folder / f".{RESULTS}.partial"
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.rename(folder / RESULTS)
+    try:
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        temporary.rename(folder / RESULTS)
+    finally:
+        temporary.unlink(missing_ok=True)
     _print(folder, results, progress.say)
     return results
 

@@ -27,8 +27,11 @@ class Past:
     described: dict[str, Any]
 
 
-def find(recipe: Recipe, folder: Path, say: Callable[[str], object]) -> Past | None:
+def find(recipe: Recipe, folder: Path, data: str, say: Callable[[str], object]) -> Past | None:
     """The checkpoint that ``run.resume`` means, or None for a fresh start.
+
+    Args:
+        data: what names the shards now (``agreement.data_digest``); others than those of the checkpoint are said.
 
     "auto" takes the last whole checkpoint in ``folder`` and refuses one of a run with other settings; a path is taken whatever its
     settings were, with a word about what changed.
@@ -39,13 +42,10 @@ def find(recipe: Recipe, folder: Path, say: Callable[[str], object]) -> Past | N
     where = recipe.run.resume
     if where == "none":
         return None
-    if where == "auto":
-        path = checkpoint.latest(folder / "checkpoints", say)
-        if path is None:
-            return None
-    else:
-        path = checkpoint.newest(Path(where))
-    described = checkpoint.verify(path)
+    found = checkpoint.latest(folder / "checkpoints", say) if where == "auto" else _at(Path(where), say)
+    if found is None:
+        return None
+    path, described = found
     changed = _changes(described, recipe)
     grave = [line for line in changed if not line.startswith(_HARMLESS)]
     if grave and where == "auto":
@@ -53,10 +53,22 @@ def find(recipe: Recipe, folder: Path, say: Callable[[str], object]) -> Past | N
                           "--resume none, or continue from it with --resume PATH")
     if changed:
         say(f"continuing with other settings than before: {_short(changed)}")
+    if described.get("data") not in (None, data) and not any(line.startswith("data.train") for line in changed):
+        say(f"note: the shards are not those that {path} was trained on: some were replaced, lost or added since, so that samples may "
+            "come twice or not at all in this epoch")
     if where != "auto" and steps_done(described, recipe) >= recipe.steps:
         raise ConfigError(f"{path} was trained for {described['counters']['step']} steps and this run has {recipe.steps}: nothing is "
                           "left to do; raise schedule.steps, or take its weights alone with run.start")
     return Past(path, described)
+
+
+def _at(path: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint that was named; a run folder, or its ``checkpoints``, stands for its last whole one."""
+    for folder in (path / "checkpoints", path):
+        found = checkpoint.latest(folder, say, mine=False)
+        if found is not None:
+            return found
+    return path, checkpoint.verify(path)
 
 
 def steps_done(described: dict[str, Any], recipe: Recipe) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import random
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,22 +22,28 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from fastvlp import __version__
 from fastvlp.config import to_dict
-from fastvlp.systems.files import read_state
+from fastvlp.systems.state_folder import read_state
 from fastvlp.train import checkpoint
 from fastvlp.train.checkpoint import CheckpointError
 from fastvlp.train.step import Counters, Trainer
+
+T = TypeVar("T")
 
 
 class Saver:
     """Writes the checkpoints of a run, of all processes together.
 
     A sharded run writes from every process, into a folder that all of them see; a replicated one from the first alone.
+
+    Args:
+        data: what names the shards that are trained on (``agreement.data_digest``).
     """
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, self.folder = trainer, folder
+    def __init__(self, trainer: Trainer, folder: Path, data: str) -> None:
+        self.trainer, self.folder, self.data = trainer, folder, data
         self._writing: Future | None = None
-        self._finish: Any = None
+        self._finish: Callable[[], object] | None = None
+        self._temporary: Path | None = None
 
     def save(self, wait: bool = True) -> None:
         """Write a checkpoint of the present step (a collective call); with ``wait=False`` training may go on meanwhile.
@@ -43,30 +52,28 @@ class Saver:
             OSError: the disk is full or refuses; what was half written is removed, and earlier checkpoints stay.
         """
         self.complete()
+        with self._cleared():
+            self._save(wait)
+        if wait:
+            self.complete()
+
+    def _save(self, wait: bool) -> None:
         world, step = self.trainer.world, self.trainer.counters.step
-        names = [path.name for path in checkpoint.checkpoints(self.folder)] if world.rank == 0 else []
-        if f"step-{step:08d}" in world.told(names):
+        present = self._together(lambda: f"step-{step:08d}" in [path.name for path in checkpoint.checkpoints(self.folder)])
+        if present:
             return
-        temporary = self._together(lambda: checkpoint.begin(self.folder, step))
-        trainer, generators = describe(self.trainer), world.gather(random_state(world.device))
+        temporary = self._temporary = self._together(lambda: checkpoint.begin(self.folder, step))
+        trainer, generators = {**describe(self.trainer), "data": self.data}, world.gather(random_state(world.device))
         target, planner = str(temporary / checkpoint.STATE), DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         values = _values(self.trainer)
-        self._finish = lambda: self._together(lambda: checkpoint.finish(temporary, trainer, generators, self.trainer.recipe.train.keep))
-        how = {"checkpoint_id": target, "planner": planner, "no_dist": world.size == 1}
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
-                if wait:
-                    dcp.save(values, **how)
-                else:
-                    self._writing = dcp.async_save(values, **how)  # type: ignore[assignment]
+        how: dict[str, Any] = {"checkpoint_id": target, "planner": planner, "no_dist": world.size == 1}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
             if wait:
-                self.complete()
-        except (Exception, CheckpointException) as error:
-            self._finish = None
-            if world.rank == 0:
-                checkpoint.discard(temporary)
-            raise _as_os_error(error) from error
+                dcp.save(values, **how)
+            else:
+                self._writing = dcp.async_save(values, **how)  # type: ignore[assignment]
+        self._finish = lambda: self._together(lambda: checkpoint.finish(temporary, trainer, generators, self.trainer.recipe.train.keep))
 
     @property
     def done(self) -> bool:
@@ -74,28 +81,41 @@ class Saver:
         return self._writing is None or self._writing.done()
 
     def complete(self) -> None:
-        """Give the checkpoint that is being written its name (a collective call); waits for it."""
+        """Give the checkpoint that is being written its name (a collective call); waits for it. Raises as ``save`` does."""
         finish, self._finish = self._finish, None
+        writing, self._writing = self._writing, None
         if finish is None:
             return
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
-        self.trainer.world.wait()
-        finish()
+        with self._cleared():
+            if writing is not None:
+                writing.result()
+            self.trainer.world.wait()
+            finish()
 
-    def _together(self, act: Any) -> Any:
+    @contextlib.contextmanager
+    def _cleared(self) -> Iterator[None]:
+        """Where writing fails, nothing half-written is left, and the error is one of the disk, in whatever torch wrapped it."""
+        try:
+            yield
+        except (Exception, CheckpointException) as error:
+            if self._temporary is not None and self.trainer.world.rank == 0:
+                checkpoint.discard(self._temporary)
+            raise _as_os_error(error, self._temporary or self.folder) from error
+
+    def _together(self, act: Callable[[], T]) -> T:
         """What the first process does, with its error on all."""
-        world, found = self.trainer.world, None
+        world = self.trainer.world
+        found: Any = None
+        failed: Exception | None = None
         if world.rank == 0:
             try:
                 found = act()
-            except OSError as error:
-                found = error
-        found = world.told(found)
-        if isinstance(found, OSError):
-            raise found
-        return found
+            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+                failed = _as_os_error(error, self._temporary or self.folder)
+        found, failed = world.told((found, failed))
+        if failed is not None:
+            raise failed
+        return cast(T, found)
 
 
 def describe(trainer: Trainer) -> dict[str, Any]:
@@ -115,6 +135,9 @@ def restore(trainer: Trainer, path: Path, described: dict[str, Any]) -> None:
     try:
         read_state(values, path / checkpoint.STATE, alone=trainer.world.size == 1)
     except CheckpointException as error:  # what happened on every process, in one bundle that is no Exception
+        cause = _as_os_error(error, path)
+        if isinstance(cause, OSError):
+            raise CheckpointError(f"{path} cannot be read: {cause.strerror or cause}; nothing was changed") from error
         raise CheckpointError(f"{path} does not fit this model: {_first_line(error)}; run.start takes weights as far as they "
                               "fit") from error
     set_state_dict(trainer.system, trainer.optimizer, model_state_dict=values["model"], optim_state_dict=values["optim"])
@@ -139,14 +162,19 @@ def _first_line(error: BaseException) -> str:
     return next((line for line in reversed(said.splitlines()) if line.strip()), type(error).__name__).strip()
 
 
-def _as_os_error(error: BaseException) -> BaseException:
-    """A full disk, whatever torch wrapped it in."""
+def _as_os_error(error: BaseException, place: Path) -> Exception:
+    """The disk's error, whatever torch wrapped it in; its C++ writer says no more than that a write failed."""
     cause: BaseException | None = error
     for failure in getattr(error, "failures", {}).values():
         cause = failure[0] if isinstance(failure, tuple) else failure
+    first = cause
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return cause if isinstance(cause, OSError) else error
+    if isinstance(cause, OSError):
+        return cause
+    if isinstance(first, RuntimeError) and "PytorchStreamWriter" in str(first):
+        return OSError(errno.EIO, "a write failed (is the disk full?)", str(place))
+    return first if isinstance(first, Exception) else RuntimeError(_first_line(error))
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp._schema import ConfigError
-from fastvlp.data.batch import Batch
+from fastvlp.data.batch import Batch, Stage
 from fastvlp.recipe import Recipe
 from fastvlp.systems.system import Momentum, Outputs, Scale, System
-from fastvlp.train import schedule
+from fastvlp.train import flops, schedule
 from fastvlp.train.ema import Ema
 from fastvlp.train.gradients import gradients
 from fastvlp.train.optim import build_optimizer
@@ -52,13 +52,15 @@ class Pending:
 
     Attributes:
         numbers: the gradient's norm, whether all is finite, then the loss terms of ``names``, on the device.
-        samples, tokens: over all processes. stop: the largest signal that any process was sent, or 0.
+        samples, tokens: over all processes. flops: that these samples need, over all processes.
+        stop: the largest signal that any process was sent, or 0.
     """
 
     numbers: Tensor
     names: list[str]
     samples: int
     tokens: dict[str, int]
+    flops: float
     stop: int
     lr: float
 
@@ -83,6 +85,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp_dtype == torch.float16)
         self.counters = Counters(positions=[0] * sources)
         self._frozen: tuple[str, ...] = ()
+        self._counted: tuple[Stage | None, float] = (None, 0.0)
         self._after_step = type(system).after_step is not System.after_step
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -98,9 +101,13 @@ class Trainer:
             batch: this process's samples. stop: the signal that this process was sent, or 0.
         """
         counters, step = self.counters, self.counters.step
-        self._freeze(schedule.stage_at(self.recipe, step).frozen)
-        batch, parts, stop, tokens = self._agree(batch, stop)
+        stage = schedule.stage_at(self.recipe, step)
+        self._freeze(stage.frozen)
+        batch, parts, stop, tokens, cost = self._agree(batch, stop)
         batch = batch.to(self.world.device, non_blocking=True)
+        if self._counted[0] is not stage:
+            few = batch.take(range(min(flops.SAMPLES, *batch.sizes)))
+            self._counted = stage, flops.needed_per_cost(self.system, few, few.cost(self.widths), self.world, self.autocast())
         losses, out = gradients(self.system, batch, parts, autocast=self.autocast, scale_loss=self.scaler.scale)
         lr = schedule.learning_rate(self.recipe, step)
         for group in self.optimizer.param_groups:
@@ -121,7 +128,7 @@ class Trainer:
         for name, count in tokens.items():
             counters.tokens[name] = counters.tokens.get(name, 0) + count
         numbers = torch.cat([torch.stack([norm.float(), finite.float()]), mean])
-        return Pending(numbers, list(losses), batch.total, tokens, stop, lr)
+        return Pending(numbers, list(losses), batch.total, tokens, self._counted[1] * cost, stop, lr)
 
     def settle(self, pending: Pending) -> dict[str, float]:
         """Read a step's numbers; the first thing that waits for the device.
@@ -151,20 +158,23 @@ class Trainer:
         """The averaged weights, where there are any, inside this context."""
         return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
 
-    def _agree(self, batch: Batch, stop: int) -> tuple[Batch, list[Tensor], int, dict[str, int]]:
+    def _agree(self, batch: Batch, stop: int) -> tuple[Batch, list[Tensor], int, dict[str, int], int]:
         """What the processes have to know of one another before a step, in one exchange of a few integers between the hosts."""
         counts = self.system.counts(batch)
         packed = {name: stream.total for name, stream in batch.streams.items() if isinstance(stream, Packed)}
-        everyone = self.world.numbers([len(batch), batch.microbatches(self.recipe.train.tokens, self.widths), stop, *counts.values(),
-                                       *packed.values()])
-        sizes, parts, stops, *sums = zip(*everyone, strict=True)
+        try:
+            needed = batch.microbatches(self.recipe.train.tokens, self.widths)
+        except ValueError as error:
+            raise ConfigError(f"train.tokens: {error}") from error
+        everyone = self.world.numbers([len(batch), needed, stop, int(batch.cost(self.widths)), *counts.values(), *packed.values()])
+        sizes, parts, stops, costs, *sums = zip(*everyone, strict=True)
         totals = [sum(column) for column in sums]
         known = dict(zip(counts, totals, strict=False))
         tokens = dict(zip(packed, totals[len(counts):], strict=True))
         batch = dataclasses.replace(batch, sizes=sizes, counts=known)
         # A process with fewer samples than another needs micro-batches would have an empty one: then all make fewer.
         agreed = min(max(parts), min(sizes))
-        return batch, batch.split(agreed, self.widths), max(stops), tokens
+        return batch, batch.split(agreed, self.widths), max(stops), tokens, sum(costs)
 
     def _gradient_norm(self) -> Tensor:
         """Norm of the whole gradient before clipping, 0-d."""

@@ -1,8 +1,5 @@
 """Pieces that the Triton kernels of the losses share. Only ``triton.py`` files import this module."""
 
-import os
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -10,11 +7,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ._backend import interpreting
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before Triton 3.4
-    TensorDescriptor = None
 
 # Widths are padded to this, so that no product masks its inner dimension and rows start on 16-byte boundaries.
 WIDTH_MULTIPLE = 64
@@ -45,32 +37,23 @@ def dot_tile(
 ):  # fmt: skip
     """float32 [BLOCK_M, BLOCK_N] of <x_i, y_j> from row first_m of x [M, D] and first_n of y [N, D]; D: a multiple of BLOCK_K.
 
-    x and y as ``source`` gives them. Beyond M and N stand products of the last rows (pointers) or zeros (descriptors).
+    Rows beyond M and N are the last ones again.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if stride_x is None:
-        for k in range(0, D, BLOCK_K):
-            b_x = x_ptr.load([first_m.to(tl.int32), k])
-            b_y = y_ptr.load([first_n.to(tl.int32), k]).T
-            if UPCAST:
-                b_x = b_x.to(tl.float32)
-                b_y = b_y.to(tl.float32)
-            acc = tl.dot(b_x, b_y, acc, input_precision=PRECISION)
-    else:
-        offs_k = tl.arange(0, BLOCK_K)
-        rows = tl.minimum(first_m.to(tl.int64) + tl.arange(0, BLOCK_M), M - 1)
-        cols = tl.minimum(first_n.to(tl.int64) + tl.arange(0, BLOCK_N), N - 1)
-        p_x = x_ptr + rows[:, None] * stride_x + offs_k[None, :]
-        p_y = y_ptr + cols[None, :] * stride_y + offs_k[:, None]
-        for _ in range(0, D, BLOCK_K):
-            b_x = tl.load(p_x)
-            b_y = tl.load(p_y)
-            if UPCAST:
-                b_x = b_x.to(tl.float32)
-                b_y = b_y.to(tl.float32)
-            acc = tl.dot(b_x, b_y, acc, input_precision=PRECISION)
-            p_x += BLOCK_K
-            p_y += BLOCK_K
+    offs_k = tl.arange(0, BLOCK_K)
+    rows = tl.minimum(first_m.to(tl.int64) + tl.arange(0, BLOCK_M), M - 1)
+    cols = tl.minimum(first_n.to(tl.int64) + tl.arange(0, BLOCK_N), N - 1)
+    p_x = x_ptr + rows[:, None] * stride_x + offs_k[None, :]
+    p_y = y_ptr + cols[None, :] * stride_y + offs_k[:, None]
+    for _ in range(0, D, BLOCK_K):
+        b_x = tl.load(p_x)
+        b_y = tl.load(p_y)
+        if UPCAST:
+            b_x = b_x.to(tl.float32)
+            b_y = b_y.to(tl.float32)
+        acc = tl.dot(b_x, b_y, acc, input_precision=PRECISION)
+        p_x += BLOCK_K
+        p_y += BLOCK_K
     return acc
 
 
@@ -127,30 +110,6 @@ def architecture(device: torch.device) -> int:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors; one where the kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def descriptors(*operands: Tensor) -> str | None:
-    """Whether kernels read 16-bit ``operands`` through descriptors, which the copy engine (TMA) of Hopper and later serves.
-
-    FASTVLP_TMA asks for it: "tiles" or "persistent" (programs that walk over tiles, for kernels that can). None means pointers: where
-    nothing asks, and where the device, Triton (before 3.4) or an operand's alignment does not allow descriptors.
-
-    Raises:
-        ValueError: FASTVLP_TMA is something else.
-    """
-    wanted = os.environ.get("FASTVLP_TMA")
-    if wanted is None:
-        return None
-    if wanted not in ("tiles", "persistent"):
-        raise ValueError(f"FASTVLP_TMA={wanted!r} is unknown; allowed: tiles, persistent, or unset for pointers")
-    able = TensorDescriptor is not None and torch.version.hip is None and architecture(operands[0].device) >= 9
-    fit = all(x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1] for x in operands)
-    return wanted if able and fit else None
-
-
-def source(x: Tensor, rows: int, cols: int, tma: str | None) -> tuple[Any, int | None]:
-    """``x`` and its row stride as kernels take them; with ``tma`` a descriptor of blocks [rows, cols] and None."""
-    return (x, x.stride(0)) if tma is None else (TensorDescriptor.from_tensor(x, [rows, cols]), None)
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,9 @@
 """The stream of batches: what it holds, and that its position survives restarts, workers, ranks and broken samples."""
 
 import itertools
-import os
 import pickle
 import signal
+import subprocess
 import tarfile
 import time
 from collections import Counter
@@ -234,15 +234,18 @@ def test_another_sample_shows_something_else_and_costs_no_picture(tmp_path, monk
     assert len(set(read)) == 25  # the other sample's picture is not asked for, so that a bad one does not matter
 
 
-def test_workers_outlive_ctrl_c(good):
-    """Ctrl-C reaches all processes of a terminal; the training process decides when the workers end."""
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_signals_that_all_processes_get(good, signum):
+    """Ctrl-C and torchrun's SIGTERM reach all processes; the training process decides when the workers end."""
     batches = iter(_stream(good, workers=2))
     next(batches)
     workers = torch.multiprocessing.active_children()
     assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)
+    subprocess.run(["kill", f"-{int(signum)}", *(str(worker.pid) for worker in workers)], check=True)
     assert [next(batches).index for _ in range(8)] == list(range(1, 9))
+    workers[0].terminate()
+    workers[0].join(20)
+    assert workers[0].exitcode == 0
     batches.close()
 
 

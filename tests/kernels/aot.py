@@ -71,7 +71,7 @@ def compile_for(
     """Compile ``kernel`` (a @triton.jit function) for compute capability ``arch`` (80, 90, 100) without a GPU.
 
     Args:
-        signature: type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32", "tensordesc<bf16[128, 64]>".
+        signature: type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32".
         constexprs: value of every constexpr; a pointer that is not given is a constexpr None.
         aligned: arguments known to be divisible by 16, as Triton finds out at launch: pointers of torch and strides.
     """
@@ -139,8 +139,6 @@ class Recorder:
             elif isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
                 aligned.append(name)
-            elif hasattr(value, "block_shape"):
-                signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:

@@ -18,7 +18,7 @@ def ids(M: int = 9, N: int = 13) -> dict[str, torch.Tensor]:
     return {"row_ids": torch.arange(M) % 4 - 1, "col_ids": torch.arange(N) % 5 - 1}
 
 
-@pytest.mark.parametrize("mode,stash_bytes", [(None, 0), (None, 1 << 20), ("exclude", 0), ("both", 0), ("sums", 0)])
+@pytest.mark.parametrize("mode,stash_bytes", [(None, 0), (None, 1 << 20), ("both", 0), ("sums", 0)])
 def test_opcheck(mode, stash_bytes):
     x, y = features()
     scale = torch.tensor(7.0, requires_grad=True)
@@ -77,7 +77,7 @@ def test_a_stash_keeps_within_its_bytes_and_is_not_made_where_nothing_needs_a_gr
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"offset": 1, "stash_bytes": 1 << 20}, {"ids": "both"}, {"ids": "sums"}, {"prefixes": (2, 6)}], ids=str
+    "options", [{"offset": 1, "stash_bytes": 1 << 20}, {"ids": "both"}, {"ids": "sums", "prefixes": (2, 6)}], ids=str
 )
 def test_compiles_without_graph_breaks(options):
     torch._dynamo.reset()  # the cases share one function, whose recompilations are limited
@@ -134,7 +134,7 @@ def test_second_derivatives_are_refused_by_name():
     x, y = features()
     row, _ = similarity_logsumexp(x, y, 3.0)
     (grad,) = torch.autograd.grad(row.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="similarity_logsumexp has no second derivatives"):
+    with pytest.raises(RuntimeError, match="similarity_logsumexp: second derivatives"):
         grad.sum().backward()
     row, _ = similarity_logsumexp(x, y, 3.0, impl="reference")
     (grad,) = torch.autograd.grad(row.square().sum(), x, create_graph=True)
@@ -185,7 +185,6 @@ REFUSED = [
     ((X, Y), {"compute_dtype": torch.int8}, TypeError, "compute_dtype=torch.int8; allowed"),
     ((X, Y), {"stash_bytes": -1}, ValueError, "stash_bytes=-1; it must be 0"),
     ((X, Y), {"impl": "cuda"}, ValueError, "impl='cuda' is unknown; allowed: triton, cpu, reference"),
-    ((X.double(), Y.double()), {"impl": "triton"}, RuntimeError, "not in float64; use impl='cpu'"),
 ]  # fmt: skip
 
 

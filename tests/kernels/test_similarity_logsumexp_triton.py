@@ -106,6 +106,8 @@ def extreme_logits() -> None:
     far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((3, 64), (2**30, 1)).copy_(torch.randn(3, 64) / 8)
     row, _ = similarity_logsumexp(far, far, 2.0, impl="triton")
     assert torch.equal(row, similarity_logsumexp(far.clone(), far.clone(), 2.0, impl="triton")[0])
+    with pytest.raises(RuntimeError, match="not in float64; use impl='cpu'"):
+        similarity_logsumexp(x.double(), y.double(), impl="triton")
 
 
 def confident_pairs() -> None:
@@ -130,33 +132,6 @@ def no_large_tensors() -> None:
         row, col, positive = similarity_logsumexp(x, y, 10.0, offset=0, impl="triton")
         (row + col - positive).sum().backward()
     assert x.grad.isfinite().all() and y.grad.isfinite().all()
-
-
-def through_descriptors() -> None:
-    """Fewer programs than tiles, odd sizes, several waves, one row; the scales of rows and columns with ids."""
-    tile = import_module("fastvlp_kernels.similarity_logsumexp.triton_tile")
-    tile.processors = lambda device: 3
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    scale = torch.tensor([20.0], requires_grad=True)
-    for dtype in (torch.bfloat16, torch.float16):
-        x, y = (t.to(dtype).requires_grad_() for t in _features(270, 207, 72))
-        _compare([x, y, scale], offset=-40)
-    sides = {name: torch.rand(n) + 0.5 for name, n in zip(VECTORS, (270, 207, 270, 207), strict=True)}
-    _compare([x, y, scale], offset=3, ids="both", row_ids=torch.arange(270) % 90 - 1, col_ids=torch.arange(207) % 80 - 1, **sides)
-    x, y = (t.bfloat16().requires_grad_() for t in _features(140, 150, 64))
-    _compare([x, y, scale], offset=0, stash_bytes=40_000)
-    _compare([x[:1].detach().requires_grad_(), y, scale])
-
-
-def test_interpreted_through_descriptors():
-    in_a_process(through_descriptors, TRITON_INTERPRET="1", FASTVLP_TMA="persistent")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("how", ["tiles", "persistent"])
-def test_on_the_device_through_descriptors(how):
-    in_a_process(kernels_against_float64, "bfloat16", "cuda", CUBLAS_WORKSPACE_CONFIG=":4096:8", FASTVLP_TMA=how)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -200,12 +175,11 @@ CASES = {
     "sums": {"ids": "sums"},
     "vectors": {"offset": 0, "vectors": True},
     "everything": {"offset": 0, "ids": "both", "vectors": True},
-    "everything, sums": {"ids": "sums", "vectors": True},
     "stash": {"offset": 0, "stash_bytes": 1 << 30},
 }
 
 
-def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, case: dict) -> dict[str, Recorder]:
+def _launches(monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype, width: int, case: dict) -> dict[str, Recorder]:
     """The launches of a forward and a backward at M = 4096, N = 2048, not run."""
     module, product = import_module("fastvlp_kernels.similarity_logsumexp.triton"), import_module("fastvlp_kernels._product")
     names = dict.fromkeys(("_forward_kernel", "merge_kernel", "own_kernel", "_backward_kernel", "stashed_kernel"), module)
@@ -213,6 +187,8 @@ def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, c
     recorders = {name: Recorder(getattr(where, name)) for name, where in names.items()}
     for name, where in names.items():
         monkeypatch.setattr(where, name, recorders[name])
+    tile = import_module("fastvlp_kernels.similarity_logsumexp.triton_tile")
+    monkeypatch.setattr(tile, "architecture", lambda device: arch // 10)
     M, N = 4096, 2048
     x, y = torch.zeros(M, width, dtype=dtype), torch.zeros(N, width, dtype=dtype)
     sides = [(torch.zeros(n), torch.ones(n)) for n in (M, N)] if "vectors" in case else [(None, None)] * 2
@@ -228,50 +204,25 @@ def _launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, c
     return recorders
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize(("dtype", "case"), [("bfloat16", name) for name in CASES] + [("float16", "clip"), ("float32", "clip")])
+# float16 compiles to what bfloat16 does; on Ampere, cases with the tiles of another one that takes more registers are left out.
+@pytest.mark.parametrize(
+    ("arch", "dtype", "case"),
+    [*((arch, "bfloat16", case) for arch in SHARED_LIMIT for case in CASES if arch > 80 or case in ("both", "stash", "everything"))]
+    + [(arch, "float32", "clip") for arch in SHARED_LIMIT],
+)
 def test_compiled_ahead_of_time(arch, dtype, case, monkeypatch):
-    recorders = _launches(monkeypatch, DTYPES[dtype], 512, CASES[case])
-    names = ["_forward_kernel", "stashed_kernel" if case == "stash" else "_backward_kernel"]
-    names += ["merge_kernel", "own_kernel"] if (dtype, case) == ("float32", "clip") else ["own_kernel"] if case == "everything" else []
-    for name in names:
-        _assert_fits(name, recorders[name].compile(arch), dtype)
+    recorders = _launches(monkeypatch, arch, DTYPES[dtype], 512, CASES[case])
+    for name in ("_forward_kernel", "stashed_kernel" if case == "stash" else "_backward_kernel"):
+        recorders[name].compile(arch).assert_fits(product=dtype != "float32")
+    for name in ["merge_kernel", "own_kernel"] if dtype == "float32" else ["own_kernel"] if case == "everything" else []:
+        recorders[name].compile(arch).assert_fits()
 
 
 @pytest.mark.parametrize(
-    ("arch", "how", "case"),
-    [(90, "tiles", "clip"), (90, "tiles", "both"), (90, "persistent", "clip"), (90, "persistent", "stash"), (100, "persistent", "clip")],
+    ("arch", "width", "case"), [*((arch, 512, "clip") for arch in SHARED_LIMIT), (90, 640, "stash"), (100, 640, "stash")]
 )
-def test_descriptors_compiled_ahead_of_time(arch, how, case, monkeypatch):
-    """Copies by TMA and no spills; by two programs per processor of Hopper, or by warps of their own for copies on Blackwell."""
-    monkeypatch.setenv("FASTVLP_TMA", how)
-    for name in ("_triton", "similarity_logsumexp.triton", "similarity_logsumexp.triton_tile"):
-        monkeypatch.setattr(import_module(f"fastvlp_kernels.{name}"), "architecture", lambda device: arch // 10)
-    recorders = _launches(monkeypatch, torch.bfloat16, 512, CASES[case])
-    forward = recorders["_forward_kernel"].compile(arch)
-    backward = recorders["stashed_kernel" if case == "stash" else "_backward_kernel"].compile(arch)
-    products = [recorders["_product_kernel"].compile(arch, launch) for launch in (0, 1)] if (how, case) == ("persistent", "clip") else []
-    for compiled in (forward, backward, *products):
-        _assert_fits("_product_kernel" if compiled in products else "sweep", compiled, "bfloat16")
-        assert compiled.holds("cp.async.bulk.tensor") and not compiled.holds("cp.async.cg")
-    assert forward.holds("setmaxnreg") == (arch == 100)
-    if how == "tiles":
-        assert forward.registers <= 128 and 2 * (forward.shared + 1024) <= 228 * 1024
-
-
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize(("width", "case"), [(512, "clip"), (640, "stash")])
 def test_products_compiled_ahead_of_time(arch, width, case, monkeypatch):
-    recorder = _launches(monkeypatch, torch.bfloat16, width, CASES[case])["_product_kernel"]
+    recorder = _launches(monkeypatch, arch, torch.bfloat16, width, CASES[case])["_product_kernel"]
     # One wave: into the gradient of x; into the sum for y at first, in the middle, at last.
     for launch in (0, 1, 3, -1):
-        _assert_fits("_product_kernel", recorder.compile(arch, launch), "bfloat16")
-
-
-def _assert_fits(name, compiled, dtype):
-    print(f"{name} sm_{compiled.arch}: {compiled.registers} registers, {compiled.shared} bytes shared, {compiled.spills} bytes spilled")
-    assert compiled.spills == 0
-    assert compiled.shared <= SHARED_LIMIT[compiled.arch]
-    assert not compiled.holds("atom") and not compiled.holds("red")
-    if name not in ("merge_kernel", "own_kernel") and dtype != "float32":
-        assert compiled.holds({80: "mma", 90: "wgmma", 100: "tcgen05"}[compiled.arch])
+        recorder.compile(arch, launch).assert_fits(product=True)

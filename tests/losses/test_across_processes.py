@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastvlp_kernels._testing import assert_no_worse_than
 
-SIZES = {1: [(7,)], 2: [(5, 5), (6, 3)], 3: [(4, 4, 4), (1, 9, 4)], 4: [(3, 3, 3, 3), (2, 7, 1, 5)]}
+SIZES = [(7,), (5, 5), (6, 3), (4, 4, 4), (1, 9, 4), (3, 3, 3, 3), (2, 7, 1, 5)]
 
 
 def assert_exact(shares, batch, tol, rounding=0.0):
@@ -34,15 +34,19 @@ def assert_exact(shares, batch, tol, rounding=0.0):
 
 
 @pytest.mark.parametrize("loss,strategy", ALL)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_equals_the_whole_batch(processes, loss, strategy, size, dtype):
-    """In float32 to four roundings, whatever the scale: log-sum-exps travel in two numbers."""
-    tol = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
-    for seed, sizes in enumerate(SIZES[size]):
-        for told in (False, True):
-            batch = Batch(loss, sizes, strategy, dtype=dtype, told=told, seed=seed, exact=dtype == torch.float32)
-            assert_exact(processes.results(size, gradients, batch), batch, tol)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_equals_the_whole_batch(processes, loss, strategy, sizes):
+    for told in (False, True) if len(set(sizes)) > 1 else (False,):
+        batch = Batch(loss, sizes, strategy, dtype=torch.float64, told=told)
+        assert_exact(processes.results(len(sizes), gradients, batch), batch, 1e-12)
+
+
+@pytest.mark.parametrize("loss,strategy", ALL)
+@pytest.mark.parametrize("sizes", SIZES[-2:], ids=str)
+def test_equals_the_whole_batch_in_float32(processes, loss, strategy, sizes):
+    """To four roundings, whatever the scale: log-sum-exps travel in two numbers."""
+    batch = Batch(loss, sizes, strategy, told=len(set(sizes)) > 1, seed=1, exact=True)
+    assert_exact(processes.results(len(sizes), gradients, batch), batch, 4 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("loss,strategy", ALL)
@@ -70,7 +74,7 @@ def test_autocast_takes_float32_features(processes, loss, strategy):
 
 
 @pytest.mark.parametrize("loss,strategy", ALL)
-@pytest.mark.parametrize("trains", [("image", "scale", "bias"), ("text",), ("scale",), ("image",), ("bias",)], ids="+".join)
+@pytest.mark.parametrize("trains", [("image", "scale", "bias"), ("text",), ("scale",), ("bias",)], ids="+".join)
 def test_frozen_inputs(processes, loss, strategy, trains):
     batch = Batch(loss, (4, 6, 3), strategy, trains=trains, dtype=torch.float64)
     assert_exact(processes.results(3, gradients, batch), batch, 1e-12)
@@ -113,9 +117,10 @@ def twice(rank, size, batch):
 @pytest.mark.parametrize("loss,strategy", ALL)
 def test_backward_twice(processes, loss, strategy):
     batch = Batch(loss, (4, 6), strategy, dtype=torch.float64)
-    once, both = (averaged(processes.results(2, function, batch)) for function in (gradients, twice))
+    both, exact = averaged(processes.results(2, twice, batch)), batch.whole(torch.float64)
     for name in INPUTS:
-        torch.testing.assert_close(both[name], 2 * once[name], rtol=1e-12, atol=1e-15)
+        expected = torch.zeros(()) if (loss, name) == ("clip", "bias") else exact[name]
+        torch.testing.assert_close(both[name], 2 * expected.double(), rtol=1e-12, atol=1e-14)
 
 
 def weighted(rank, size, batch, weights):
@@ -185,10 +190,8 @@ def trained(rank, size, loss, strategy, sizes, groups):
 @pytest.mark.parametrize(
     "sizes,groups",
     [
-        pytest.param((3, 3), [[0, 1]], id="world"),
-        pytest.param((3, 6, 2), [[0, 1, 2]], id="unequal"),
-        pytest.param((3, 3, 3, 3), [[0, 2], [1, 3]], id="subgroups"),
-        pytest.param((5, 2, 3, 4), [[0, 1], [2, 3]], id="unequal-subgroups"),
+        pytest.param((3, 6, 2), [[0, 1, 2]], id="world"),
+        pytest.param((5, 2, 3, 4), [[0, 2], [1, 3]], id="subgroups"),
         pytest.param((2, 3), [[0], [1]], id="groups-of-one"),
     ],
 )

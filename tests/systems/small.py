@@ -10,10 +10,14 @@ from fastvlp.layers import QFormer
 from fastvlp.systems.adem_vl import AdemVl
 from fastvlp.systems.aim import Aim
 from fastvlp.systems.albef import Albef
+from fastvlp.systems.align import Align
+from fastvlp.systems.bert import Bert
 from fastvlp.systems.blip2 import Blip2
 from fastvlp.systems.brivl import BriVl
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.coca import CoCa
+from fastvlp.systems.dcd import Dcd
+from fastvlp.systems.distilbert import DistilBert
 from fastvlp.systems.dlip import Dlip
 from fastvlp.systems.ep_alm import EpAlm
 from fastvlp.systems.fiber import Fiber
@@ -23,9 +27,13 @@ from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
 from fastvlp.systems.llama_fusion import LlamaFusion
+from fastvlp.systems.m2_encoder import M2Encoder
 from fastvlp.systems.mae import Mae
+from fastvlp.systems.navit import NaVit
 from fastvlp.systems.pix2struct import Pix2Struct
+from fastvlp.systems.proto_clip import ProtoClip
 from fastvlp.systems.pyramid_drop import PyramidDrop
+from fastvlp.systems.rwkv_clip import RwkvClip
 from fastvlp.systems.siglip import SigLip
 from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.slip import Slip
@@ -33,7 +41,7 @@ from fastvlp.systems.solo import Solo
 from fastvlp.systems.system import System
 from fastvlp.systems.unified_vlp import UnifiedVlp
 from fastvlp.systems.vilt import Vilt
-from fastvlp.towers import Decoder, Joint, Text, Vit
+from fastvlp.towers import Decoder, Joint, RwkvImage, RwkvText, Text, Vit
 from fastvlp_kernels.packed import Packed
 
 SAMPLES, WORDS, PATCH = 8, 64, 4
@@ -59,6 +67,15 @@ def _brivl() -> System:
     return system
 
 
+def _proto_clip() -> System:
+    system = ProtoClip(vit(), text(), 16, clusters=5, hidden=32, projection=8, target_temperature=0.5)
+    for seed in (5, 6):
+        generator = torch.Generator().manual_seed(seed)
+        system.before_episode({name: F.normalize(torch.randn(30, 8, generator=generator), dim=1)
+                               for name in ("projected_image", "projected_text")})
+    return system
+
+
 def _fiber() -> System:
     system = Fiber(vit(), text(), 1, 16)
     for module in system.fusion.modules():  # the gates start closed
@@ -75,7 +92,15 @@ MAKERS = {
     "filip": lambda: Filip(vit(), text(), 16),
     "slip": lambda: Slip(vit(), text(), 16, hidden=32, projection=16),
     "brivl": _brivl,
+    "proto_clip": _proto_clip,
     "dlip": lambda: Dlip(vit(), text(), Clip(vit(width=48, heads=3), text(), 24), 16),
+    "dcd": lambda: Dcd(vit(), text(), Vilt(vit(), text(), joint()), 16, drawn=5, hard=3),
+    "rwkv_clip": lambda: RwkvClip(RwkvImage(32, 2, 2, PATCH, 32, 8), RwkvText(32, 2, 2, vocab_size=WORDS + 1, context_length=16), 16),
+    "align": lambda: Align(vit(), text(), 16),
+    "m2_encoder": lambda: M2Encoder(vit(), text(), 16, node_size=1),
+    "navit": lambda: NaVit(vit(heads=8), text(), 16),
+    "bert": lambda: Bert(text()),
+    "distilbert": lambda: DistilBert(text(depth=1), Bert(text())),
     "coca": lambda: CoCa(vit(), text(causal=True), Decoder(32, 2, 2, None, activation="gelu"), 16),
     "simvlm": lambda: SimVlm(vit(), text(), joint(), prefix=0.4),
     "vilt": lambda: Vilt(vit(), text(), joint()),

@@ -1,41 +1,27 @@
 """Micro-batches change the memory, not the gradient: compared in float64 with autograd through the dense batch."""
 
-import contextlib
+import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from fastvlp.models import ImageConfig, ModelConfig, TextConfig, TwoTower
 from torch import nn
 from torch.nn import functional as F
 
-from fastvlp.data import Batch, Stage, pack_images, pack_texts
+from fastvlp.data import Batch
 from fastvlp.losses import ClipLoss, SigLipLoss, contrastive_loss
 from fastvlp.losses.filip import filip_loss
-from fastvlp.train import GradCache, batches, grad_cache
+from fastvlp.systems.system import System, freeze
+from fastvlp.train import GradCache, gradients
 from fastvlp_kernels.packed import Packed
+from tests.systems.small import SAMPLES, make, whole
 
-PATCH, PAIRS = 4, 11
-CPU = torch.device("cpu")
-
-
-def make_batch() -> Batch:
-    torch.manual_seed(0)
-    sides = torch.randint(1, 5, (PAIRS, 2)) * PATCH
-    images = [torch.randint(0, 256, (int(h), int(w), 3), dtype=torch.uint8) for h, w in sides]
-    texts = [torch.randint(0, 50, (int(n),)) for n in torch.randint(1, 9, (PAIRS,))]
-    return Batch(images, texts, torch.full((PAIRS,), -1), [str(i) for i in range(PAIRS)], 0, torch.arange(PAIRS))
+WIDTHS = {"image": 32, "text": 32}
 
 
-def make_model(bias: float | None = None) -> TwoTower:
-    torch.manual_seed(1)
-    return TwoTower(ModelConfig(
-        embed_dim=8, image=ImageConfig(width=16, depth=1, heads=2, patch_size=PATCH, image_size=16),
-        text=TextConfig(width=16, depth=1, heads=2, vocab_size=50, context_length=8), init_bias=bias)).double()
-
-
-def clip(image, text, scale, bias):
+def clip(image, text, scale, bias=None):
     logits = scale * image @ text.T
     target = torch.arange(len(image))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -46,75 +32,88 @@ def siglip(image, text, scale, bias):
     return -F.logsigmoid(signs * (scale * image @ text.T + bias)).sum() / len(image)
 
 
-def gradients(model: TwoTower) -> dict[str, torch.Tensor | None]:
-    return {name: p.grad for name, p in model.named_parameters()}
+def batch_of(system: System) -> Batch:
+    batch = whole()
+    return dataclasses.replace(batch, counts=system.counts(batch))
 
 
-def dense(model: TwoTower, batch: Batch, keep: float, loss) -> tuple[torch.Tensor, dict]:
-    """The batch one picture and one caption at a time, in one graph."""
-    pictures = [pack_images([x], PATCH, keep=keep, seeds=seed[None]) for x, seed in zip(batch.images, batch.seeds, strict=True)]
-    image = torch.cat([model.encode_image(x) for x in pictures])
-    text = torch.cat([model.encode_text(pack_texts([x])) for x in batch.texts])
-    value = loss(image, text, model.scale(), model.logit_bias)
+def found(system: System) -> dict[str, torch.Tensor | None]:
+    return {name: p.grad for name, p in system.named_parameters()}
+
+
+def one_by_one(system: System, loss) -> torch.Tensor:
+    """Both towers one sample at a time, in one graph, and the loss written out."""
+    batch = batch_of(system)
+    image, text = (torch.cat([embed(stream.take([i])) for i in range(SAMPLES)]) for embed, stream in
+                   ((system.embed_image, batch.image), (system.embed_text, batch.text)))
+    value = loss(image, text, *system.scale())
     value.backward()
-    return value.detach(), gradients(model)
+    return value.detach()
 
 
-def cached(model: TwoTower, batch: Batch, keep: float, loss, image_budget: int | None, text_budget: int | None):
-    micro = batches.split(batch, Stage(16, keep), PATCH, image_budget, text_budget, CPU)
-    value = grad_cache.backward(grad_cache.Towers(model), model, micro, loss, contextlib.nullcontext, lambda x: x)
-    return value, gradients(model), micro
-
-
-@pytest.mark.parametrize("loss, bias", [(clip, None), (siglip, -3.0)])
-@pytest.mark.parametrize("budgets", [(None, None), (16, None), (None, 8), (20, 9)], ids=str)
-@pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_any_budget_gives_the_gradient_of_the_whole_batch(loss, bias, budgets, keep):
-    batch = make_batch()
-    value, expected = dense(make_model(bias), batch, keep, loss)
-    got_value, got, micro = cached(make_model(bias), batch, keep, loss, *budgets)
-    assert (len(micro.images) > 1) == (budgets[0] is not None) and (len(micro.texts) > 1) == (budgets[1] is not None)
-    torch.testing.assert_close(got_value, value, rtol=1e-12, atol=0)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-
-
-@pytest.mark.parametrize("frozen", ["image", "text"])
-def test_a_frozen_tower_gets_no_gradient_and_the_other_the_same(frozen):
-    batch, one, other = make_batch(), make_model(), make_model()
-    for model in (one, other):
-        getattr(model, frozen).requires_grad_(False)
-    _, expected = dense(one, batch, 1.0, clip)
-    _, got, _ = cached(other, batch, 1.0, clip, 20, 9)
+def same(got: dict, expected: dict, factor: float = 1.0) -> None:
     for name, gradient in expected.items():
         if gradient is None:
             assert got[name] is None
         else:
-            torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(got[name], factor * gradient, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_gradients_accumulate_and_scale():
+@pytest.mark.parametrize("name, loss", [("clip", clip), ("siglip", siglip)])
+@pytest.mark.parametrize("budgets", [{}, {"image": 16}, {"text": 9}, {"image": 30, "text": 12}], ids=str)
+def test_any_budget_gives_the_gradient_of_the_whole_batch(name, loss, budgets):
+    direct, cached = make(name), make(name)
+    value = one_by_one(direct, loss)
+    batch = batch_of(cached)
+    parts = batch.split(batch.microbatches(budgets, WIDTHS), WIDTHS)
+    assert (len(parts) > 1) == bool(budgets)
+    losses, out = gradients(cached, batch, parts)
+    torch.testing.assert_close(losses["contrastive"].reshape(()), value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(out["text"], direct.embed_text(batch.text).detach(), rtol=1e-12, atol=0)  # in the order of the batch
+    same(found(cached), found(direct))
+
+
+@pytest.mark.parametrize("part", ["image", "text"])
+def test_a_frozen_tower_gets_no_gradient_and_the_other_the_same(part):
+    direct, cached = make("clip"), make("clip")
+    for system in (direct, cached):
+        freeze(getattr(system, part))
+    one_by_one(direct, clip)
+    gradients(cached, batch_of(cached), [torch.tensor(rows) for rows in ([0, 5, 2], [1, 3], [4, 6, 7])])
+    same(found(cached), found(direct))
+    assert any(p.grad is not None for p in cached.parameters())
+
+
+@pytest.mark.parametrize("name", ["clip", "simvlm", "coca"])
+@pytest.mark.parametrize("parts", [torch.arange(SAMPLES).split(size) for size in (SAMPLES, 3)], ids=len)
+def test_gradients_accumulate_and_scale(name, parts):
     """What a float16 run needs: the loss times a factor gives the gradients times this factor, on top of what is there."""
-    batch, model = make_batch(), make_model()
-    _, first, _ = cached(model, batch, 1.0, clip, 20, 9)
-    first = {name: gradient.clone() for name, gradient in first.items()}
-    micro = batches.split(batch, Stage(16), PATCH, 20, 9, CPU)
-    grad_cache.backward(grad_cache.Towers(model), model, micro, clip, contextlib.nullcontext, lambda x: 3 * x)
-    for name, gradient in first.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, 4 * gradient, rtol=1e-9, atol=1e-12)
+    system = make(name)
+    batch = batch_of(system)
+    first = gradients(system, batch, parts)[0]
+    once = {key: None if gradient is None else gradient.clone() for key, gradient in found(system).items()}
+    again = gradients(system, batch, parts, scale_loss=lambda loss: 3 * loss)[0]
+    assert all(torch.equal(again[key], first[key]) and not again[key].requires_grad for key in first)  # the terms are not multiplied
+    same(found(system), once, 4.0)
 
 
-def test_micro_batches_hold_every_sample_once_within_the_budget():
-    batch = make_batch()
-    micro = batches.split(batch, Stage(16, 0.5), PATCH, 16, 9, CPU)
-    lengths = torch.cat([packed.lengths for packed in micro.images])
-    patches = [image.shape[0] * image.shape[1] // PATCH**2 for image in batch.images]
-    kept = [max(1, int(n * 0.5 + 0.5)) for n in patches]
-    assert lengths[micro.image_rows].tolist() == kept and micro.image_tokens == sum(kept) == sum(p.total for p in micro.images)
-    assert all(packed.total <= 16 for packed in micro.images) and all(packed.total <= 9 for packed in micro.texts)
-    tokens = [segment for packed in micro.texts for segment in packed.segments()]
-    assert all(torch.equal(tokens[row], text) for row, text in zip(micro.text_rows.tolist(), batch.texts, strict=True))
-    assert all(packed.lengths.tolist() == sorted(packed.lengths.tolist()) for packed in [*micro.images, *micro.texts])
+@pytest.mark.parametrize("name", ["clip", "simvlm"])
+def test_random_numbers_of_a_system_are_the_same_in_both_passes(name):
+    """Dropout in micro-batches: part by part in one graph, from the same seed; and what comes after repeats nothing."""
+    parts = torch.arange(SAMPLES).split(3)
+    direct, cached = make(name), make(name)
+    for system in (direct, cached):
+        embed = system.text.tokens
+        embed.register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.5))
+    batch = batch_of(direct)
+    torch.manual_seed(5)
+    outs = [direct.encode(batch.take(rows)) for rows in parts]
+    after = torch.rand(3)
+    sum(direct.objective({key: torch.cat([out[key] for out in outs]) for key in outs[0]}, batch).values()).backward()
+    torch.manual_seed(5)
+    gradients(cached, batch, parts)
+    assert torch.equal(torch.rand(3), after)
+    same(found(cached), found(direct))
 
 
 def towers(count: int, dropout: float = 0.0) -> nn.ModuleList:
@@ -231,7 +230,7 @@ from fastvlp.losses import ClipLoss
 from fastvlp.train import GradCache
 
 torch.manual_seed(0)
-pairs, width = 32768, 16
+pairs, width = 16384, 16
 towers = [nn.Linear(12, width) for _ in range(2)]
 cache = GradCache([lambda x, t=t: F.normalize(t(x), dim=1) for t in towers], lambda image, text: ClipLoss()(image, text, 10.0))
 inputs = [torch.randn(pairs, 12) for _ in towers]
@@ -243,8 +242,8 @@ assert all(p.grad.abs().max() > 0 and p.grad.isfinite().all() for t in towers fo
 """
 
 
-def test_32768_pairs_take_megabytes():
-    """The similarities alone would be 4 GiB; features, their gradients and the loss's tiles are a few dozen MiB."""
-    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, cwd=batches.__file__.rpartition("/fastvlp/")[0])
+def test_16384_pairs_take_megabytes():
+    """The similarities alone would be 1 GiB; features, their gradients and the loss's tiles are a few dozen MiB."""
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 64 * 2**20

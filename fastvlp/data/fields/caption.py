@@ -104,6 +104,10 @@ class Caption(Field):
         first = mix(words, np.array([which]))
         return first if each == 1 else np.stack([first, *(mix(first, np.array([number])) for number in range(1, each))], 1).reshape(-1)
 
+    def cuts(self, text: str) -> bool:
+        """Whether a caption has more tokens than are used."""
+        return self.length is not None and len(self._tokenizer.encode(text, self.length + 1)) > self.length
+
     def prepare(self, raw: Sequence[str]) -> Packed:
         """All tokens of some strings."""
         if isinstance(raw, str):

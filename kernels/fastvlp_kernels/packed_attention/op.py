@@ -80,8 +80,11 @@ def _backward(ctx, grad, *_):
 
 def _untraced(x: Tensor) -> bool:
     """Whether nothing on the CPU needs what ``custom_op`` does."""
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return type(x) is Tensor and x.device.type == "cpu" and not transformed and not torch.is_autocast_enabled("cpu")
+    if torch.compiler.is_compiling():  # which could not trace the rest
+        return False
+    # Modes count operators and decide which results a checkpointed block keeps: they have to see this one.
+    seen = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    return type(x) is Tensor and x.device.type == "cpu" and not (seen or torch.is_autocast_enabled("cpu"))
 
 
 class _Direct(torch.autograd.Function):

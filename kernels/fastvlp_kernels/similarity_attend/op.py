@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _op
 from .._inputs import product_dtype, scalar, sum_dtype
 from .._logsumexp import LogSumExp
-from .._op import choose
-from . import cpu, reference
+from . import reference
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 OP = "similarity_attend"
@@ -19,15 +18,7 @@ IDS = ("exclude", "only")
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _implementation(impl: str) -> Any:
-    if impl == "triton":
-        from . import triton
-
-        return triton
-    return cpu
-
-
-@torch.library.custom_op("fastvlp::similarity_attend", mutates_args=())
+@_op.custom_op(OP)
 def _forward(
     x: Tensor,
     y: Tensor,
@@ -43,9 +34,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The averages, and reference and log of the log-sum-exps."""
     inputs = Inputs(x, y, v, scale, row_bias, col_bias, row_ids, col_ids, ids, dtype)
-    with torch.autocast(x.device.type, enabled=False):  # dtypes are decided; autocast would round sums
-        results = _implementation(impl).forward(inputs)
-        return results.out, *results.lse
+    results: Results = _op.module(__package__, impl).forward(inputs)
+    return results.out, *results.lse
 
 
 @_forward.register_fake
@@ -54,7 +44,7 @@ def _(x, y, v, scale, row_bias, col_bias, row_ids, col_ids, ids, dtype, impl):
     return tuple(x.new_empty(shape, dtype=sum_dtype(dtype)) for shape in ((M, E), (M,), (M,)))
 
 
-@torch.library.custom_op("fastvlp::similarity_attend_backward", mutates_args=())
+@_op.custom_op(f"{OP}_backward")
 def _backward(
     grads: Sequence[Tensor | None],
     x: Tensor,
@@ -78,9 +68,9 @@ def _backward(
     g_out, g_lse = (None if g is None else g.to(sum_dtype(dtype)) for g in grads)
     g_out = None if g_out is None else g_out.masked_fill(empty[:, None], 0.0)
     g_lse = None if g_lse is None else g_lse.masked_fill(empty, 0.0)
-    with torch.autocast(x.device.type, enabled=False):
-        found = Results(results[0], LogSumExp(*results[1:]))
-        return tuple(_implementation(impl).backward(ResultGrads(g_out, g_lse), inputs, found, Needs(*needs), whole))
+    found = Results(results[0], LogSumExp(*results[1:]))
+    made: Grads = _op.module(__package__, impl).backward(ResultGrads(g_out, g_lse), inputs, found, Needs(*needs), whole)
+    return (*made,)
 
 
 @_backward.register_fake
@@ -108,12 +98,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 5)
 
 
-def _refuse(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(f"{OP} has no second derivatives; impl='reference' is dense and can be differentiated twice")
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_op.differentiate(OP, _forward, _backward, _save, _differentiate)
 
 
 def _inputs(
@@ -155,7 +140,7 @@ def _inputs(
 
 
 def _choose(impl: str | None, a: Inputs) -> str:
-    return choose(OP, impl, a.x.device, IMPLEMENTATIONS, (a.dtype,), a[:6])
+    return _op.choose(OP, impl, a.x.device, IMPLEMENTATIONS, (a.dtype,), a[:6])
 
 
 def _results(a: Inputs, chosen: str) -> Results:

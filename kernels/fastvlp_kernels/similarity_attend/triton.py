@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._logsumexp import from_sums
 from .._product import multiply
-from .._triton import architecture, descriptors, dot_tile, grouped_tile, operand, precision, same_ids, source, upcast
+from .._triton import architecture, dot_tile, grouped_tile, operand, precision, same_ids, upcast
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -29,10 +29,11 @@ FLOAT16_TOP = 2.0**15
 
 
 def config(a: Inputs, backward: bool) -> dict[str, int]:
-    """Block sizes and launch options. Three tiles live at the end of the backward: at 128 x 128 only Hopper has the registers."""
+    """Block sizes and launch options. Three tiles live at the end of the backward: 128 x 128 fit Hopper's registers, without vectors."""
     if a.dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    BLOCK_M = 64 if backward and architecture(a.x.device) != 9 else 128
+    vectors = any(v is not None for v in (a.row_bias, a.col_bias, a.row_ids))
+    BLOCK_M = 64 if backward and (vectors or architecture(a.x.device) != 9) else 128
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
@@ -192,8 +193,7 @@ def forward(a: Inputs) -> Results:
     x, y, v = (operand(features, a.dtype) for features in (a.x, a.y, a.v))
     M, N, E = len(x), len(y), a.v.shape[1]
     options = config(a, backward=False)
-    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
-    tma = descriptors(x, y)
+    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
     tiles_n = triton.cdiv(N, BLOCK_N)
     (row_bias, row_ids), (col_bias, col_ids) = _vectors(a)
     waves, shape = _waves(M, N, BLOCK_M, x.element_size())
@@ -209,7 +209,7 @@ def forward(a: Inputs) -> Results:
             partials = new(3, tiles_n, m, dtype=torch.float32, device=x.device)
             reference, total, weight = sums[:, rows].unbind()
             _forward_kernel[grid](
-                *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
+                x[rows], x.stride(0), y, y.stride(0), a.scale,
                 None if row_bias is None else row_bias[rows], col_bias, None if row_ids is None else row_ids[rows], col_ids,
                 W, *partials.unbind(),
                 m, N, x.shape[1], shape[1],
@@ -237,7 +237,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, whole: b
     x, y, v = (operand(features, a.dtype) for features in (a.x, a.y, a.v))
     (M, D), N = x.shape, len(y)
     options = config(a, backward=True)
-    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
+    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
     tiles_n = triton.cdiv(N, BLOCK_N)
     (row_bias, row_ids), (col_bias, col_ids) = _vectors(a)
     rounded = results.lse.reference.masked_fill(results.lse.reference == -torch.inf, torch.inf)
@@ -254,7 +254,6 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, whole: b
         bound = constant.abs()
         if a.dtype == torch.float16:
             bound = bound + torch.linalg.vector_norm(read, dim=1) * g_norm * torch.linalg.vector_norm(v.float(), dim=1).max()
-    tma = descriptors(x, y, v, *(() if g_out is None else (g_out,)))
     norm, top = _unit(bound, a.dtype), FLOAT16_TOP if a.dtype == torch.float16 else 1.0
     alpha, beta = a.scale * norm, g_norm / top
 
@@ -277,8 +276,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, whole: b
             wanted = ((row_sum, tiles_n, m), (col_sum, tiles_m, N), (row_along, tiles_n, m), (row_mean, tiles_n, m))
             partials = [rounded.new_empty(parts, length) if len(into) else None for into, parts, length in wanted]
             _backward_kernel[(tiles_m * tiles_n,)](
-                *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma),
-                *((None, None) if g_out is None else source(g_out[rows], BLOCK_M, BLOCK_K, tma)), *source(v, BLOCK_N, BLOCK_K, tma),
+                x[rows], x.stride(0), y, y.stride(0), *((None, None) if g_out is None else (g_out[rows], g_out.stride(0))), v, v.stride(0),
                 a.scale, None if row_bias is None else row_bias[rows], col_bias, None if row_ids is None else row_ids[rows], col_ids,
                 rounded[rows], lost[rows], constant[rows], g_norm, norm,
                 P if values else None, dS if features else None, *partials,

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _op
 from .._inputs import needs_grad, product_dtype, scalar, sum_dtype
-from .._op import choose
 from . import cpu, reference
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results
 
@@ -19,7 +18,7 @@ Ten = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("fastvlp::similarity_logsumexp", mutates_args=())
+@_op.custom_op(OP)
 def _forward(
     x: Tensor,
     y: Tensor,
@@ -38,14 +37,13 @@ def _forward(
 ) -> Ten:
     """``Results``, flat, and the stash."""
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
-    with torch.autocast(x.device.type, enabled=False):  # dtypes are decided; autocast would round sums
-        if impl == "triton":
-            from . import triton, triton_stash
+    if impl == "triton":
+        from . import triton, triton_stash
 
-            stash = x.new_empty(triton_stash.stash_shape(inputs, stash_bytes), dtype=dtype)
-            return *triton.forward(inputs, stash).flatten(), stash
-        stash = cpu.new_stash(inputs, stash_bytes)
-        return *cpu.forward(inputs, stash).flatten(), stash
+        stash = x.new_empty(triton_stash.stash_shape(inputs, stash_bytes), dtype=dtype)
+        return *triton.forward(inputs, stash).flatten(), stash
+    stash = cpu.new_stash(inputs, stash_bytes)
+    return *cpu.forward(inputs, stash).flatten(), stash
 
 
 @_forward.register_fake
@@ -65,7 +63,7 @@ def _(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, i
     return *results, x.new_empty(0 if offset is None else M, dtype=acc), x.new_empty(stash, dtype=dtype if impl == "triton" else acc)
 
 
-@torch.library.custom_op("fastvlp::similarity_logsumexp_backward", mutates_args=())
+@_op.custom_op(f"{OP}_backward")
 def _backward(
     grads: Sequence[Tensor | None],
     x: Tensor,
@@ -86,12 +84,8 @@ def _backward(
     needs: Sequence[bool],
 ) -> Seven:
     inputs = Inputs(x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col_ids, ids, offset, dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        if impl == "triton":
-            from . import triton
-
-            return (*triton.backward(ResultGrads(*grads), inputs, Results.unflatten(results), Needs(*needs), stash),)
-        return (*cpu.backward(ResultGrads(*grads), inputs, Results.unflatten(results), Needs(*needs), stash),)
+    made: Grads = _op.module(__package__, impl).backward(ResultGrads(*grads), inputs, Results.unflatten(results), Needs(*needs), stash)
+    return (*made,)
 
 
 @_backward.register_fake
@@ -115,12 +109,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return (*(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 7)
 
 
-def _refuse(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(f"{OP} has no second derivatives; impl='reference' is dense and can be differentiated twice")
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_op.differentiate(OP, _forward, _backward, _save, _differentiate)
 
 
 def _inputs(
@@ -164,7 +153,7 @@ def _inputs(
 
 
 def _choose(impl: str | None, a: Inputs) -> str:
-    return choose(OP, impl, a.x.device, IMPLEMENTATIONS, (a.dtype,), a[:7])
+    return _op.choose(OP, impl, a.x.device, IMPLEMENTATIONS, (a.dtype,), a[:7])
 
 
 def logsumexp_forward(

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .._logsumexp import LogSumExp
 from .._product import multiply
-from .._triton import architecture, descriptors, grouped_tile, operand, precision, same_ids, source, upcast
+from .._triton import grouped_tile, operand, precision, same_ids, upcast
 from .arguments import Grads, Inputs, Needs, ResultGrads, Results, own_logits
 from .triton_merge import merge_kernel, own_kernel
 from .triton_stash import keep, keep_none, pointers, stashed_kernel
-from .triton_tile import config, finite, flow, launch, similarity_tile
+from .triton_tile import config, finite, flow, similarity_tile
 
 # exp(S) itself serves rows and columns of a tile while their maxima lie this close to 0. Another reference that all share would cost
 # digits of S - reference.
@@ -59,16 +59,17 @@ def _store_partials(
 
 
 @triton.jit
-def _forward_tile(
-    tile, x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
+def _forward_kernel(
+    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
     row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
     pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr, stash_ptr, stash_t_ptr, stash_tiles, first_tile,
     M, N, D, offset,
     MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """Partial log-sum-exps of one tile, its part of the offset diagonal, and what of it the stash keeps."""
     tiles_n = tl.cdiv(N, BLOCK_N)
-    i_m, i_n = grouped_tile(tile, tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
+    i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
     t_m, t_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     first_m, first_n = i_m.to(tl.int64) * BLOCK_M, i_n.to(tl.int64) * BLOCK_N
     in_row, in_col = t_m < (M - first_m).to(tl.int32), t_n < (N - first_n).to(tl.int32)
@@ -109,38 +110,6 @@ def _forward_tile(
         S, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, o_row, o_col, in_row, in_col,
         stash_ptr, stash_t_ptr, stash_tiles, place, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-
-
-@triton.jit
-def _forward_kernel(
-    x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr, row_ids_ptr, col_ids_ptr,
-    row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
-    pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr, stash_ptr, stash_t_ptr, stash_tiles, first_tile,
-    M, N, D, offset,
-    MODE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PERSISTENT: tl.constexpr, SPECIALIZED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """All tiles, one per program or, PERSISTENT, every so manieth for each."""
-    first = tl.program_id(0)
-    # Registers decide about a loop of one turn: at 128 descriptors spill without it in Triton 3.6, pointers with it on sm_80.
-    if stride_x is None:
-        last, step = (tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)) if PERSISTENT else (first + 1, 1)
-        for tile in tl.range(first, last, step, flatten=PERSISTENT, warp_specialize=SPECIALIZED):
-            _forward_tile(
-                tile, x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr,
-                row_ids_ptr, col_ids_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
-                pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr,
-                stash_ptr, stash_t_ptr, stash_tiles, first_tile, M, N, D, offset,
-                MODE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-            )  # fmt: skip
-    else:
-        _forward_tile(
-            first, x_ptr, stride_x, y_ptr, stride_y, scale_ptr, row_bias_ptr, col_bias_ptr, row_scale_ptr, col_scale_ptr,
-            row_ids_ptr, col_ids_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
-            pos_row_max_ptr, pos_row_sum_ptr, pos_col_max_ptr, pos_col_sum_ptr, positive_ptr,
-            stash_ptr, stash_t_ptr, stash_tiles, first_tile, M, N, D, offset,
-            MODE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -231,8 +200,8 @@ def forward(a: Inputs, stash: Tensor | None = None) -> Results:
     """Log-sum-exps of the rows and columns of S, and its offset diagonal. ``stash``, of ``stash_shape``, is filled."""
     x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
     (M, D), N = x.shape, y.shape[0]
-    options, tma, kept = config(a), descriptors(x, y), pointers(stash)
-    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
+    options, kept = config(a), pointers(stash)
+    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
     rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
     sweeps = [(_Running(M, x), _Running(N, x)) for _ in range(2 if a.both else 1)]
     positive = torch.zeros(0 if a.offset is None else M, dtype=torch.float32, device=x.device)
@@ -249,13 +218,12 @@ def forward(a: Inputs, stash: Tensor | None = None) -> Results:
                 row_part, col_part = (x.new_empty(shape, dtype=torch.float32) for shape in [(tiles_n, m), (tiles_m, N)])
                 halves += [None, row_part, None, col_part]
             row_bias, row_scale, row_ids = (v if v is None else v[rows] for v in rows_v)
-            programs, how = launch(tiles_m * tiles_n, tma, kept[0] is not None, x.device)
-            _forward_kernel[(programs,)](
-                *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
+            _forward_kernel[(tiles_m * tiles_n,)](
+                x[rows], x.stride(0), y, y.stride(0), a.scale,
                 row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
                 *halves, *[None] * (8 - len(halves)), None if a.offset is None else positive[rows],
                 *kept, rows.start // BLOCK_M * tiles_n, m, N, D, (a.offset or 0) + rows.start,
-                MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options, **how,
+                MODE=0 if a.row_ids is None else MODES[a.ids], PRECISION=precision(), UPCAST=upcast(), **options,
             )  # fmt: skip
             if a.sums:
                 row_sums[rows] += row_part.sum(0)
@@ -309,10 +277,8 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
     g = ResultGrads(*(None if grad is None else grad.float().contiguous() for grad in g))
     x, y = operand(a.x, a.dtype), operand(a.y, a.dtype)
     (M, D), N = x.shape, y.shape[0]
-    options, tma = config(a), descriptors(x, y)
-    if a.both and architecture(x.device) > 9:
-        tma = None  # on Blackwell these tiles spill with descriptors
-    BLOCK_M, BLOCK_N, BLOCK_K = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
+    options = config(a, backward=True)
+    BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
     rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
     (row_lse, g_row), (col_lse, g_col) = (_side(lse, grad) for lse, grad in zip(results[:2], g[:2], strict=True))
     of_positives = zip(results[2:4], g[2:4], strict=True)
@@ -347,7 +313,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
             row_lse_, pos_row_lse_, g_row_, g_pos_row_, of_own_ = of_rows
             if stashed:
                 stashed_kernel[(tiles_m * tiles_n,)](
-                    *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
+                    x[rows], x.stride(0), y, y.stride(0), a.scale,
                     row_lse_, col_lse, g_row_, g_col, of_own_, norm,
                     *kept, rows.start // BLOCK_M * tiles_n, G, m, N, D, offset, shape[1],
                     PRECISION=precision(), UPCAST=upcast(), **options,
@@ -356,7 +322,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
                 wanted = ((row_sum, tiles_n, m), (col_sum, tiles_m, N), (row_along, tiles_n, m), (col_along, tiles_m, N))
                 partials = [x.new_empty(parts, length, dtype=torch.float32) if len(out) else None for out, parts, length in wanted]
                 _backward_kernel[(tiles_m * tiles_n,)](
-                    *source(x[rows], BLOCK_M, BLOCK_K, tma), *source(y, BLOCK_N, BLOCK_K, tma), a.scale,
+                    x[rows], x.stride(0), y, y.stride(0), a.scale,
                     row_bias, cols_v[0], row_scale, cols_v[1], row_ids, cols_v[2],
                     row_lse_, col_lse, pos_row_lse_, pos_col_lse, g_row_, g_col, g_pos_row_, g_pos_col, of_own_, norm,
                     G if len(G) else None, *partials, m, N, D, offset, shape[1],

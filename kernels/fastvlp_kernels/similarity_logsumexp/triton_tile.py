@@ -4,29 +4,22 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import architecture, dot_tile, processors
+from .._triton import architecture, dot_tile
 from .arguments import Inputs
 
 
-def config(a: Inputs) -> dict[str, int]:
-    """Block sizes and launch options; each per-column vector costs 32 registers a thread, so tiles shrink where ids or vectors are."""
+def config(a: Inputs, backward: bool = False) -> dict[str, int]:
+    """Block sizes and launch options; each per-column vector costs 32 registers a thread, so tiles shrink where ids or vectors are.
+
+    On Blackwell, the exponentials of all pairs and of the positives besides, times their gradients, are one too many for 128 columns.
+    """
     if a.dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
     vectors = any(v is not None for v in (a.row_bias, a.col_bias, a.row_scale, a.col_scale))
     BLOCK_M = 64 if vectors or a.row_ids is not None else 128
-    BLOCK_N = 64 if vectors and a.row_ids is not None else 128
+    four_gradients = backward and a.both and architecture(a.x.device) > 9
+    BLOCK_N = 64 if vectors and a.row_ids is not None or four_gradients else 128
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-
-
-def launch(tiles: int, tma: str | None, kept: bool, device: torch.device) -> tuple[int, dict[str, int]]:
-    """Programs of the forward and how they take its tiles; ``kept``: some go to a stash, which costs registers."""
-    major = architecture(device)
-    if tma == "persistent":
-        # The warp specialisation of Triton 3.6 to 3.9 does nothing for these tiles on Hopper, or fails to compile.
-        return min(tiles, processors(device)), {"PERSISTENT": True, "SPECIALIZED": major == 10}
-    # At 128 registers two programs share a processor, and one multiplies while the other exponentiates.
-    pair = {"maxnreg": 128} if tma == "tiles" and major == 9 and not kept else {}
-    return tiles, {"PERSISTENT": False, "SPECIALIZED": False, **pair}
 
 
 @triton.jit

@@ -1,14 +1,15 @@
-"""What is drawn is what the operators did, and what is counted is what PyTorch counts."""
+"""What is drawn is what the operators did."""
 
 import pytest
 import torch
-from fastvlp.models import TwoTower
-from torch.utils.flop_counter import FlopCounterMode
 
-from fastvlp import cli, config
-from fastvlp.profile import block_flops, profile, table
-from fastvlp.show import GAP, LINE, attention, tokens
-from tests.train.conftest import one_thread, settings, shard  # noqa: F401  (fixtures)
+from fastvlp import cli
+from fastvlp.commands.show import GAP, LINE, attention, tokens
+from fastvlp.data import pack_images
+from fastvlp.data.images import as_pixels
+from fastvlp.systems.clip import Clip
+from fastvlp.towers import Text, Vit
+from tests.systems.recipes import save_small
 
 
 def checkered(tmp_path=None):
@@ -54,17 +55,11 @@ def test_more_than_half_of_the_patches_merge_in_several_steps(share, left):
 
 def test_attention_is_the_mean_of_a_model_s_softmax_over_queries_heads_and_blocks():
     """Against dense float64 attention from the blocks' own weights; what receives more is drawn nearer to the colour."""
-    from fastvlp.models import ImageConfig, ModelConfig
-
-    from fastvlp.data import pack_images
-    from fastvlp.data.images import as_pixels
-
-    torch.manual_seed(0)
-    model = TwoTower(ModelConfig(image=ImageConfig(width=32, depth=2, heads=2, merge=(0.25,)))).double()
+    model = Clip(Vit(width=32, depth=2, heads=2, merge=(0.25,)), Text(width=32, depth=1, heads=2)).double()
     model.image.patch.weight.data.mul_(20)  # far from equal shares
     drawn, mass = attention(checkered(), model=model)
     packed = pack_images([as_pixels(checkered(), 64, 16)], 16)
-    x, wanted = model.image.embed(packed.x, packed.pos), torch.zeros(12, dtype=torch.float64)
+    x, wanted = model.image.embed(packed).x, torch.zeros(12, dtype=torch.float64)
     for block in model.image.blocks:
         q, k, v = block.qkv(block.norm1(x)).view(12, 3, 2, 16).permute(1, 2, 0, 3)
         weights = (q @ k.mT / 4).softmax(-1)  # [2, 12, 12]
@@ -108,8 +103,7 @@ def test_the_plain_command_draws_everything_side_by_side(tmp_path, capsys, monke
 
 def test_a_model_compares_what_it_embeds(tmp_path, capsys):
     checkered(tmp_path)
-    torch.manual_seed(0)
-    TwoTower().save(tmp_path / "model")
+    save_small(tmp_path / "model")
     out = tmp_path / "out.png"
     words = ["show", "tokens", str(tmp_path / "picture.png"), "--out", str(out), "--merge", "0.25", "--model", str(tmp_path / "model")]
     assert cli.main(words) == 0
@@ -130,53 +124,3 @@ def test_what_cannot_be_shown_is_one_line(arguments, message, tmp_path, capsys, 
     assert cli.main(["show", "tokens", *words]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not (tmp_path / "tokens.png").exists()
-
-
-def test_operations_are_those_that_pytorch_counts(settings):  # noqa: F811
-    """Products by PyTorch's own counter; attention, which it does not see in our operator, by the counter on the same lengths alone."""
-    made = config.from_dict(settings)
-    layers = [layer for layer in profile(made) if layer.stage == 1]
-    from fastvlp.train.batches import split
-
-    from fastvlp.data import Stage, Stream, load_tokenizer
-
-    stage = Stage(32, 1.0, 0.5)
-    batch = next(iter(Stream(made.data.train, load_tokenizer("mini", 12), 12, 8, 12, seed=0, stage_at=stage)))
-    micro = split(batch, stage, 8, None, None, torch.device("cpu"))
-    model = TwoTower(made.model)
-    for tower, packed, encode in (("image", micro.images[0], model.encode_image), ("text", micro.texts[0], model.encode_text)):
-        own = getattr(made.model, tower)
-        with FlopCounterMode(display=False) as counter:
-            encode(packed)
-        attention = sum(_attention(n, own.width) for n in packed.lengths.tolist()) * own.depth
-        products = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
-        ours = sum(layer.flops for layer in layers if layer.tower == tower)
-        assert ours * 12 == pytest.approx(products + attention)
-        assert {layer.tokens for layer in layers if layer.tower == tower and layer.name == "block 1"} == {packed.total / 12}
-
-
-def _attention(n: int, width: int) -> int:
-    """Of one segment and block: q k' and p v as products."""
-    q = torch.randn(n, width)
-    with FlopCounterMode(display=False) as counter:
-        (q @ q.T) @ q
-    return counter.get_total_flops()
-
-
-def test_a_block_of_equal_segments():
-    from fastvlp.models import TowerConfig
-
-    assert block_flops(torch.tensor([10] * 4), TowerConfig(width=8, heads=1)) == 4 * (24 * 64 * 10 + 4 * 8 * 100)
-
-
-def test_the_table_has_every_layer_of_every_stage(settings, tmp_path, capsys):  # noqa: F811
-    path = tmp_path / "recipe.yaml"
-    made = config.from_dict(settings)
-    path.write_text(config.dump(made))
-    assert cli.main(["profile", str(path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * (4 + 2 + 1)  # patches, two blocks, projection; one block, projection; the sum
-    assert lines[7].startswith("stage 0, up to 50% of the steps: image_size 24, keep 0.5: ")
-    assert "\n".join(lines) == table(profile(made), made)
-    assert cli.main(["profile", "mimi"]) == 2 and "did you mean mini?" in capsys.readouterr().err
-    assert cli.main(["profile", str(path), "data.train=nowhere.tar"]) == 2 and "nowhere" in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from fastvlp.systems.files import load
 from fastvlp_kernels import Packed, merge_plan, packed_attention, token_select
 
 if TYPE_CHECKING:
@@ -20,6 +22,13 @@ GAP = 12  # between pictures
 MERGE, KEEP = 0.4, 0.5  # of the picture that shows everything
 WHITE, FADED = 255.0, 0.15
 LINE = (194, 65, 12)
+
+
+def command(options: argparse.Namespace) -> int:
+    """Draw a picture's tokens."""
+    system = None if options.model is None else load(options.model)
+    print(save(options.image, options.out, system, keep=options.keep, merge=options.merge, attend=options.attend))
+    return 0
 
 
 def tokens(image: Image.Image, *, keep: float | None = None, merge: float | None = None, model: Clip | None = None,

@@ -1,4 +1,4 @@
-"""What ``fastvlp plan`` predicts is what processes send and allocate."""
+"""What ``fastvlp plan`` predicts of contrastive losses is what processes send and allocate."""
 
 import ctypes
 import time
@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from benchmarks.peak import growth
 from fastvlp.losses.across import gather, group, ring
-from fastvlp.plan import Cluster, plan
+from fastvlp.commands.strategies import Cluster, predict
 
 LAYOUTS = [("gather", 2, 2), ("gather", 4, 2), ("ring", 3, 3), ("ring", 4, 2), ("grouped", 2, 2), ("grouped", 3, 3), ("grouped", 4, 2)]
 MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -19,7 +19,7 @@ SMALL = 64  # bytes that a step may send more: the weights of the processes' los
 
 
 def predicted(loss, strategy, size, node, pairs, width):
-    found = plan(loss, pairs * size, width, Cluster(size, node), "float32")
+    found = predict(loss, pairs * size, width, Cluster(size, node), "float32")
     return next(one for one in found if one.strategy == strategy)
 
 
@@ -133,7 +133,7 @@ def test_a_million_pairs_on_256_devices():
     """By hand: 2^12 pairs of 1024 bfloat16 features are 8 MiB. 32 nodes of 8."""
     share, hops = 2**12 * 1024 * 2, 31
     statistics = 2 * 2 * 255 / 256 * 2**20 * 4
-    found = {one.strategy: one for one in plan("clip", 2**20, 1024, Cluster(256))}
+    found = {one.strategy: one for one in predict("clip", 2**20, 1024, Cluster(256))}
     assert next(iter(found)) == "grouped"
     assert found["ring"].inter_bytes == 255 * share + 254 * share + 255 * 2 * share + statistics / 8
     assert found["grouped"].inter_bytes == hops * share + (hops - 2) * share + hops * 2 * share + statistics / 8
@@ -147,7 +147,7 @@ def test_a_million_pairs_on_256_devices():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_slower_links_never_make_a_step_faster(loss):
     for slower in ({"inter": 4.0}, {"intra": 30.0}, {"latency": 500.0}, {"tflops": 40.0}):
-        before, after = ({one.strategy: one for one in plan(loss, 2**17, 512, Cluster(32, **links))} for links in ({}, slower))
+        before, after = ({one.strategy: one for one in predict(loss, 2**17, 512, Cluster(32, **links))} for links in ({}, slower))
         assert all(after[name].seconds >= before[name].seconds for name in before)
         assert any(after[name].seconds > before[name].seconds for name in before)
 
@@ -158,6 +158,6 @@ def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ValueError, match="^devices=0, inter=-1: devices, per_node, intra, inter and tflops are positive"):
         Cluster(0, inter=-1)
     with pytest.raises(ValueError, match="a batch of 4 for 8 devices; each needs at least one pair"):
-        plan("clip", 4, 16, Cluster(8))
+        predict("clip", 4, 16, Cluster(8))
     with pytest.raises(ValueError, match="allowed: clip, siglip; float32, bfloat16, float16"):
-        plan("coca", 64, 16, Cluster(8))
+        predict("coca", 64, 16, Cluster(8))

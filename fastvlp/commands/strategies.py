@@ -1,4 +1,4 @@
-"""``fastvlp plan``: what a contrastive step costs on a cluster, by strategy: bytes over each link, memory, seconds.
+"""What a contrastive step costs on a cluster, by strategy: bytes over each link, memory, seconds.
 
 The model replays what :mod:`fastvlp.losses` does, turn by turn: in each a block of similarities is computed while tensors travel, so that a
 turn lasts as long as the slowest of the three. Bytes are those that one process sends (of all processes, the one that sends most over
@@ -12,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from fastvlp.config import Config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SUMS = 4  # bytes of statistics and accumulated gradients
@@ -86,30 +84,13 @@ class Prediction:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Towers:
-    """What surrounds the loss, on one process.
-
-    Attributes:
-        flops: of both towers for a step, forward and backward, for captions of the full context. seconds: they take.
-        parameters: of the model. state_bytes: weights, gradients, Adam's two moments and DDP's buckets, in float32.
-        gradient_bytes: that an all-reduce of the parameters' gradients sends.
-    """
-
-    flops: float
-    seconds: float
-    parameters: int
-    state_bytes: float
-    gradient_bytes: float
-
-
-def plan(loss: str, batch: int, embed_dim: int, cluster: Cluster, dtype: str = "bfloat16") -> list[Prediction]:
+def predict(loss: str, batch: int, embed_dim: int, cluster: Cluster, dtype: str = "bfloat16") -> list[Prediction]:
     """The strategies of ``fastvlp.losses``, the fastest first.
 
     Args:
         loss: "clip" or "siglip". batch: pairs of all processes. dtype: of products, and of the features as they come.
 
-    Example: a batch of 2^20 on 256 GPUs, ``plan("clip", 2**20, 1024, Cluster(256))``.
+    Example: a batch of 2^20 on 256 GPUs, ``predict("clip", 2**20, 1024, Cluster(256))``.
 
     Raises:
         ValueError: fewer pairs than devices, or the loss or the dtype is unknown.
@@ -124,27 +105,6 @@ def plan(loss: str, batch: int, embed_dim: int, cluster: Cluster, dtype: str = "
     found.append(_predict("ring", list(model.round(cluster, 1)), cluster))
     found.append(_predict("grouped", list(model.round(cluster, cluster.width)), cluster))
     return sorted(found, key=lambda prediction: prediction.seconds)
-
-
-def towers(config: Config, cluster: Cluster) -> Towers:
-    """The towers of a recipe in its last stage, with micro-batches if it has any (a second forward)."""
-    import torch
-
-    from fastvlp.models import TwoTower
-    from fastvlp.profile import block_flops
-
-    image, text, stage = config.model.image, config.model.text, config.schedule.stages[-1]
-    patches = max(1, round((stage.image_size // image.patch_size) ** 2 * stage.keep))
-    forward = 2.0 * (3 * image.patch_size**2 * image.width * patches + (image.width + text.width) * config.model.embed_dim)
-    forward += image.depth * block_flops(torch.tensor([patches]), image)
-    forward += text.depth * block_flops(torch.tensor([text.context_length]), text)
-    cached = config.train.image_tokens is not None or config.train.text_tokens is not None
-    flops = forward * (4 if cached else 3) * -(-config.data.batch_size // cluster.devices)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in TwoTower(config.model).parameters())
-    several = cluster.devices > 1
-    return Towers(flops, flops / (cluster.tflops * 1e12), parameters, parameters * SUMS * (4 + several),
-                  2 * (cluster.devices - 1) / cluster.devices * parameters * SUMS)
 
 
 @dataclass(frozen=True)
@@ -268,19 +228,12 @@ def _predict(strategy: str, turns: list[Turn], cluster: Cluster) -> Prediction:
                       sum(compute), sum(travel), sum(map(max, compute, travel)))
 
 
-def table(found: list[Prediction], around: Towers, config: Config, cluster: Cluster, dtype: str) -> str:
-    """The predictions as text, and which one wins."""
-    lines = [f"{config.loss.name} loss of {config.data.batch_size} pairs, {config.model.embed_dim} features ({dtype}), "
-             f"on {cluster.nodes} x {cluster.width} devices; per device and step:",
-             f"{'strategy':<10}{'fast links':>14}{'slow links':>14}{'memory':>14}{'compute':>12}{'travel':>12}{'together':>12}"]
+def table(found: list[Prediction]) -> list[str]:
+    """The predictions as lines of text, and which one wins."""
+    lines = [f"{'strategy':<10}{'fast links':>14}{'slow links':>14}{'memory':>14}{'compute':>12}{'travel':>12}{'together':>12}"]
     for one in found:
         sizes = (one.intra_bytes, one.inter_bytes, one.memory_bytes)
         seconds = (one.compute_seconds, one.communication_seconds, one.seconds)
         lines.append(f"{one.strategy:<10}" + "".join(f"{value / 2**20:>10.1f} MiB" for value in sizes)
                      + "".join(f"{1e3 * value:>9.2f} ms" for value in seconds))
-    best, leanest = found[0], min(found, key=lambda one: one.memory_bytes)
-    return "\n".join([
-        *lines, f"fastest: {best.strategy}; least memory: {leanest.strategy}",
-        f"towers: {around.parameters / 1e6:.1f}M parameters, {around.state_bytes / 2**30:.2f} GiB of weights, gradients and Adam; "
-        f"{around.flops / 1e12:.2f} TFLOP, {1e3 * around.seconds:.1f} ms; {around.gradient_bytes / 2**20:.1f} MiB of gradients sent",
-        f"step: at least {1e3 * (around.seconds + best.seconds):.1f} ms with {best.strategy}, if the gradients hide behind the backward"])
+    return [*lines, f"fastest: {found[0].strategy}; least memory: {min(found, key=lambda one: one.memory_bytes).strategy}"]

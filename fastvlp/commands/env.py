@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import os
@@ -16,6 +17,12 @@ from fastvlp_kernels._backend import explain
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "pillow", "pyyaml", "matplotlib", "tensorboard", "wandb",
             "cupy", "flash-attn", "xformers", "open_clip_torch", "timm")
+
+
+def command(options: argparse.Namespace) -> int:
+    """Print the report."""
+    print(report())
+    return 0
 
 
 def operators() -> dict[str, tuple[str, ...]]:
@@ -55,7 +62,7 @@ def report() -> str:
     else:
         reason = f"torch {torch.__version__} is a CPU build" if torch.version.cuda is None else "torch finds none"
         lines.append(f"CUDA            no device ({reason})")
-    for name in ("FASTVLP_IMPL", "FASTVLP_TMA", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+    for name in ("FASTVLP_IMPL", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         if name in os.environ:
             lines.append(f"{name}={os.environ[name]}")
     for device in devices():
