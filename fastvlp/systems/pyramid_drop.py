@@ -73,7 +73,7 @@ def _ranks(block: Part, tokens: Packed, patches: Tensor) -> Tensor:
     return k.replace(x=mass).first(patches).x
 
 
-def _drop(block: nn.Module, tokens: Packed, words: Tensor, remain: Tensor) -> Packed:
+def _drop(block: Part, tokens: Packed, words: Tensor, remain: Tensor) -> Packed:
     patches = tokens.first(tokens.lengths - words)
     kept = token_select(_ranks(block, tokens, patches.lengths), patches.cu_seqlens, remain, lengths=patches.lengths)
     return kept.apply(patches).join(tokens.last(words))
