@@ -45,7 +45,8 @@ class Blip2(Captioner):
 
 def recipe() -> Recipe:
     """Eight queries between a frozen tower and a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
+                    fdl.Config(Joint, width=192, depth=6, heads=3))
     bridge = fdl.Config(QFormer, encoder_width=192, hidden_size=192, num_layers=4, num_heads=3, intermediate_size=768, dropout=0.0)
     return replace(clip.recipe(), model=fdl.Config(Blip2, shipped.image(), bridge, lm), data=shipped.captions("lm.text"),
                    eval=Eval(captions=("mini:val-openclipart",)))

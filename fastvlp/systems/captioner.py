@@ -48,8 +48,8 @@ class Captioner(System):
         ends = getattr(self.fields.get("text"), "ends", None) or ((start[0], end[-1]) if start and end else None)
         options = ({} if ends is None else {"start": ends[:1], "end": ends[1]}) | options
         if not {"start", "end"} <= options.keys():
-            raise ValueError(f"{type(self).__name__}.generate: neither tokenizer nor field says where a caption starts and ends; pass start= "
-                             "and end=, or train with Caption(ends=...)")
+            raise ValueError(f"{type(self).__name__}.generate: neither tokenizer nor field says where a caption starts and ends; pass "
+                             "start= and end=, or train with Caption(ends=...)")
         return write(lambda rows, texts: self.next_words(images.take(rows), texts), len(images), **options, device=images.x.device)
 
 
@@ -106,8 +106,8 @@ def write(follow: Callable[[list[int], Packed], Tensor], count: int, *, start: S
         ValueError: ``start`` is empty, or ``most``, ``top_p`` or ``temperature`` is out of range.
     """
     if not start or most < 1 or not temperature > 0 or not (top_p is None or 0 < top_p <= 1):
-        raise ValueError(f"write: start is {list(start)}, most {most}, top_p {top_p} and temperature {temperature}; start holds an id, most "
-                         "is at least 1, top_p above 0 and at most 1, temperature positive")
+        raise ValueError(f"write: start is {list(start)}, most {most}, top_p {top_p} and temperature {temperature}; start holds an id, "
+                         "most is at least 1, top_p above 0 and at most 1, temperature positive")
     captions: list[list[int]] = [list(start) for _ in range(count)]
     open_ = list(range(count))
     for _ in range(most):

@@ -20,8 +20,8 @@ from fastvlp_kernels.packed import Packed
 
 
 class EpAlm(Captioner):
-    """-log p(word | picture, words before it). The tokens of the last ``layers`` blocks of a frozen image tower become, by one linear layer,
-    the first token of as many later blocks of a frozen language model, each in the place of the one before.
+    """-log p(word | picture, words before it). The tokens of the last ``layers`` blocks of a frozen image tower become, by one linear
+    layer, the first token of as many later blocks of a frozen language model, each in the place of the one before.
 
     Order of layers, shared connector and prompt without places are those of github.com/mshukor/eP-ALM (ePALM_pt_L). There the picture's
     token is a class token, and sees all words; here it is the mean token, and causal like all.
@@ -70,17 +70,18 @@ class EpAlm(Captioner):
 
 def recipe() -> Recipe:
     """Two layers of a frozen tower into four blocks of a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
+                    fdl.Config(Joint, width=192, depth=6, heads=3))
     model = fdl.Config(EpAlm, shipped.image(), lm, layers=2, first=2, last=6)
     return replace(clip.recipe(), model=model, data=shipped.captions("lm.text"), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
-    """ePALM_pt_L: ViT-L/16, OPT-6.7B sized, a prompt of 10 tokens, 35 epochs of COCO's 566,747 captions; the batch, 2 a GPU, is 16 here."""
+    """ePALM_pt_L: ViT-L/16, OPT-6.7B sized, a prompt of 10 tokens, 35 epochs of COCO's 566,747 captions; the batch, 2 a GPU, is 16."""
     made = clip.paper()
-    lm = fdl.Config(SimVlm, clip.vit_b(16, depth=1), clip.text_b(width=4096, heads=32, depth=1, vocab_size=50272, context_length=64),
+    lm = fdl.Config(SimVlm, clip.vit_b(16, depth=1), clip.text_b(width=4096, depth=1, vocab_size=50272, context_length=64),
                     fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"))
     model = fdl.Config(EpAlm, clip.vit_b(16, width=1024, depth=24, heads=16), lm, prompt=10)
     fields = {"image": Image(), "text": Caption(part="lm.text")}
-    return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=16), schedule=Schedule(samples=35 * 566_747, warmup=141_687),
-                   optim=Optim(lr=2e-4, weight_decay=0.02, scales={"prompt": 5.0}), train=Train(amp="bf16"))
+    return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=16),
+                   schedule=Schedule(samples=35 * 566_747, warmup=141_687), optim=Optim(lr=2e-4, weight_decay=0.02, scales={"prompt": 5.0}), train=Train(amp="bf16"))

@@ -26,8 +26,8 @@ from fastvlp_kernels.packed import Packed
 class Flame(System):
     """An image tower and two linear layers against K features of each caption: the mean of K softmaxes over the batch in each direction.
 
-    The features are what the frozen language model has at the end of each of K prompts behind the caption (without its end), which do not see
-    one another, in one pass; or, without a model, the stream ``facets``, K * ``width`` numbers a sample that were computed before. Mask,
+    The features are what the frozen language model has at the end of each of K prompts behind the caption (without its end), which do not
+    see one another, in one pass; or, without a model, the stream ``facets``, K * ``width`` numbers a sample, computed before. Mask,
     projector and loss (MultiPositiveNCELoss) are those of github.com/MIV-XJTU/FLAME; its README trains with the sigmoid of the same pairs,
     and it numbers the prompts' tokens through, where here each prompt follows the caption.
 
@@ -78,7 +78,8 @@ def recipe() -> Recipe:
     made, tokenizer = clip.recipe(), load_tokenizer(shipped.PAIRS.tokenizer)
     ends = slice(len(tokenizer.start), -len(tokenizer.end) or None)
     prompts = [tokenizer.encode(text)[ends] for text in ("it is a", "its colour is", "it is used for")]
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, context_length=32, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, context_length=32, vocab_size=shipped.CAPTIONER),
+                    fdl.Config(Joint, width=192, depth=6, heads=3))
     fields = {"image": Image(), "text": Caption(length=24, max_captions=2, part="lm.text", ends=shipped.ENDS)}
     return replace(made, model=fdl.Config(Flame, shipped.image(), lm, prompts, hidden=384), data=replace(made.data, fields=fields))
 

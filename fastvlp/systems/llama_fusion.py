@@ -1,4 +1,4 @@
-"""LlamaFusion (Shi et al. 2024, arXiv:2412.15188), its understanding half: a frozen language model, and a trained copy of it for patches."""
+"""LlamaFusion (Shi et al. 2024, arXiv:2412.15188), its understanding half: a frozen language model, and a trained copy for patches."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastvlp_kernels.packed import Packed
 
 
 class LlamaFusion(Captioner):
-    """-log p(word | picture, words before it). Patches go through norms, projections and feed-forward layers of their own, words through the
-    language model's, and all attend together: patches see one another, words what is before them. What the model says of text alone stays
-    as it was, to the bit.
+    """-log p(word | picture, words before it). Patches go through norms, projections and feed-forward layers of their own, words through
+    the language model's, and all attend together: patches see one another, words what is before them. What the model says of text alone
+    stays as it was, to the bit.
 
     The paper also makes pictures, by a diffusion loss over the patches of a latent space; that half is not here. No code of the authors was
     found: the routing is the paper's section 3.

@@ -44,10 +44,11 @@ def recipe() -> Recipe:
 
 
 def paper() -> Recipe:
-    """Pix2Struct-Base: 12 + 12 layers of width 768, 2,048 patches of 16 pixels, 270,000 steps of 2,048 screenshots; AdamW at 1e-3 stands for
-    Adafactor at 1e-2."""
+    """Pix2Struct-Base: 12 + 12 layers of width 768, 2,048 patches of 16 pixels, 270,000 steps of 2,048 screenshots; AdamW at 1e-3 stands
+    for Adafactor at 1e-2."""
     made = clip.paper()
-    decoder = fdl.Config(Decoder, width=768, depth=12, heads=12, vocab_size=50244, context_length=128, mlp_ratio=2048 / 768, activation="gelu")
+    decoder = fdl.Config(Decoder, width=768, depth=12, heads=12, vocab_size=50244, context_length=128, mlp_ratio=2048 / 768,
+                         activation="gelu")
     fields = {"image": Pages(keep=1.0, augment=0.0), "text": Caption(length=128, part="decoder")}
     model = fdl.Config(Pix2Struct, clip.vit_b(16, image_size=720, grid=64, mlp_ratio=2048 / 768), decoder)
     return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=2048, tokenizer="pix2struct/tokenizer.json"),

@@ -20,9 +20,9 @@ from fastvlp_kernels.packed import Packed
 
 
 class PyramidDrop(Captioner):
-    """-log p(word | picture, words before it) of a tower, two linear layers and a causal transformer (LLaVA), which before some blocks drops
-    image tokens: those that the last token before the answer, here a caption's start, attends to least, with the queries and keys of the
-    block that follows, the mean over heads (as in pdrop_rank_drop of github.com/Cooperx521/PyramidDrop).
+    """-log p(word | picture, words before it) of a tower, two linear layers and a causal transformer (LLaVA), which before some blocks
+    drops image tokens: those that the last token before the answer, here a caption's start, attends to least, with the queries and keys
+    of the block that follows, the mean over heads (as in pdrop_rank_drop of github.com/Cooperx521/PyramidDrop).
 
     Nothing is learned for it, so that a model trained without (``drop_before=()``) can be run with it.
 
@@ -69,7 +69,8 @@ def _drop(block: Part, tokens: Packed, words: Tensor, remain: Tensor) -> Packed:
 
 def recipe() -> Recipe:
     """Half of the tokens left after the second block, a quarter after the fourth."""
-    model = fdl.Config(PyramidDrop, shipped.image(), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3),
+    model = fdl.Config(PyramidDrop, shipped.image(), shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
+                       fdl.Config(Joint, width=192, depth=6, heads=3),
                        drop_before=(2, 4))
     return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 

@@ -58,7 +58,8 @@ def _marked(images: Packed) -> tuple[Tensor, Tensor]:
 
 def recipe() -> Recipe:
     """A captioner without an image tower."""
-    model = fdl.Config(Solo, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    model = fdl.Config(Solo, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
+                       fdl.Config(Joint, width=192, depth=6, heads=3))
     return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 

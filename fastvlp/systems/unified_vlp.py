@@ -23,10 +23,10 @@ from fastvlp_kernels.packed import Packed
 class UnifiedVlp(MaskedCaptioner):
     """-log p(hidden word | picture, words it sees), the mean over hidden words; each sample draws which words these are.
 
-    Streams: ``image``; ``text``; ``masked``, the same caption with words hidden; ``draw``, a number in 0..1: below ``seq2seq`` the words see
-    the picture and those before them (mask of S2S), else everything (BERT's). A caption's end is always hidden in S2S, where nobody sees it,
-    so that writing learns to stop. Mask, draw by sample and segment ids of both tasks are those of github.com/LuoweiZhou/VLP; that also
-    replaces a fifth of the hidden words by random or their own ids, and takes region features for the picture.
+    Streams: ``image``; ``text``; ``masked``, the same caption with words hidden; ``draw``, a number in 0..1: below ``seq2seq`` the words
+    see the picture and those before them (mask of S2S), else everything (BERT's). A caption's end is always hidden in S2S, where nobody
+    sees it, so that writing learns to stop. Mask, draw by sample and segment ids of both tasks are those of github.com/LuoweiZhou/VLP; that
+    also replaces a fifth of the hidden words by random or their own ids, and takes region features for the picture.
 
     Args:
         image, text: towers of which the embeddings are used. mask_id: as in ``Caption``. seq2seq: share of the samples.
