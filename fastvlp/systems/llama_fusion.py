@@ -1,4 +1,4 @@
-"""LlamaFusion (Shi et al. 2024, arXiv:2412.15188), its understanding half: a frozen language model, and a trained copy for patches."""
+"""LlamaFusion (Shi et al. 2024, arXiv:2412.15188), its understanding half: a frozen language model and a trained copy for patches."""
 
 from __future__ import annotations
 
