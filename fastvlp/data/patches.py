@@ -39,9 +39,9 @@ def pack_images(images: Sequence[Tensor], patch_size: int, keep: float = 1.0,
     return pack_pixels([image.numpy() for image in images], p, keep, seeds.numpy() if seeds is not None else generator)
 
 
-def pack_pixels(images: Sequence[np.ndarray], patch_size: int, keep: float = 1.0,
+def pack_pixels(images: Sequence[np.ndarray], patch_size: int, keep: float | np.ndarray = 1.0,
                 random: np.ndarray | torch.Generator | np.random.Generator | None = None) -> Packed:
-    """``pack_images`` of arrays that are known to fit the grid; ``random`` is a generator or the seeds [S]."""
+    """``pack_images`` of arrays that are known to fit the grid; ``random`` is a generator or the seeds [S], ``keep`` may be shares [S]."""
     p = patch_size
     columns = np.array([image.shape[1] // p for image in images], dtype=np.int64)
     patches = np.array([image.shape[0] // p for image in images], dtype=np.int64) * columns
@@ -53,7 +53,7 @@ def pack_pixels(images: Sequence[np.ndarray], patch_size: int, keep: float = 1.0
         x[start:end].reshape(height // p, width // p, p, p * 3)[:] = grid
     segment = np.repeat(np.arange(len(images)), patches)
     lengths = patches
-    if keep < 1:
+    if np.min(keep) < 1:
         lengths = np.maximum(1, (patches * keep + 0.5).astype(np.int64))
         order = (segment + _scores(patches, starts, random)).argsort(kind="stable")  # random order inside each picture
         kept = np.sort(order[np.arange(starts[-1]) - starts[segment] < lengths[segment]])

@@ -24,7 +24,7 @@ PLAIN = Stage(keep=1.0, augment=0.0)
 
 @torch.no_grad()
 def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ranks | None = None,
-               beat: Callable[[], object] = lambda: None) -> Outputs:
+               beat: Callable[[], object] = lambda: None, workers: int = 0) -> Outputs:
     """The outputs of ``encode`` for all samples in the order of the files, on the CPU; with several processes a collective call.
 
     Fields are called without augmentation and with all patches, as far as they leave that open, and with the same random words every
@@ -34,7 +34,7 @@ def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ran
     Raises:
         FileNotFoundError: the shard list matches nothing. ValueError: it holds no sample. RuntimeError: hardly any can be used.
     """
-    how = How(batch_size, world or Alone(), beat=beat)
+    how = How(batch_size, world or Alone(), workers, beat)
     loader = Loader([(expand(shards), system.fields)], MAX_PIXELS, cache_bytes=0)
     index = loader.readers[0].index
     places = np.array([(shard, member) for shard in range(len(index.paths)) for member in range(index.count(shard))], dtype=np.int64)
@@ -44,10 +44,12 @@ def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ran
     others = (np.arange(len(places)) + 1 + (words % np.uint64(max(1, len(places) - 1))).astype(np.int64)) % len(places)
     device = next(system.parameters()).device
     mine = {}
+    requests = []
     for number, rows in how.share(np.array_split(np.arange(len(places)), range(batch_size, len(places), batch_size))):
-        how.beat()
         picks = Picks(places[rows, 0], places[rows, 1], words[rows], places[others[rows]])
-        batch = loader[Request(max(0, number), PLAIN, 0, picks, ())].batch((), 0)
+        requests.append((number, Request(max(0, number), PLAIN, 0, picks, ())))
+    for number, flat in how.loaded(loader, requests):
+        batch = flat.batch((), 0)
         batch = dataclasses.replace(batch, counts=system.counts(batch)).to(device)
         mine[number] = {name: value.to("cpu") for name, value in system.encode(batch).items() if not name.endswith("_loss")}
     parts = how.together(mine)

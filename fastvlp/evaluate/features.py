@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvlp.data.samples import Labels, samples
 from fastvlp.data.shards import Shards
-from fastvlp.evaluate.reading import How, Samples, preparation
+from fastvlp.evaluate.reading import How, Prepared, Samples
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,7 +69,7 @@ def features(model: Encoder, shards: Shards, how: How | int = 256, texts: bool =
         ValueError: no sample could be used; says what was skipped and why.
     """
     how = how if isinstance(how, How) else How(how)
-    reading = Samples(shards, preparation(model, "image"), how)
+    reading = Samples(shards, Prepared.by(model), how)
     mine: dict[int, tuple[Tensor, list[Labels], list[str]]] = {}
     for number, read in reading:
         encoded = normalised(model.encode_image(read.pictures))

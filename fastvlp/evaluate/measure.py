@@ -87,7 +87,7 @@ def table(scores: dict[str, Any]) -> list[str]:
     if s := found.get("retrieval"):
         for way, title in (("i2t", "image to text"), ("t2i", "text to image")):
             recalls = "   ".join(f"R@{k} {s[f'{way}_r{k}']:6.2%}" for k in (1, 5, 10))
-            lines.append(f"{title} ({s['n']} pictures, {s['captions']} captions)     {recalls}   MRR {s[f'{way}_mrr']:.3f}")
+            lines.append(f"{title} ({s['n']} pairs)     {recalls}   MRR {s[f'{way}_mrr']:.3f}")
         if "loss" in s:
             lines.append(f"contrastive loss ({s['n']} pairs)     {s['loss']:.3f}")
     if s := found.get("captions"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastvlp.data.fields import Pages
 from fastvlp.data.images import MAX_PIXELS, Unusable
 from fastvlp.data.samples import Labels, Reader
 from fastvlp.data.shards import Index, Shards, expand
+from fastvlp.data.stream import ignore_signals
 from fastvlp.systems.system import System
 
 T = TypeVar("T")
-Prepare = Callable[[Sequence[Any]], Any]
+Prepare = Callable[[list[Any], list[str]], Any]
 
 
 class Ranks(Protocol):
@@ -70,6 +71,17 @@ class How:
         for number in range(world.rank, -(-len(items) // world.size) * world.size, world.size):
             yield (number, items[number]) if number < len(items) else (-1, items[0])
 
+    def loaded(self, data: Dataset[T], numbered: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, T]]:
+        """(number, ``data[key]``) of some (number, key) in their order, read by the workers."""
+        keys = [key for _, key in numbered]
+        found: Iterable[T] = map(data.__getitem__, keys)
+        if self.workers and len(keys) > 1:
+            found = DataLoader(data, batch_size=None, sampler=keys, num_workers=min(self.workers, len(keys)), collate_fn=_as_is,
+                               worker_init_fn=ignore_signals)
+        for (number, _), one in zip(numbered, found, strict=True):
+            self.beat()
+            yield number, one
+
     def together(self, mine: Mapping[int, T]) -> list[T]:
         """What all processes made of their parts, in order (a collective call)."""
         everyone: dict[int, T] = {}
@@ -98,7 +110,7 @@ class Reading(Dataset[Read]):
     """The batches of a set by number; lives in a worker or in this process.
 
     Args:
-        prepare: makes what the model takes of a list of PIL images. others: look for other samples' captions, too.
+        prepare: makes what the model takes of PIL images and first captions. others: look for other samples' captions, too.
         pad: a batch of which no sample can be used holds a blank picture, so that it is encoded like all others.
     """
 
@@ -124,9 +136,10 @@ class Reading(Dataset[Read]):
             keys.append(reader.index.shard(shard).keys[member])
             if self.others:
                 others.append(self._other(place, label))
+        captions = [label.captions[0] for label in labels]
         if not pictures and self.pad:
-            pictures = [_blank()]
-        return Read(self.prepare(pictures) if pictures else None, keys, labels, others, skips)
+            pictures, captions = [_blank()], [""]
+        return Read(self.prepare(pictures, captions) if pictures else None, keys, labels, others, skips)
 
     def _other(self, place: int, own: Labels) -> str:
         """The first caption of the next sample in the order of the files that shows something else; its own where there is none."""
@@ -157,13 +170,7 @@ class Samples:
         self.reading = Reading(paths, table, prepare, how.batch_size, others, pad=how.world.size > 1)
 
     def __iter__(self) -> Iterator[tuple[int, Read]]:
-        numbers = list(self.how.share(range(len(self.reading))))
-        loaded: Iterable[Read] = map(self.reading.__getitem__, (batch for _, batch in numbers))
-        if self.how.workers and len(numbers) > 1:
-            loaded = DataLoader(self.reading, batch_size=None, sampler=[batch for _, batch in numbers],
-                                num_workers=min(self.how.workers, len(numbers)), collate_fn=_as_is, worker_init_fn=_quiet)
-        for (number, _), read in zip(numbers, loaded, strict=True):
-            self.how.beat()
+        for number, read in self.how.loaded(self.reading, list(self.how.share(range(len(self.reading))))):
             if number >= 0:
                 self.skips += read.skips
             if read.pictures is not None:
@@ -198,7 +205,7 @@ def judged(system: System, shards: Shards, how: How, judge: Callable[[Any, list[
     Returns:
         Those of all samples, on the CPU, and the number of samples that could not be used, by reason.
     """
-    reading = Samples(shards, preparation(system, "image"), how, others)
+    reading = Samples(shards, Prepared.by(system), how, others)
     mine = {}
     for number, read in reading:
         captions = [label.captions[0] for label in read.labels] or [""]  # of the blank picture
@@ -209,10 +216,20 @@ def judged(system: System, shards: Shards, how: How, judge: Callable[[Any, list[
     return [torch.cat(values) for values in zip(*parts, strict=True)], skipped
 
 
-def preparation(model: Any, stream: str) -> Prepare:
-    """What makes the model's stream of raw pictures or captions where they are read; a model without fields takes them as they are."""
-    fields = getattr(model, "fields", {})
-    return fields[stream].prepare if stream in fields else _as_is
+@dataclass(frozen=True)
+class Prepared:
+    """Makes the stream ``image`` where samples are read; a model without such a field takes pictures as they are."""
+
+    field: Any
+
+    @classmethod
+    def by(cls, model: Any) -> Prepared:
+        return cls(getattr(model, "fields", {}).get("image"))
+
+    def __call__(self, pictures: list[Any], captions: list[str]) -> Any:
+        if self.field is None:
+            return pictures
+        return self.field.prepare(captions if isinstance(self.field, Pages) else pictures)
 
 
 def _blank() -> Any:
@@ -227,8 +244,3 @@ def _known(reason: str, name: str) -> None:
 
 def _as_is(value: Any) -> Any:
     return value
-
-
-def _quiet(worker: int) -> None:
-    """Ctrl-C is for the process that reads, which stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

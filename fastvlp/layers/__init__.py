@@ -20,8 +20,12 @@ from fastvlp.layers.patch_dropout import PatchDropoutWithIndices as PatchDropout
 from fastvlp.layers.pool import Pool as Pool
 from fastvlp.layers.pool import segment_mean as segment_mean
 from fastvlp.layers.q_shift import neighbours as neighbours
+from fastvlp.layers.q_shift import previous_and_next as previous_and_next
 from fastvlp.layers.q_shift import q_shift as q_shift
+from fastvlp.layers.q_shift import shift as shift
 from fastvlp.layers.qformer import QFormer as QFormer
+from fastvlp.layers.routed import RoutedBlock as RoutedBlock
+from fastvlp.layers.rwkv import RwkvBlock as RwkvBlock
 from fastvlp.layers.token_learner import TokenLearner as TokenLearner
 from fastvlp.layers.token_merger import TokenMerger as TokenMerger
 from fastvlp.layers.transformer import Attend as Attend

@@ -75,12 +75,15 @@ class Block(nn.Module):
 
         ``between``: what happens to x [..., C] after attention and before the MLP: merging, or a decoder's look at the image.
         """
-        x = x + self.proj(attend(*self.queries_keys_values(x)).flatten(-2))
+        x = x + self.proj(attend(*self._qkv(x)).flatten(-2))
         x = x if between is None else between(x)
         return x + self.down(self.activation(self.up(self.norm2(x))))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., C] -> what its attention compares and mixes, three times [..., H, d]."""
+        return self._qkv(x)  # forward asks the other, since FSDP gathers and frees weights around each public call
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
 
 

@@ -4,6 +4,7 @@ from .across.gather_batch import gather_batch as gather_batch
 from .across.group import ALONE as ALONE
 from .captions import next_token_hits as next_token_hits
 from .captions import next_token_nll as next_token_nll
+from .captions import word_kl as word_kl
 from .captions import word_nll as word_nll
 from .clip import ClipLoss as ClipLoss
 from .cluster_distill import cluster_instance_loss as cluster_instance_loss

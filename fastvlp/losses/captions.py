@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlp_kernels import linear_cross_entropy
+from fastvlp_kernels import linear_cross_entropy, similarity_attend, similarity_logsumexp
 from fastvlp_kernels.packed import Packed, check_packed, check_segments_of
 
 IGNORE = -100
@@ -30,10 +30,14 @@ def word_nll(hidden: Packed, head: Head, targets: Tensor) -> Tensor:
         wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= len(weight)))]
         if len(wrong):
             raise ValueError(f"word_nll: a target is {int(wrong[0])}; allowed: 0 to {len(weight) - 1}, and {IGNORE} for none")
-    nll = linear_cross_entropy(hidden.x, weight, targets.long(), bias, ignore_index=IGNORE, reduction="none")
-    counts = hidden.lengths.to(nll.device, non_blocking=True)
-    owner = torch.arange(len(hidden), device=nll.device).repeat_interleave(counts, output_size=hidden.total)
-    return nll.new_zeros(len(hidden)).index_add(0, owner, nll)
+    return segment_sum(linear_cross_entropy(hidden.x, weight, targets.long(), bias, ignore_index=IGNORE, reduction="none"), hidden)
+
+
+def segment_sum(values: Tensor, packed: Packed) -> Tensor:
+    """The sum of ``values`` [T] over each segment of ``packed``: [S]."""
+    counts = packed.lengths.to(values.device, non_blocking=True)
+    owner = torch.arange(len(packed), device=values.device).repeat_interleave(counts, output_size=packed.total)
+    return values.new_zeros(len(packed)).index_add(0, owner, values)
 
 
 def next_token_nll(hidden: Packed, head: Head, texts: Packed) -> Tensor:
@@ -68,3 +72,28 @@ def _next(texts: Packed) -> Tensor:
         ends = (texts.cu_seqlens[1:].long() - 1) % texts.total
         targets = targets.index_fill(0, ends, IGNORE)
     return targets
+
+
+def word_kl(hidden: Packed, head: nn.Linear, taught: Packed, taught_head: nn.Linear, temperature: float = 1.0) -> Tensor:
+    """temperature^2 * KL(teacher | student) between the distributions of words at each token, summed over each segment: [S].
+
+    Both are softmaxes of logits / temperature (Hinton et al. 2015, arXiv:1503.02531); no logits of all tokens are stored. The teacher gets
+    no gradient.
+
+    Args:
+        hidden, taught: the student's and the teacher's states, packed [T, C] and [T, E] of the same segments.
+        head, taught_head: to V words, with biases.
+    """
+    check_segments_of("word_kl", hidden, taught.lengths)
+    if head.bias is None or taught_head.bias is None or len(head.weight) != len(taught_head.weight):
+        raise ValueError(f"word_kl: the heads are {tuple(head.weight.shape)} and {tuple(taught_head.weight.shape)}; they must have as many "
+                         "words, and biases")
+    s, t = hidden.x.to(head.weight.dtype), taught.x.detach().to(head.weight.dtype)
+    mine, theirs = torch.cat([head.weight, head.bias[:, None]], 1), torch.cat([taught_head.weight, taught_head.bias[:, None]], 1).detach()
+    # With p the teacher's softmax, KL = sum_j p_j (t_j - s_j) - log-sum-exp(t) + log-sum-exp(s), and sums of p_j s_j need no s_j.
+    mean, of_teacher = similarity_attend(t, theirs[:, :-1], torch.cat([theirs, mine], 1), 1 / temperature,
+                                         col_bias=theirs[:, -1] / temperature)
+    t_mean, s_mean = mean.split([theirs.shape[1], mine.shape[1]], 1)
+    expected = torch.linalg.vecdot(t, t_mean[:, :-1]) + t_mean[:, -1] - torch.linalg.vecdot(s, s_mean[:, :-1]) - s_mean[:, -1]
+    of_student = similarity_logsumexp(s, head.weight, 1 / temperature, col_bias=head.bias / temperature)[0]
+    return segment_sum(temperature**2 * (expected / temperature - of_teacher + of_student), hidden)

@@ -6,22 +6,20 @@ from dataclasses import replace
 
 import fiddle as fdl
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import QFormer
-from fastvlp.losses import next_token_nll
-from fastvlp.losses.captions import next_token_hits
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
+from fastvlp.systems.captioner import Captioner
 from fastvlp.systems.simvlm import SimVlm
-from fastvlp.systems.system import Outputs, Part, System, freeze
+from fastvlp.systems.system import Part, freeze
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
 
-class Blip2(System):
+class Blip2(Captioner):
     """-log p(word | queries, words before it), the mean over words; image tower and language model are frozen.
 
     Args:
@@ -34,43 +32,47 @@ class Blip2(System):
         self.queries = nn.Parameter(torch.randn(queries, qformer.hidden_size) * 0.02)
         self.to_lm = nn.Linear(qformer.hidden_size, lm.joint.width)
 
-    def encode(self, batch: Batch) -> Outputs:
-        return {"words_loss": batch.per_token(self.caption_nll(batch.image, batch.text), "words")}
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        return {"words": batch.text.total - len(batch)}
-
-    def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
-        return next_token_nll(self.states(images, texts), self.lm.words, texts)
-
-    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
-        return next_token_hits(self.states(images, texts), self.lm.words, texts)
+    @property
+    def words(self) -> nn.Module:
+        """The language model's head."""
+        return self.lm.words
 
     def states(self, images: Packed, texts: Packed) -> Packed:
-        """What the language model makes of each token of ``texts``."""
         prefix = Packed.from_padded(self.to_lm(self.qformer(self.queries, self.image(images).replace(pos=None))))
         joined = prefix.join(self.lm.text.embed(texts).replace(pos=None))
-        seen = prefix.cu_seqlens.diff()
-        return self.lm.joint(joined, prefix=seen).last(texts.lengths)
+        return self.lm.joint(joined, prefix=prefix.cu_seqlens.diff()).last(texts)
 
 
 def recipe() -> Recipe:
     """Eight queries between a frozen tower and a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(
+        SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
+    )
     bridge = fdl.Config(QFormer, encoder_width=192, hidden_size=192, num_layers=4, num_heads=3, intermediate_size=768, dropout=0.0)
-    made = clip.recipe()
-    fields = {"image": Image(), "text": Caption(max_captions=2, part="lm.text")}
-    return replace(made, model=fdl.Config(Blip2, shipped.image(), bridge, lm), data=replace(made.data, fields=fields),
-                   eval=Eval(captions=("mini:val-openclipart",)))
+    return replace(
+        clip.recipe(),
+        model=fdl.Config(Blip2, shipped.image(), bridge, lm),
+        data=shipped.captions("lm.text"),
+        eval=Eval(captions=("mini:val-openclipart",)),
+    )
 
 
 def paper() -> Recipe:
     """Stage 2 with ViT-g/14 and OPT-2.7B sized parts: 80,000 steps of 1,920 pairs."""
     made = clip.paper()
-    lm = fdl.Config(SimVlm, clip.vit_b(14, depth=1), clip.text_b(width=2560, heads=32, depth=1, vocab_size=50272, context_length=32),
-                    fdl.Config(Joint, width=2560, depth=32, heads=32, activation="gelu"))
+    lm = fdl.Config(
+        SimVlm,
+        clip.vit_b(14, depth=1),
+        clip.text_b(width=2560, heads=32, depth=1, vocab_size=50272, context_length=32),
+        fdl.Config(Joint, width=2560, depth=32, heads=32, activation="gelu"),
+    )
     image = clip.vit_b(14, width=1408, depth=39, heads=16, mlp_ratio=4.3637)
-    return replace(made, model=fdl.Config(Blip2, image, fdl.Config(QFormer), lm, queries=32),
-                   data=replace(made.data, batch_size=1920, fields={"image": Image(), "text": Caption(part="lm.text")}),
-                   schedule=Schedule(steps=80_000, warmup=2000, final_lr=0.5),
-                   optim=Optim(lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05), train=Train(amp="fp16"))
+    fields = {"image": Image(), "text": Caption(part="lm.text")}
+    return replace(
+        made,
+        model=fdl.Config(Blip2, image, fdl.Config(QFormer), lm, queries=32),
+        data=replace(made.data, fields=fields, batch_size=1920),
+        schedule=Schedule(steps=80_000, warmup=2000, final_lr=0.5),
+        optim=Optim(lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05),
+        train=Train(amp="fp16"),
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvlp.data.batch import Batch
 from fastvlp.data.patches import pack_texts
-from fastvlp.losses import next_token_nll, word_nll
+from fastvlp.losses import next_token_hits, next_token_nll, word_nll
 from fastvlp.systems.system import Outputs, System
 from fastvlp_kernels.packed import Packed
 
@@ -31,16 +31,28 @@ class Captioner(System):
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
         return next_token_nll(self.states(images, texts), self.words, texts)
 
+    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
+        return next_token_hits(self.states(images, texts), self.words, texts)
+
     def next_words(self, images: Packed, texts: Packed) -> Tensor:
         """Logits [n, V] of the word that follows each caption's last."""
         return self.words(self.states(images, texts).last(1).x)
 
     def generate(self, images: Any, **options: Any) -> list[list[int]]:
-        """Token ids of a caption for each picture (see ``prepared``), without its start and end; ``options`` as in :func:`write`."""
+        """Token ids of a caption for each picture (see ``prepared``), without its start and end.
+
+        ``options``: those of :func:`write`; ``start`` and ``end`` are the tokenizer's or the field's ``ends``, where there are any.
+        """
         images = self.prepared("image", images)
-        given = {"start": self.tokenizer.start, "end": self.tokenizer.end[0]} if self.tokenizer is not None else {}
-        return write(lambda rows, texts: self.next_words(images.take(rows), texts), len(images), **{**given, **options},
-                     device=images.x.device)
+        start, end = self.tokenizer.start if self.tokenizer else [], self.tokenizer.end if self.tokenizer else []
+        ends = getattr(self.fields.get("text"), "ends", None) or ((start[0], end[-1]) if start and end else None)
+        options = ({} if ends is None else {"start": ends[:1], "end": ends[1]}) | options
+        if not {"start", "end"} <= options.keys():
+            raise ValueError(
+                f"{type(self).__name__}.generate: neither tokenizer nor field says where a caption starts and ends; pass start= "
+                "and end=, or train with Caption(ends=...)"
+            )
+        return write(lambda rows, texts: self.next_words(images.take(rows), texts), len(images), **options, device=images.x.device)
 
 
 class MaskedCaptioner(Captioner):
@@ -50,12 +62,22 @@ class MaskedCaptioner(Captioner):
     """
 
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
+        rows, states, words = self._each_word(images, texts)
+        nll = word_nll(states, self.words, words)
+        return nll.new_zeros(len(texts)).index_add(0, rows, nll)
+
+    @torch.no_grad()
+    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
+        rows, states, words = self._each_word(images, texts)
+        return words.new_zeros(len(texts)).index_add(0, rows, (self.words(states.x).argmax(1) == words).to(words.dtype))
+
+    def _each_word(self, images: Packed, texts: Packed) -> tuple[Tensor, Packed, Tensor]:
+        """Of every word but the first of each caption: the caption's number, the state of a hidden word in its place, and the word."""
         counts = texts.lengths - 1
         rows = torch.arange(len(texts)).repeat_interleave(counts)
         known = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows] + 1
         begun = texts.take(rows).first(known + 1)
-        nll = word_nll(self._behind(images.take(rows), begun.first(known)), self.words, begun.last(1).x)
-        return nll.new_zeros(len(texts)).index_add(0, rows.to(nll.device), nll)
+        return rows.to(texts.x.device), self._behind(images.take(rows), begun.first(known)), begun.last(1).x
 
     def next_words(self, images: Packed, texts: Packed) -> Tensor:
         return self.words(self._behind(images, texts).x)
@@ -69,9 +91,18 @@ class MaskedCaptioner(Captioner):
 
 
 @torch.no_grad()
-def write(follow: Callable[[list[int], Packed], Tensor], count: int, *, start: Sequence[int], end: int, most: int = 20,
-          top_p: float | None = None, temperature: float = 1.0, generator: torch.Generator | None = None,
-          device: torch.device | str = "cpu") -> list[list[int]]:
+def write(
+    follow: Callable[[list[int], Packed], Tensor],
+    count: int,
+    *,
+    start: Sequence[int],
+    end: int,
+    most: int = 20,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> list[list[int]]:
     """``count`` captions, each word the most likely one, or with ``top_p`` a random one.
 
     Every step computes all words of the unfinished captions again: correct with any system, and quadratic in their length.
@@ -86,8 +117,10 @@ def write(follow: Callable[[list[int], Packed], Tensor], count: int, *, start: S
         ValueError: ``start`` is empty, or ``most``, ``top_p`` or ``temperature`` is out of range.
     """
     if not start or most < 1 or not temperature > 0 or not (top_p is None or 0 < top_p <= 1):
-        raise ValueError(f"write: start is {list(start)}, most {most}, top_p {top_p} and temperature {temperature}; start holds an id, most "
-                         "is at least 1, top_p above 0 and at most 1, temperature positive")
+        raise ValueError(
+            f"write: start is {list(start)}, most {most}, top_p {top_p} and temperature {temperature}; start holds an id, most "
+            "is at least 1, top_p above 0 and at most 1, temperature positive"
+        )
     captions: list[list[int]] = [list(start) for _ in range(count)]
     open_ = list(range(count))
     for _ in range(most):
@@ -98,11 +131,11 @@ def write(follow: Callable[[list[int], Packed], Tensor], count: int, *, start: S
         for row, word in zip(open_, words.tolist(), strict=True):
             captions[row].append(word)
         open_ = [row for row in open_ if captions[row][-1] != end]
-    return [[word for word in caption[len(start):] if word != end] for caption in captions]
+    return [[word for word in caption[len(start) :] if word != end] for caption in captions]
 
 
 def _draw(chances: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One word [n] of each row, among the most likely ones of which all but the last have less than ``top_p`` together."""
-    ranked, words = chances.sort(1, descending=True, stable=True)
+    ranked, words = chances.sort(dim=1, descending=True, stable=True)
     ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0)
     return words.gather(1, torch.multinomial(ranked, 1, generator=generator)).squeeze(1)

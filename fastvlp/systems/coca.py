@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import fiddle as fdl
-from torch import Tensor, nn
+from torch import nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.losses import next_token_nll
-from fastvlp.losses.captions import next_token_hits
 from fastvlp.recipe import Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
+from fastvlp.systems.captioner import Captioner
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.system import Losses, Outputs, Part
 from fastvlp.towers import Decoder
 from fastvlp_kernels.packed import Packed
 
 
-class CoCa(Clip):
+class CoCa(Clip, Captioner):
     """The contrastive loss plus ``caption`` times the mean over words of -log p(word | words before it, image).
 
     The text tower is causal and sees words alone; the decoder goes on from its tokens with cross attention to the image's, so that one pass
@@ -37,25 +37,19 @@ class CoCa(Clip):
         return {"image": self.image_head(image), "text": self.text_head(text),
                 "caption_loss": self.caption * batch.per_token(nll, "words")}
 
-    def counts(self, batch: Batch) -> dict[str, int]:
-        return {"words": batch.text.total - len(batch)}
-
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         return {**super().objective(out, batch), **self.means(out, batch)}
 
-    def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
-        return next_token_nll(self.decoder(self.text(texts), self.image(images)), self.words, texts)
-
-    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
-        return next_token_hits(self.decoder(self.text(texts), self.image(images)), self.words, texts)
+    def states(self, images: Packed, texts: Packed) -> Packed:
+        return self.decoder(self.text(texts), self.image(images))
 
 
 def recipe() -> Recipe:
     """Contrast and captions on the shipped data."""
     made = clip.recipe()
-    model = fdl.Config(CoCa, shipped.image(), shipped.text(depth=3, causal=True),
+    model = fdl.Config(CoCa, shipped.image(), shipped.text(depth=3, causal=True, vocab_size=shipped.CAPTIONER),
                        fdl.Config(Decoder, width=192, depth=3, heads=3, vocab_size=None, source=192))
-    return replace(made, model=model, eval=replace(made.eval, captions=("mini:val-openclipart",)))
+    return replace(made, model=model, data=shipped.captions(), eval=replace(made.eval, captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ def _attended(x: Tensor, y: Tensor, v: Tensor, *rest: Any, **options: Any) -> in
 # The formula of each operator with products, and which of its arguments are their operands.
 _OURS: dict[str, tuple[Callable[..., int], tuple[int, ...]]] = {
     "packed_attention": (_attention, (0, 1, 2)), "patch_embed": (_embedding, (0, 3)), "maxsim": (_similarities, (0, 1)),
-    "similarity_logsumexp": (_similarities, (0, 1)), "pairwise_sigmoid": (_similarities, (0, 1)), "similarity_attend": (_attended, (0, 1, 2)),
+    "similarity_logsumexp": (_similarities, (0, 1)), "pairwise_sigmoid": (_similarities, (0, 1)),
+    "similarity_attend": (_attended, (0, 1, 2)),
 }
 _OPERANDS: dict[Any, tuple[int, ...]] = {}
 for _name, (_formula, _operands) in _OURS.items():
@@ -122,11 +123,9 @@ class FlopCount(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         formula = flop_registry.get(packet)
-        if formula is None and func.namespace == "aten":
+        if formula is None and _is_composite(func):
             with _Again(self):
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         if formula is not None:
             operands = args if packet not in _OPERANDS else [args[place] for place in _OPERANDS[packet]]
@@ -153,6 +152,12 @@ class _Again(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         return self.count.__torch_dispatch__(func, types, args, kwargs)
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operator is made of others, which autograd would have called instead of it."""
+    return func.namespace == "aten" and bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _tensors(values: Any) -> list[Tensor]:

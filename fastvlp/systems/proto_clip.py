@@ -7,7 +7,6 @@ from dataclasses import replace
 import fiddle as fdl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastvlp import losses
 from fastvlp.data.batch import Batch
@@ -45,7 +44,7 @@ class ProtoClip(Clip):
 
     def encode(self, batch: Batch) -> Outputs:
         out = super().encode(batch)
-        return {**out, **{f"projected_{side}": F.normalize(self.projections[side](out[side]), dim=-1) for side in SIDES}}
+        return {**out, **{f"projected_{side}": nn.functional.normalize(self.projections[side](out[side]), dim=-1) for side in SIDES}}
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         weight = self.weight / 2 * (len(batch) * batch.world / batch.total) * (self.episodes > 1)

@@ -13,10 +13,18 @@ from fastvlp.towers import Text, Vit
 
 VOCABULARY = 4096  # of the shipped tokenizer
 MASK = VOCABULARY  # the id after it, for towers that see hidden words
+ENDS = (VOCABULARY + 1, VOCABULARY + 2)  # of captions that are predicted: the shipped tokenizer has no start and no end
+
+CAPTIONER = VOCABULARY + 3
 
 PAIRS = Data(fields={"image": Image(), "text": Caption(max_captions=2)}, batch_size=128)
 EVAL = Eval(zero_shot=("mini:val-emoji",), classes="mini:emoji", retrieval=("mini:val-openclipart",))
 OPTIM = Optim(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.2)
+
+
+def captions(part: str = "text", **image: Any) -> Data:
+    """Pictures with captions that start and end, for captioners, whose vocabulary is ``CAPTIONER``; ``image``: of the ``Image`` field."""
+    return Data(fields={"image": Image(**image), "text": Caption(max_captions=2, part=part, ends=ENDS)}, batch_size=128)
 
 
 def image(**changes: Any) -> fdl.Config:

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.losses import word_nll
-from fastvlp.losses.captions import IGNORE, next_token_hits
+from fastvlp.losses.captions import IGNORE
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
-from fastvlp.systems.system import Outputs, Part, System
+from fastvlp.systems.captioner import Captioner
+from fastvlp.systems.system import Outputs, Part
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
 
-class SimVlm(System):
+class SimVlm(Captioner):
     """One transformer over embedded patches and words; a prefix of ``prefix`` words at most is seen by all, what follows is causal.
 
     -log p(word | image, words before it), the mean over the words behind the prefix.
@@ -35,38 +36,32 @@ class SimVlm(System):
         self.words = nn.Linear(joint.width, text.vocab_size)
 
     def encode(self, batch: Batch) -> Outputs:
-        return {"words_loss": batch.per_token(self._nll(batch.image, batch.text, self._given(batch.text)), "words")}
+        texts, given = batch.text, self._given(batch.text)
+        index = torch.arange(texts.total) - (texts.cu_seqlens[:-1].long().cpu()).repeat_interleave(texts.lengths)
+        silent = (index < given.repeat_interleave(texts.lengths)) | (index == texts.lengths.repeat_interleave(texts.lengths) - 1)
+        targets = texts.x.roll(-1).masked_fill(silent.to(texts.x.device), IGNORE)
+        return {"words_loss": batch.per_token(word_nll(self._states(batch.image, texts, given), self.words, targets), "words")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"words": int((batch.text.lengths - 1 - self._given(batch.text)).sum())}
 
-    def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
-        return self._nll(images, texts, torch.zeros_like(texts.lengths))
-
-    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
-        return next_token_hits(self._states(images, texts, torch.zeros_like(texts.lengths)), self.words, texts)
+    def states(self, images: Packed, texts: Packed) -> Packed:
+        return self._states(images, texts, torch.zeros_like(texts.lengths))
 
     def _given(self, texts: Packed) -> Tensor:
         """How many words of each caption belong to the prefix, beside its first token: int64 [S] on the CPU."""
         return ((texts.lengths - 1) * self.prefix).long()
 
     def _states(self, images: Packed, texts: Packed, given: Tensor) -> Packed:
-        """What the transformer makes of each token of ``texts``."""
         joined = self.image.embed(images).replace(pos=None).join(self.text.embed(texts).replace(pos=None))
         prefix = (images.lengths + given).int().to(joined.x.device, non_blocking=True)
-        return self.joint(joined, prefix=prefix).last(texts.lengths)
-
-    def _nll(self, images: Packed, texts: Packed, given: Tensor) -> Tensor:
-        index = torch.arange(texts.total) - (texts.cu_seqlens[:-1].long().cpu()).repeat_interleave(texts.lengths)
-        silent = (index < given.repeat_interleave(texts.lengths)) | (index == texts.lengths.repeat_interleave(texts.lengths) - 1)
-        targets = texts.x.roll(-1).masked_fill(silent.to(texts.x.device), IGNORE)
-        return word_nll(self._states(images, texts, given), self.words, targets)
+        return self.joint(joined, prefix=prefix).last(texts)
 
 
 def recipe() -> Recipe:
     """A captioner of the shipped pictures from one objective."""
-    model = fdl.Config(SimVlm, shipped.image(), shipped.text(), fdl.Config(Joint, width=192, depth=6, heads=3))
-    return replace(clip.recipe(), model=model, eval=Eval(captions=("mini:val-openclipart",)))
+    model = fdl.Config(SimVlm, shipped.image(), shipped.text(vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:

@@ -3,5 +3,7 @@
 from fastvlp.towers.adapters import lora as lora
 from fastvlp.towers.decoder import Decoder as Decoder
 from fastvlp.towers.joint import Joint as Joint
+from fastvlp.towers.rwkv import RwkvImage as RwkvImage
+from fastvlp.towers.rwkv import RwkvText as RwkvText
 from fastvlp.towers.text import Text as Text
 from fastvlp.towers.vit import Vit as Vit

@@ -52,7 +52,8 @@ def episode(recipe: Recipe, trainer: Trainer, beat: Callable[[], object] = lambd
     system = trainer.system
     training = system.training
     system.eval()
-    features = evaluate.encode_all(system, recipe.data.sources[0].shards, recipe.eval.batch_size, trainer.world, beat)
+    features = evaluate.encode_all(system, recipe.data.sources[0].shards, recipe.eval.batch_size, trainer.world, beat,
+                                   workers=recipe.data.workers)
     system.train(training)
     with torch.no_grad():
         system.before_episode(features)

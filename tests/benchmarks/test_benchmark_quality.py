@@ -9,8 +9,8 @@ import torch
 from benchmarks import __main__ as command_line
 from benchmarks import e2e, padded_train, quality, report
 from fastvlp import config
+from fastvlp.commands.profile import profile
 from fastvlp.data import pack_images, pack_texts
-from fastvlp.profile import profile
 from fastvlp.towers import Text, Vit
 from tests.benchmarks.test_benchmark_e2e import SCORES
 
@@ -23,7 +23,7 @@ def test_the_variants_differ_in_their_tokens_alone():
     tokens = {}
     for name, variant in quality.VARIANTS.items():
         made = config.load("mini", [*variant.changes, "data.batch_size=16"])
-        blocks = [layer.tokens for layer in profile(made) if layer.tower == "image" and layer.name.startswith("block")]
+        blocks = [part.tokens for part in profile(made)[1] if part.name.startswith("image.blocks.")]
         tokens[name] = [blocks[0], blocks[5]]  # the first stage
         assert all(line.startswith(("schedule.stages", "model.image.merge", "data.batch_size"))
                    for line in config.differences(config.load("mini"), made))  # fmt: skip

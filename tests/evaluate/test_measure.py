@@ -16,6 +16,7 @@ from fastvlp.data import pack_texts
 from fastvlp.data.samples import samples
 from fastvlp.evaluate.reading import Reading
 from fastvlp.recipe import Eval
+from fastvlp.systems.clip import Clip
 from fastvlp.systems.files import build_system
 from tests.evaluate.remembered import write
 from tests.systems.small import WORDS, make, whole
@@ -127,11 +128,24 @@ def test_encode_all_is_encode_without_chance(shard):
     for sample in samples(shard):
         mine = system.encode_image([sample.image])[0]
         torch.testing.assert_close(found["image"][int(sample.key[1:])], mine.detach(), rtol=1e-4, atol=1e-5)
-    again = evaluate.encode_all(system, shard, 7)
+    again = evaluate.encode_all(system, shard, 7, workers=2)
     for name, value in found.items():
         torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5)
     tokens = evaluate.encode_all(system_of("albef"), shard, 10)["patches"]
     assert len(tokens) == 23 and tokens.x.device.type == "cpu"
+
+
+def test_episodes_of_a_run(shard, tmp_path, monkeypatch):
+    """Before steps 0, 2 and 4 of five the system is given features of the whole training set, by its weights of then."""
+    from fastvlp.train import plots, train
+
+    monkeypatch.setattr(plots, "available", lambda: False)
+    seen = []
+    monkeypatch.setattr(Clip, "before_episode", lambda self, features: seen.append((self.training, features["image"])))
+    train(load("clip", [*CHANGES["clip"], f"data.train=[{shard}]", "data.batch_size=6", "data.workers=0", "eval={batch_size: 10}",
+                        "schedule.steps=5", "train.episode=2", f"run.dir={tmp_path}", "run.device=cpu"]))
+    assert len(seen) == 3 and all(mode and image.shape == (23, 16) for mode, image in seen)
+    assert not torch.allclose(seen[0][1], seen[2][1])
 
 
 def test_two_processes_score_as_one(shard, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastvlp.layers import neighbours, q_shift
+from fastvlp.layers import neighbours, previous_and_next, q_shift, shift
 from fastvlp_kernels import Packed, token_select
 
 
@@ -37,6 +37,28 @@ def test_whole_pictures_are_shifted(C):
     for (m, n), mine, x in zip(grids, ours, batch.segments(), strict=True):
         torch.testing.assert_close(mine[1:], pictures(x[1:], m, n), rtol=0, atol=0)
         assert not mine[0, : C // 4 * 4].any() and torch.equal(mine[0, C // 4 * 4 :], x[0, C // 4 * 4 :])
+
+
+def test_every_head_is_quartered():
+    batch = packed([(3, 4), (2, 2)], 16)
+    ours = q_shift(batch.x, batch.pos, batch.cu_seqlens, heads=2)
+    each = [q_shift(half.contiguous(), batch.pos, batch.cu_seqlens) for half in batch.x.chunk(2, 1)]
+    assert torch.equal(ours, torch.cat(each, 1)) and not torch.equal(ours, q_shift(batch.x, batch.pos, batch.cu_seqlens))
+
+
+def test_captions_are_shifted_both_ways():
+    lengths = [0, 3, 1, 0, 4, 0]
+    batch = Packed.of(torch.randn(8, 9, dtype=torch.float64), lengths)
+    index = previous_and_next(batch.cu_seqlens, batch.total)
+    assert index.tolist() == [[-1, 0, 1, -1, -1, 4, 5, 6], [1, 2, -1, -1, 5, 6, 7, -1]]
+    for x, found in zip(batch.segments(), shift(batch.x, index, heads=3).split(lengths), strict=True):
+        zero = x.new_zeros(1, 1)
+        for head in range(0, 9, 3):  # a half is one channel; the third stays
+            before, after = torch.cat([zero, x[:-1, [head]]])[:len(x)], torch.cat([x[1:, [head + 1]], zero])[:len(x)]
+            assert torch.equal(found[:, head:head + 3], torch.cat([before, after, x[:, [head + 2]]], 1))
+    assert previous_and_next(torch.zeros(1, dtype=torch.int32), 0).shape == (2, 0)
+    with pytest.raises(ValueError, match="C a multiple of 2 heads"):
+        shift(batch.x, index, heads=2)
 
 
 def test_dropped_tokens_are_missing_and_frames_and_segments_apart():

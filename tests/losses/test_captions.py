@@ -103,3 +103,25 @@ def test_only_a_piece_of_the_logits_is_held(monkeypatch):
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(*batch())
+
+
+def test_divergence_of_words_from_a_teacher():
+    """Against F.kl_div of whole logits, in float64 and with gradients; the teacher gets none."""
+    from fastvlp.losses import word_kl
+
+    torch.manual_seed(0)
+    lengths, heads = [3, 0, 5], (torch.nn.Linear(6, 11).double(), torch.nn.Linear(9, 11).double())
+    s, t = (Packed.of(torch.randn(8, width, dtype=torch.float64, requires_grad=True), lengths) for width in (6, 9))
+    leaves = [s.x, heads[0].weight, heads[0].bias]
+    for temperature in (1.0, 2.0):
+        found = word_kl(s, heads[0], t, heads[1], temperature)
+        mine, theirs = ((head(x.x) / temperature).log_softmax(1) for head, x in zip(heads, (s, t), strict=True))
+        each = temperature**2 * torch.nn.functional.kl_div(mine, theirs.detach(), reduction="none", log_target=True).sum(1)
+        expected = torch.stack([part.sum() for part in each.split(lengths)])
+        torch.testing.assert_close(found, expected)
+        upstream = torch.randn(3, dtype=torch.float64)
+        for a, b in zip(*(torch.autograd.grad(out, leaves, upstream) for out in (found, expected)), strict=True):
+            torch.testing.assert_close(a, b)
+        assert not any(torch.autograd.grad(word_kl(s, heads[0], t, heads[1]).sum(), [t.x, *heads[1].parameters()], allow_unused=True))
+    with pytest.raises(ValueError, match="as many words, and biases"):
+        word_kl(s, heads[0], t, torch.nn.Linear(9, 12).double())

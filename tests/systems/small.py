@@ -10,22 +10,30 @@ from fastvlp.layers import QFormer
 from fastvlp.systems.adem_vl import AdemVl
 from fastvlp.systems.aim import Aim
 from fastvlp.systems.albef import Albef
+from fastvlp.systems.align import Align
+from fastvlp.systems.bert import Bert
 from fastvlp.systems.blip2 import Blip2
 from fastvlp.systems.brivl import BriVl
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.coca import CoCa
 from fastvlp.systems.dcd import Dcd
+from fastvlp.systems.distilbert import DistilBert
 from fastvlp.systems.dlip import Dlip
 from fastvlp.systems.ep_alm import EpAlm
 from fastvlp.systems.fiber import Fiber
 from fastvlp.systems.filip import Filip
+from fastvlp.systems.flame import Flame
 from fastvlp.systems.jina_clip import JinaClip
 from fastvlp.systems.lexlip import LexLip
 from fastvlp.systems.lit import Lit
+from fastvlp.systems.llama_fusion import LlamaFusion
+from fastvlp.systems.m2_encoder import M2Encoder
 from fastvlp.systems.mae import Mae
+from fastvlp.systems.navit import NaVit
 from fastvlp.systems.pix2struct import Pix2Struct
 from fastvlp.systems.proto_clip import ProtoClip
 from fastvlp.systems.pyramid_drop import PyramidDrop
+from fastvlp.systems.rwkv_clip import RwkvClip
 from fastvlp.systems.siglip import SigLip
 from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.slip import Slip
@@ -33,7 +41,7 @@ from fastvlp.systems.solo import Solo
 from fastvlp.systems.system import System
 from fastvlp.systems.unified_vlp import UnifiedVlp
 from fastvlp.systems.vilt import Vilt
-from fastvlp.towers import Decoder, Joint, Text, Vit
+from fastvlp.towers import Decoder, Joint, RwkvImage, RwkvText, Text, Vit
 from fastvlp_kernels.packed import Packed
 
 SAMPLES, WORDS, PATCH = 8, 64, 4
@@ -87,6 +95,12 @@ MAKERS = {
     "proto_clip": _proto_clip,
     "dlip": lambda: Dlip(vit(), text(), Clip(vit(width=48, heads=3), text(), 24), 16),
     "dcd": lambda: Dcd(vit(), text(), Vilt(vit(), text(), joint()), 16, drawn=5, hard=3),
+    "rwkv_clip": lambda: RwkvClip(RwkvImage(32, 2, 2, PATCH, 32, 8), RwkvText(32, 2, 2, vocab_size=WORDS + 1, context_length=16), 16),
+    "align": lambda: Align(vit(), text(), 16),
+    "m2_encoder": lambda: M2Encoder(vit(), text(), 16, node_size=1),
+    "navit": lambda: NaVit(vit(heads=8), text(), 16),
+    "bert": lambda: Bert(text()),
+    "distilbert": lambda: DistilBert(text(depth=1), Bert(text())),
     "coca": lambda: CoCa(vit(), text(causal=True), Decoder(32, 2, 2, None, activation="gelu"), 16),
     "simvlm": lambda: SimVlm(vit(), text(), joint(), prefix=0.4),
     "vilt": lambda: Vilt(vit(), text(), joint()),
@@ -94,13 +108,16 @@ MAKERS = {
     "lexlip": lambda: LexLip(vit(), text()),
     "blip2": lambda: Blip2(vit(), QFormer(32, 32, 2, 2, 64, dropout=0.0), SimVlm(vit(), text(), joint()), queries=4),
     "albef": lambda: Albef(vit(), text(), joint(), 16),
-    "unified_vlp": lambda: UnifiedVlp(vit(), text(), joint(), seq2seq=0.5),
+    "unified_vlp": lambda: UnifiedVlp(vit(), text(), joint(), WORDS, seq2seq=0.5),
     "aim": lambda: Aim(vit(), head=1, head_width=16),
     "fiber": _fiber,
     "pyramid_drop": lambda: PyramidDrop(vit(), text(), Joint(32, 3, 2), (1, 2)),
     "ep_alm": lambda: EpAlm(vit(), SimVlm(vit(), text(), Joint(32, 3, 2)), layers=2, first=1, last=3),
     "adem_vl": lambda: AdemVl(vit(), SimVlm(vit(), text(), joint()), grids=(2, 1), hidden=8, alpha=0.5, beta=0.5, drop=0.3),
     "pix2struct": lambda: Pix2Struct(vit(), Decoder(32, 2, 2, WORDS + 1, 16, activation="gelu")),
+    "flame": lambda: Flame(vit(), SimVlm(vit(), text(), joint()), [[5, 6], [7], [8, 9, 10]], hidden=48),
+    "flame of features": lambda: Flame(vit(), width=6, hidden=48),
+    "llama_fusion": lambda: LlamaFusion(vit(), SimVlm(vit(), text(), joint())),
     "solo": lambda: Solo(vit(), text(), joint()),
 }
 
@@ -131,5 +148,6 @@ def whole() -> Batch:
     kept = Packed.from_list([x[::2] for x in image.segments()], [p[::2] for p in image.pos.split(image.lengths.tolist())])
     masked = [torch.where(torch.arange(len(row)) % 3 == 1, WORDS, row) for row in rows]
     streams = {"image": image, "kept": kept, "views": images(2), "text": captions(rows), "masked": captions(masked),
-               "other": captions(rows[1:] + rows[:1]), "draw": torch.rand(SAMPLES, generator=generator, dtype=torch.float64)}
+               "other": captions(rows[1:] + rows[:1]), "draw": torch.rand(SAMPLES, generator=generator, dtype=torch.float64),
+               "facets": torch.randn(SAMPLES, 18, generator=generator, dtype=torch.float64)}
     return Batch(streams, torch.arange(SAMPLES))

@@ -9,6 +9,8 @@ from .image import Frames as Frames
 from .image import Image as Image
 from .image import Pages as Pages
 from .image import Regions as Regions
+from .noisy import Noisy as Noisy
+from .resolutions import Resolutions as Resolutions
 from .values import Label as Label
 from .values import Uniform as Uniform
 from .values import Vector as Vector

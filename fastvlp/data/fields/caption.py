@@ -32,6 +32,8 @@ class Caption(Field):
         shear: keep a stretch of that many words, at a random place (block masking of CLIPA, Li et al. 2023).
         max_captions: use only the first so many captions of a sample.
         part: of the system. mask_id: the token that stands for a hidden one, which no caption has.
+        ends: ids before and behind each caption, for a tokenizer without any (the shipped one), so that captioners learn its first word and
+            where to stop; they count in ``length``.
     """
 
     length: int | None = None
@@ -41,6 +43,7 @@ class Caption(Field):
     max_captions: int | None = None
     part: str = "text"
     mask_id: int | None = None
+    ends: tuple[int, int] | None = None
     _tokenizer: Any = field(default=None, init=False, repr=False)  # a Tokenizer
 
     def __post_init__(self) -> None:
@@ -58,10 +61,14 @@ class Caption(Field):
         if self.mask and self.mask_id is None:
             raise ValueError(f"Caption: mask is {self.mask} without a mask_id; give an id that captions do not use (the tokenizer's are "
                              f"0 to {tokenizer.vocab_size - 1})")
+        if self.ends is not None and (tokenizer.start or tokenizer.end or length < 3):
+            raise ValueError(f"Caption: ends is {self.ends}, the tokenizer's own are {tokenizer.start} and {tokenizer.end} and length is "
+                             f"{length}; leave ends out where the tokenizer has its own, and give at least 3 tokens")
         part = part_of(self.part, model)
         for name, value, most in (("length", length, getattr(part, "context_length", None)),
                                   ("the tokenizer's vocabulary", tokenizer.vocab_size, getattr(part, "vocab_size", None)),
-                                  ("mask_id + 1", (self.mask_id or 0) + 1, getattr(part, "vocab_size", None))):
+                                  ("mask_id + 1", (self.mask_id or 0) + 1, getattr(part, "vocab_size", None)),
+                                  ("ends + 1", max(self.ends or (0,)) + 1, getattr(part, "vocab_size", None))):
             if most is not None and value > most:
                 raise ValueError(f"Caption: {name} is {value} and the part {self.part!r} was made for {most}; raise that, or lower this")
         return with_bound(replace(self, length=length), _tokenizer=tokenizer)
@@ -110,13 +117,16 @@ class Caption(Field):
     def _encode(self, text: str) -> list[int]:
         if self._tokenizer is None:
             raise ValueError("Caption: no tokenizer yet; bind the field to a system and a tokenizer")
-        return self._tokenizer.encode(text, self.length)
+        if self.ends is None or self.length is None:
+            return self._tokenizer.encode(text, self.length)
+        return [self.ends[0], *self._tokenizer.encode(text, self.length - 2), self.ends[1]]
 
     def _masked(self, text: str, tokens: list[int], seed: np.uint64) -> list[int]:
         """``tokens`` with a share of the words hidden: those with the smallest scores, as patches are kept."""
         tokenizer = self._tokenizer
         assert tokenizer is not None and self.mask_id is not None  # bind saw to them
-        first, body = len(tokenizer.start), len(tokens) - len(tokenizer.start) - len(tokenizer.end)
+        first, behind = (len(tokenizer.start), len(tokenizer.end)) if self.ends is None else (1, 1)
+        body = len(tokens) - first - behind
         words, word_of = np.unique(_word_of_tokens(tokenizer, text, body), return_inverse=True)
         count = len(words)
         if count == 0:  # an empty caption

@@ -16,7 +16,7 @@ from fastvlp_kernels.packed import Packed
 
 # Which of a sample's random words is used for what; augmentation takes 100 to 108. With 2, the order draws another sample, and from 1000
 # on, the loader draws substitutes.
-CAPTION, MASK, SHEAR, OTHER, MOTION, UNIFORM, VIEW = 1, 3, 4, 5, 6, 7, 200
+CAPTION, MASK, SHEAR, OTHER, MOTION, UNIFORM, KEPT, SIDE, VIEW = 1, 3, 4, 5, 6, 7, 8, 9, 200
 
 Self = TypeVar("Self", bound="Field")
 

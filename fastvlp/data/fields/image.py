@@ -63,13 +63,13 @@ class Pictures(Field):
             raise ValueError(f"{type(self).__name__}: size is {size} and patch is {self.patch}; give both, or bind the field to a system")
         return size, self.patch, _first(self.keep, stage.keep, 1.0), _first(self.augment, stage.augment, 0.0)
 
-    def pack(self, pictures: list[np.ndarray], words: np.ndarray, stage: Stage) -> Packed:
-        """Pictures, changed and cut, each by its own random word [len(pictures)]."""
+    def pack(self, pictures: list[np.ndarray], words: np.ndarray, stage: Stage, shares: np.ndarray | None = None) -> Packed:
+        """Pictures, changed and cut, each by its own random word [len(pictures)]; ``shares``: of patches kept, where each has its own."""
         _, patch, keep, strength = self.at(stage)
         if strength > 0:
             place, colour = augmentations(words, strength)
             pictures = [augment(*each) for each in zip(pictures, place.tolist(), colour.tolist(), strict=True)]
-        return pack_pixels(pictures, patch, keep, words >> np.uint64(1))
+        return pack_pixels(pictures, patch, keep if shares is None else shares, words >> np.uint64(1))
 
     def prepare(self, raw: Sequence[Any]) -> Packed:
         """All patches of PIL images, uint8 arrays or tensors [h, w, 3], float tensors [3, h, w] in 0..1, or paths of pictures."""

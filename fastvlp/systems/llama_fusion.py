@@ -1,0 +1,66 @@
+"""LlamaFusion (Shi et al. 2024, arXiv:2412.15188), its understanding half: a frozen language model and a trained copy for patches."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import fiddle as fdl
+import torch
+from torch import nn
+
+from fastvlp.layers import RoutedBlock, packed_attend
+from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
+from fastvlp.systems import clip, shipped
+from fastvlp.systems.captioner import Captioner
+from fastvlp.systems.simvlm import SimVlm
+from fastvlp.systems.system import Part, freeze
+from fastvlp.towers import Joint
+from fastvlp_kernels.packed import Packed
+
+
+class LlamaFusion(Captioner):
+    """-log p(word | picture, words before it). Patches go through norms, projections and feed-forward layers of their own, words through
+    the language model's, and all attend together: patches see one another, words what is before them. What the model says of text alone
+    stays as it was, to the bit.
+
+    The paper also makes pictures, by a diffusion loss over the patches of a latent space; that half is not here. No code of the authors was
+    found: the routing is the paper's section 3.
+
+    Args:
+        image: a tower of which the embedding is used. lm: a system with ``text``, ``joint`` and ``words`` (``SimVlm``).
+    """
+
+    def __init__(self, image: Part, lm: Part) -> None:
+        super().__init__()
+        self.image, self.text, self.words, self.norm_out = image, freeze(lm.text), freeze(lm.words), freeze(lm.joint.norm_out)
+        self.blocks = nn.ModuleList(RoutedBlock([freeze(block), copied]) for block, copied in
+                                    zip(lm.joint.blocks, copy.deepcopy(lm.joint.blocks), strict=True))
+
+    def states(self, images: Packed, texts: Packed) -> Packed:
+        tokens = self.image.embed(images).replace(pos=None).join(self.text.embed(texts).replace(pos=None))
+        number = tokens.replace(x=torch.arange(tokens.total, device=tokens.x.device))
+        rows, attend = (number.last(texts).x, number.first(images).x), packed_attend(tokens, causal=True, prefix=images.lengths)
+        x = tokens.x
+        for block in self.blocks:
+            x = block(x, attend, rows)
+        words = tokens.replace(x=x).last(texts)
+        return words.replace(x=self.norm_out(words.x))
+
+
+def recipe() -> Recipe:
+    """Patches beside a frozen captioner of six blocks: give it with ``run.start``."""
+    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
+                    fdl.Config(Joint, width=192, depth=6, heads=3))
+    return replace(clip.recipe(), model=fdl.Config(LlamaFusion, shipped.image(depth=1), lm), data=shipped.captions(),
+                   eval=Eval(captions=("mini:val-openclipart",)))
+
+
+def paper() -> Recipe:
+    """Llama-3 8B's sizes with 256 patches a picture and 380 million captions; the batch is ours."""
+    made = clip.paper()
+    lm = fdl.Config(SimVlm, clip.vit_b(16, depth=1), clip.text_b(width=4096, heads=32, depth=1, vocab_size=128256, context_length=1024),
+                    fdl.Config(Joint, width=4096, depth=32, heads=32, mlp_ratio=3.5, activation="gelu"))
+    return replace(made, model=fdl.Config(LlamaFusion, clip.vit_b(16, width=4096, depth=1, heads=32, image_size=256, grid=16), lm),
+                   data=replace(made.data, batch_size=2048), schedule=Schedule(samples=380_000_000, warmup=4000),
+                   optim=Optim(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, grad_clip=1.0), train=Train(amp="bf16"))
