@@ -263,6 +263,18 @@ def scaling(results: Results) -> str:
     return _table(header, lines or [["CPU", "batch", UNMEASURED, *[""] * (len(header) - 3)]])
 
 
+def systems(results: Results) -> str:
+    """The systems that ship, by the first lines of their files: nothing in it is measured."""
+    from fastvlp import config
+
+    lines = []
+    for name in config.names():
+        first = (sys.modules[f"fastvlp.systems.{name}"].__doc__ or "").splitlines()[0]
+        system, _, what = first.partition(": ")
+        lines.append([f"`{name}`", system, what.rstrip(".")])
+    return _table(("recipe", "system", "what it does"), lines)
+
+
 def _reached(system: dict[str, Any]) -> str:
     return f"{system['system']} {100 * system['top1']:.1f} % top-1 after {system['train_seconds'] / 60:.1f} minutes"
 
@@ -271,6 +283,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     **{op.replace("_", "-"): operator(op) for op in OPS if op not in MODELS}, "towers": towers, "merging": merging, "operators": operators,
     "accelerate": accelerate, "patch-dropping": dropping,
     "mini": mini, "quality": quality, "recipes": recipes, "ladder": ladder, "scaling": scaling,
+    "systems": systems,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ EPILOG = """examples:
   fastvlp show tokens picture.png                   which patches merge, are dropped, are attended to
   fastvlp env
 
-exit codes: 0 done, 1 failed while running, 2 wrong usage or settings; 128 + the signal when stopped by one, with a checkpoint (130 by Ctrl-C)
+exit codes: 0 done, 1 failed while running, 2 wrong usage or settings, 128 + the signal when stopped by one (130: Ctrl-C), with a checkpoint
 """
 TRAIN = """Train a system. RECIPE is a name that `fastvlp recipes` lists, NAME:paper for the published setting, a Python file (FILE.py, or
 FILE.py:FUNCTION) whose function returns a Recipe, or a YAML file of changes; without one the default recipe runs. A run that was
@@ -50,7 +50,7 @@ CHECKPOINT is a run, one of its checkpoints, or a model directory
 """
 RECIPES = """List the systems that ship: name, paper, and what the recipe shows. With RECIPE: every key of it with its value."""
 PROFILE = """Count the tokens of the first samples of a recipe's data, in each of its stages, and the operations of every part for them."""
-PLAN = """Say, before anything runs, what a step of a recipe costs on a cluster: operations and memory of a device and whether they fit, bytes
+PLAN = """Say, before anything runs, what a step of a recipe costs on a cluster: operations and memory of a device, whether they fit, bytes
 over fast and slow links, seconds, and for contrastive losses which way of crossing devices (strategy) wins."""
 PLAN_EPILOG = """examples:
   fastvlp plan coca:paper --devices 256
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.parser.print_help()
             if not options.arguments:
                 return 0
-        return importlib.import_module(f"fastvlp.commands.{options.command}").command(options)  # type: ignore[no-any-return]
+        return importlib.import_module(f"fastvlp.commands.{options.command}").command(options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -21,10 +21,12 @@ FORBIDDEN = {
 # "" is fastvlp/__init__.py, for load and accelerate; fastvlp.ops, .tome and .attention are doors to the kernels and to integrations.
 LEVELS = [
     {"fastvlp_kernels"}, {"_schema", "packing"}, {"layers", "losses"}, {"towers", "data"},
-    {"systems", "integrations", "config", "recipe"}, {"", "ops", "tome", "attention"}, {"train", "evaluate", "curate"}, {"commands"}, {"cli"},
+    {"systems", "integrations", "config", "recipe"}, {"", "ops", "tome", "attention"}, {"train", "evaluate", "curate"},
+    {"commands"}, {"cli"},
     {"__main__"},
 ]
-SIDEWAYS = {("systems", "config"), ("systems", "recipe"), ("config", "systems"), ("config", "recipe"), ("train", "evaluate"), ("train", "curate")}
+SIDEWAYS = {("systems", "config"), ("systems", "recipe"), ("config", "systems"), ("config", "recipe"),
+            ("train", "evaluate"), ("train", "curate")}
 
 
 def _imports(file: Path) -> set[str]:
@@ -46,7 +48,8 @@ def _files() -> dict[str, Path]:
 
 def _graph(files: dict[str, Path]) -> dict[str, set[str]]:
     """Which of these modules each imports, wherever in the file it does so; those for annotations alone are none."""
-    return {name: {target for node in _nodes(ast.parse(file.read_text(encoding="utf-8"))) for target in _targets(node, name, file, files)} - {name}
+    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    return {name: {target for node in _nodes(trees[name]) for target in _targets(node, name, file, files)} - {name}
             for name, file in files.items()}
 
 

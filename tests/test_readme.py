@@ -1,7 +1,5 @@
 """The README's samples run, its tables are those of the results and of the systems, and its commands exist."""
 
-import importlib
-import inspect
 import os
 import re
 import shlex
@@ -60,22 +58,3 @@ def test_training_commands_are_ones_that_exist():
     for line in lines:
         words = shlex.split(line, comments=True)
         from_arguments(cli.parser().parse_args(words[words.index("train"):]).arguments)
-
-
-def systems_table() -> str:
-    """The systems that ship, by the first lines of their files."""
-    from fastvlp import config
-
-    rows = ["| recipe | system | what it does |", "| --- | --- | --- |"]
-    for name in config.names():
-        first = (inspect.getdoc(importlib.import_module(f"fastvlp.systems.{name}")) or "").splitlines()[0]
-        system, _, what = first.partition(": ")
-        rows.append(f"| `{name}` | {system} | {what.rstrip('.')} |")
-    return "\n".join(rows)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
-def test_the_table_of_systems_is_that_of_the_systems(page):
-    text, table = (ROOT / page).read_text(encoding="utf-8"), systems_table()
-    assert f"\n{table}\n" in text, f"{page} has another table of systems; put this there:\n{table}"
-    assert "Fifteen systems, each one file" in README and len(table.splitlines()) == 2 + 15

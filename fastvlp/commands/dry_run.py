@@ -112,7 +112,7 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
     def enter(name: str, args: tuple[Any, ...]) -> None:
         inputs[name] += sum(_bytes(_tensor(one)) for one in args[:1] if isinstance(one, Tensor | Packed))
 
-    hooks += [block.register_forward_pre_hook(lambda block, args, name=name: enter(name, args)) for name, block in blocks.items()]  # type: ignore[misc]
+    hooks += [block.register_forward_pre_hook(lambda block, args, name=name: enter(name, args)) for name, block in blocks.items()]
     try:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None), counted, known, \
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
@@ -126,7 +126,8 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
             hook.remove()
     found.forward, found.backward = sum(counted.forward.values()), sum(counted.backward.values())
     found.outputs = sum(_bytes(_tensor(value)) for value in out.values())
-    own = {name: size for name in blocks if (size := sum(size for inside, size in kept.values() if _in(inside, name)))}  # none of frozen ones
+    own = {name: sum(size for inside, size in kept.values() if _in(inside, name)) for name in blocks}
+    own = {name: size for name, size in own.items() if size}  # frozen ones keep nothing
     found.again = sum(flops for inside, flops in counted.forward.items() if any(_in(inside, name) for name in blocks))
     whole = float(sum(size for _, size in kept.values()))
     outside, largest = whole - sum(own.values()), max(own.values(), default=0)
@@ -137,7 +138,8 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
 
 
 def _kind(module: nn.Module) -> str:
-    return {ClipLoss: "clip", SigLipLoss: "siglip"}.get(type(module), "")
+    kind = type(module)
+    return "clip" if kind is ClipLoss else "siglip" if kind is SigLipLoss else ""
 
 
 def _in(inside: str, name: str) -> bool:

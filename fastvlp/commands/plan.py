@@ -210,8 +210,8 @@ def as_json(found: Plan, cluster: Cluster) -> dict[str, Any]:
 def table(found: Plan, recipe: Recipe, cluster: Cluster, memory: float) -> str:
     """The plan as text: what a step costs in each stage, whether it fits, what crosses devices, and how long the run takes."""
     share = "" if found.trained == found.parameters else f" ({found.trained / 1e6:.1f}M of them trained)"
-    lines = [f"{recipe.run.name}: {found.system}, {found.parameters / 1e6:.1f}M parameters{share}, {recipe.data.batch_size} samples a step on "
-             f"{cluster.nodes} x {cluster.width} devices, {found.dtype}"]
+    lines = [f"{recipe.run.name}: {found.system}, {found.parameters / 1e6:.1f}M parameters{share}, {recipe.data.batch_size} samples a step "
+             f"on {cluster.nodes} x {cluster.width} devices, {found.dtype}"]
     for number, price in enumerate(found.stages):
         lines += ["", *_stage(number, price, memory)]
     last = found.stages[-1]
@@ -235,14 +235,16 @@ def _stage(number: int, price: Price, memory: float) -> list[str]:
     if price.memory.total <= memory:
         fits = "fits"
     elif price.fitting and budget is not None:
-        fits = f"does not fit; micro-batches of {price.fitting} samples would: train.tokens={{{budget}: {int(price.fitting * price.tokens[budget])}}}"
+        tokens_of_one = int(price.fitting * price.tokens[budget])
+        fits = f"does not fit; micro-batches of {price.fitting} samples would: train.tokens={{{budget}: {tokens_of_one}}}"
     else:
         fits = "does not fit, however small the micro-batches; try train.shard=world, or train.checkpointing=blocks"
     return [
-        f"stage {number}, up to {price.until:.0%} of the steps; the longest sample: {tokens} tokens, {price.forward / GB:.1f} GFLOP forward, "
-        f"{price.backward / GB:.1f} backward",
-        f"a device: {price.samples} samples in {price.parts} micro-batch{'es' if price.parts > 1 else ''} of {price.micro}, {price.computed / 1e12:.1f} TFLOP, "
-        f"{1e3 * price.compute_seconds:.1f} ms; parameters and gradients: {_size(price.intra_bytes)} over fast links, "
+        f"stage {number}, up to {price.until:.0%} of the steps; the longest sample: {tokens} tokens, "
+        f"{price.forward / GB:.1f} GFLOP forward, {price.backward / GB:.1f} backward",
+        f"a device: {price.samples} samples in {price.parts} micro-batch{'es' if price.parts > 1 else ''} of {price.micro}, "
+        f"{price.computed / 1e12:.1f} TFLOP, {1e3 * price.compute_seconds:.1f} ms; parameters and gradients: "
+        f"{_size(price.intra_bytes)} over fast links, "
         f"{_size(price.inter_bytes)} over slow ones, {1e3 * price.travel_seconds:.1f} ms",
         f"memory in GB: {used}: {price.memory.total / GB:.1f} of {memory / GB:.0f}: {fits}",
         f"a step: at least {1e3 * price.seconds:.1f} ms",

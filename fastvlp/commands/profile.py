@@ -95,7 +95,8 @@ def _parts(stage: int, counted: FlopCount, samples: int) -> list[Part]:
     for name, forward in counted.forward.items():
         own = _shortened(name)
         old = rows.get(own, Part(stage, own, counted.tokens.get(own, samples) / samples, 0.0, 0.0))
-        rows[own] = dataclasses.replace(old, forward=old.forward + forward / samples, backward=old.backward + counted.backward[name] / samples)
+        backward = old.backward + counted.backward[name] / samples
+        rows[own] = dataclasses.replace(old, forward=old.forward + forward / samples, backward=backward)
     return list(rows.values())
 
 

@@ -17,15 +17,16 @@ from fastvlp.recipe import Data, Eval, Optim, Recipe, Run, Schedule, Train
 SECTIONS = {"run": Run, "data": Data, "optim": Optim, "schedule": Schedule, "train": Train, "eval": Eval}
 # What other trainers call it, with a value where theirs means another; a name that is a key here, too, needs no entry.
 ELSEWHERE = {
-    "learning_rate": "optim.lr", "wd": "optim.weight_decay", "beta1": "optim.betas.0", "beta2": "optim.betas.1", "grad_clip_norm": "optim.grad_clip",
-    "max_grad_norm": "optim.grad_clip", "train_batch_size": "data.batch_size", "per_device_train_batch_size": "data.batch_size",
-    "train_data": "data.train", "dataset": "data.train", "num_workers": "data.workers", "max_steps": "schedule.steps", "epochs": "schedule.samples=SAMPLES",
-    "num_train_epochs": "schedule.samples=SAMPLES", "warmup_steps": "schedule.warmup", "lr_scheduler": "schedule.shape", "precision": "train.amp",
-    "bf16": "train.amp=bf16", "fp16": "train.amp=fp16", "torchcompile": "train.compile=true", "grad_checkpointing": "train.checkpointing=blocks",
+    "learning_rate": "optim.lr", "wd": "optim.weight_decay", "beta1": "optim.betas.0", "beta2": "optim.betas.1",
+    "grad_clip_norm": "optim.grad_clip", "max_grad_norm": "optim.grad_clip", "train_batch_size": "data.batch_size",
+    "per_device_train_batch_size": "data.batch_size", "train_data": "data.train", "dataset": "data.train", "num_workers": "data.workers",
+    "max_steps": "schedule.steps", "epochs": "schedule.samples=SAMPLES", "num_train_epochs": "schedule.samples=SAMPLES",
+    "warmup_steps": "schedule.warmup", "lr_scheduler": "schedule.shape", "precision": "train.amp", "bf16": "train.amp=bf16",
+    "fp16": "train.amp=fp16", "torchcompile": "train.compile=true", "grad_checkpointing": "train.checkpointing=blocks",
     "gradient_checkpointing": "train.checkpointing=blocks", "accum_freq": "train.tokens={STREAM: TOKENS}",
-    "gradient_accumulation_steps": "train.tokens={STREAM: TOKENS}",
-    "save_frequency": "train.checkpoint_every", "save_steps": "train.checkpoint_every", "val_frequency": "eval.every", "logs": "run.dir",
-    "output_dir": "run.dir", "report_to": "run.log", "pretrained": "run.start", "aug_cfg": "schedule.stages.0.augment",
+    "gradient_accumulation_steps": "train.tokens={STREAM: TOKENS}", "save_frequency": "train.checkpoint_every",
+    "save_steps": "train.checkpoint_every", "val_frequency": "eval.every", "logs": "run.dir", "output_dir": "run.dir",
+    "report_to": "run.log", "pretrained": "run.start", "aug_cfg": "schedule.stages.0.augment",
     "force_image_size": "model.image.image_size", "batch": "data.batch_size", "bs": "data.batch_size",
 }
 

@@ -26,8 +26,8 @@ LINE = (194, 65, 12)
 
 def command(options: argparse.Namespace) -> int:
     """Draw a picture's tokens."""
-    system = None if options.model is None else load(options.model)
-    print(save(options.image, options.out, system, keep=options.keep, merge=options.merge, attend=options.attend))
+    model: Any = None if options.model is None else load(options.model)
+    print(save(options.image, options.out, model, keep=options.keep, merge=options.merge, attend=options.attend))
     return 0
 
 

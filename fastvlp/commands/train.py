@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
 from fastvlp.commands import recipes
@@ -23,11 +22,12 @@ def command(options: argparse.Namespace) -> int:
         return 0
 
     from fastvlp.train import Interrupted, train
+    from fastvlp.train.interrupt import say
 
     try:
         train(recipe)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        say(str(stopped))  # the terminal may be gone
         return 128 + stopped.signum
     return 0
 

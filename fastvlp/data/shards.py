@@ -275,6 +275,7 @@ class Index:
         self._report = report
         self._counts: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
+        self._problems = 0
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._held = 0
 
@@ -285,6 +286,7 @@ class Index:
             return self._shards[number]
         shard = self._shards[number] = scan(self.paths[number])
         if number not in self._counts:
+            self._problems += len(shard.problems)
             for reason, name in shard.problems:
                 self._report(reason, name)
         self._counts[number], self._sizes[number] = len(shard.keys), shard.stamp[0]
@@ -301,8 +303,8 @@ class Index:
 
     @property
     def scanned(self) -> int:
-        """Number of usable samples of the shards whose headers were read so far."""
-        return sum(self._counts.values())
+        """Number of samples, usable or not, in the headers that were read so far."""
+        return sum(self._counts.values()) + self._problems
 
     def missing(self) -> list[str]:
         """The shards that are not there, fit to be shown. Asks the file system for each; reads nothing."""

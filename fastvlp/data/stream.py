@@ -102,7 +102,7 @@ class Stream:
 
     def met(self) -> int:
         """Samples that this rank knows more of than their number: whose headers were read, or which were read (each time they were)."""
-        return max(self.read, sum(index.scanned for index in self.indices) + len(self.skips))
+        return max(self.read, sum(index.scanned for index in self.indices))
 
     def sizes(self) -> list[int]:
         """Usable samples of each source by the headers of all shards, which are read for it (half a minute for a million samples)."""
@@ -118,7 +118,7 @@ class Stream:
     def _from_workers(self) -> Iterator[Flat]:
         others = set(multiprocessing.active_children())
         loaded = iter(DataLoader(self._loader, batch_size=None, sampler=self._requests(), num_workers=self.workers, collate_fn=_as_is,
-                                 worker_init_fn=_quiet, pin_memory=self.pin_memory, timeout=self.timeout))
+                                 worker_init_fn=ignore_signals, pin_memory=self.pin_memory, timeout=self.timeout))
         workers = set(multiprocessing.active_children()) - others
         try:
             yield from loaded
@@ -205,7 +205,7 @@ def _as_is(flat: Any) -> Any:
     return flat
 
 
-def _quiet(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """What a whole group of processes is sent is for the training process, which stops the workers when it has written its checkpoint."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

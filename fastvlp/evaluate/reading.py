@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from fastvlp.data.fields import Pages
 from fastvlp.data.images import MAX_PIXELS, Unusable
 from fastvlp.data.samples import Labels, Reader
 from fastvlp.data.shards import Index, Shards, expand
+from fastvlp.data.stream import ignore_signals
 from fastvlp.systems.system import System
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class How:
         found: Iterable[T] = map(data.__getitem__, keys)
         if self.workers and len(keys) > 1:
             found = DataLoader(data, batch_size=None, sampler=keys, num_workers=min(self.workers, len(keys)), collate_fn=_as_is,
-                               worker_init_fn=_quiet)
+                               worker_init_fn=ignore_signals)
         for (number, _), one in zip(numbered, found, strict=True):
             self.beat()
             yield number, one
@@ -246,8 +246,3 @@ def _known(reason: str, name: str) -> None:
 
 def _as_is(value: Any) -> Any:
     return value
-
-
-def _quiet(worker: int) -> None:
-    """Ctrl-C is for the process that reads, which stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,23 @@ class RoutedBlock(nn.Module):
     LlamaFusion, arXiv:2412.15188). Every token costs what it costs in one block.
 
     Args:
-        block: a :class:`Block`, the weights of kind 0. kinds: how many there are; the others start as copies of it.
+        blocks: a :class:`Block` for each kind, of as many heads.
     """
 
-    def __init__(self, block: nn.Module, kinds: int = 2) -> None:
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
-        if kinds < 1:
-            raise ValueError(f"RoutedBlock: kinds is {kinds}; there is at least one")
-        self.names = ["first", *(f"kind_{number}" for number in range(1, kinds))]
-        for name in self.names:
-            self.add_module(name, block if name == "first" else copy.deepcopy(block))
+        if not blocks:
+            raise ValueError("RoutedBlock: got no blocks; one for each kind of token is needed")
+        # Not a ModuleList, whose members are gathered one by one: these are read weight by weight, inside this one's forward.
+        self.kinds = [f"kind_{number}" for number in range(len(blocks))]
+        for name, block in zip(self.kinds, blocks, strict=True):
+            self.add_module(name, block)
 
     def forward(self, x: Tensor, attend: Attend, rows: Sequence[Tensor]) -> Tensor:
         """x [T, C] -> [T, C]; ``rows``: the numbers of the tokens of each kind, int64, each token once."""
-        blocks, back = [getattr(self, name) for name in self.names], torch.cat(list(rows)).argsort()
+        blocks, back = [getattr(self, name) for name in self.kinds], torch.cat(list(rows)).argsort()
 
-        def by_kind(tokens: Tensor, through: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        def by_kind(tokens: Tensor, through: Callable[[Any, Tensor], Tensor]) -> Tensor:
             return torch.cat([through(block, tokens[index]) for block, index in zip(blocks, rows, strict=True)])[back]
 
         q, k, v = by_kind(x, lambda block, own: torch.stack(block.queries_keys_values(own), 1)).unbind(1)

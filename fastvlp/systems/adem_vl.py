@@ -21,19 +21,29 @@ from fastvlp_kernels.packed import Packed
 
 
 class AdemVl(Captioner):
-    """-log p(word | picture, words before it). Each block of the language model becomes h + mlp(n) + alpha * attention(n), where h is what its
-    self-attention left, n = norm(h), and the attention (``ParameterFreeAttention``) has keys beta * image + e1 and values beta * image + e2.
+    """-log p(word | picture, words before it). Each block of the language model becomes h + mlp(n) + alpha * attention(n), where h is what
+    its self-attention left, n = norm(h), and the attention (``ParameterFreeAttention``) has keys beta * image + e1 and values beta * image
+    + e2.
 
-    The image tokens are those of the tower, pooled to each of ``grids``, through two thin layers; e1 and e2 are learned, one vector for each
-    place, and shared by all blocks. As in github.com/Hao840/ADEM-VL, but for its class token as a word and its adapters in the tower.
+    The image tokens are those of the tower, pooled to each of ``grids``, through two thin layers; e1 and e2 are learned, one vector for
+    each place, and shared by all blocks. As in github.com/Hao840/ADEM-VL, but for its class token as a word and its adapters in the tower.
 
     Args:
-        lm: a system with ``text``, ``joint`` and ``words`` (``SimVlm``, trained on captions). grids: sides. hidden: width between the layers.
+        lm: a system with ``text``, ``joint`` and ``words`` (``SimVlm``, trained on captions). grids: sides. hidden: width between the
+            layers.
         drop: share of the image tokens that each word leaves out.
     """
 
-    def __init__(self, image: Part, lm: Part, grids: Sequence[int] = (16, 8), hidden: int = 128, alpha: float = 0.1, beta: float = 0.01,
-                 drop: float = 0.1) -> None:
+    def __init__(
+        self,
+        image: Part,
+        lm: Part,
+        grids: Sequence[int] = (16, 8),
+        hidden: int = 128,
+        alpha: float = 0.1,
+        beta: float = 0.01,
+        drop: float = 0.1,
+    ) -> None:
         super().__init__()
         self.image, self.lm, self.alpha, self.beta = freeze(image), freeze(lm), alpha, beta
         self.pools = [AdaptiveAveragePool((1, side, side)) for side in grids]
@@ -45,7 +55,7 @@ class AdemVl(Captioner):
     @property
     def words(self) -> nn.Module:
         """The language model's head."""
-        return self.lm.words  # type: ignore[no-any-return]
+        return self.lm.words
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         seen = self._pooled(images)
@@ -54,7 +64,7 @@ class AdemVl(Captioner):
         for block in self.lm.joint.blocks:
             read: list[Tensor] = []
 
-            def look(h: Tensor, block: nn.Module = block, words: Packed = words, read: list[Tensor] = read) -> Tensor:
+            def look(h: Tensor, block: Part = block, words: Packed = words, read: list[Tensor] = read) -> Tensor:
                 read.append(self.attention(words.replace(x=block.norm2(h)), seen.replace(x=keys), values))
                 return h
 
@@ -74,18 +84,35 @@ class AdemVl(Captioner):
 
 def recipe() -> Recipe:
     """Grids of 4 and 2 between a frozen tower and a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(
+        SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
+    )
     model = fdl.Config(AdemVl, shipped.image(), lm, grids=(4, 2), hidden=64)
-    return replace(clip.recipe(), model=model, data=shipped.captions("lm.text", keep=1.0), schedule=shipped.schedule(keep=1.0),
-                   eval=Eval(captions=("mini:val-openclipart",)))
+    return replace(
+        clip.recipe(),
+        model=model,
+        data=shipped.captions("lm.text", keep=1.0),
+        schedule=shipped.schedule(keep=1.0),
+        eval=Eval(captions=("mini:val-openclipart",)),
+    )
 
 
 def paper() -> Recipe:
     """LLaMA-7B's sizes and a ViT-L/14: 5 epochs of COCO's captions in batches of 32 (the README's command)."""
     made = clip.paper()
-    lm = fdl.Config(SimVlm, clip.vit_b(14, depth=1), clip.text_b(width=4096, heads=32, depth=1, vocab_size=32000, context_length=512),
-                    fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"))
+    lm = fdl.Config(
+        SimVlm,
+        clip.vit_b(14, depth=1),
+        clip.text_b(width=4096, heads=32, depth=1, vocab_size=32000, context_length=512),
+        fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"),
+    )
     model = fdl.Config(AdemVl, clip.vit_b(14, width=1024, depth=24, heads=16), lm)
     fields = {"image": Image(keep=1.0), "text": Caption(part="lm.text")}
-    return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=32), schedule=Schedule(samples=5 * 566_747, warmup=1_771),
-                   optim=Optim(lr=9e-3 * 32 / 256, betas=(0.9, 0.95), weight_decay=0.02), train=Train(amp="bf16"))
+    return replace(
+        made,
+        model=model,
+        data=replace(made.data, fields=fields, batch_size=32),
+        schedule=Schedule(samples=5 * 566_747, warmup=1_771),
+        optim=Optim(lr=9e-3 * 32 / 256, betas=(0.9, 0.95), weight_decay=0.02),
+        train=Train(amp="bf16"),
+    )

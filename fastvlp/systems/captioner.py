@@ -48,8 +48,10 @@ class Captioner(System):
         ends = getattr(self.fields.get("text"), "ends", None) or ((start[0], end[-1]) if start and end else None)
         options = ({} if ends is None else {"start": ends[:1], "end": ends[1]}) | options
         if not {"start", "end"} <= options.keys():
-            raise ValueError(f"{type(self).__name__}.generate: neither tokenizer nor field says where a caption starts and ends; pass start= "
-                             "and end=, or train with Caption(ends=...)")
+            raise ValueError(
+                f"{type(self).__name__}.generate: neither tokenizer nor field says where a caption starts and ends; pass start= "
+                "and end=, or train with Caption(ends=...)"
+            )
         return write(lambda rows, texts: self.next_words(images.take(rows), texts), len(images), **options, device=images.x.device)
 
 
@@ -89,9 +91,18 @@ class MaskedCaptioner(Captioner):
 
 
 @torch.no_grad()
-def write(follow: Callable[[list[int], Packed], Tensor], count: int, *, start: Sequence[int], end: int, most: int = 20,
-          top_p: float | None = None, temperature: float = 1.0, generator: torch.Generator | None = None,
-          device: torch.device | str = "cpu") -> list[list[int]]:
+def write(
+    follow: Callable[[list[int], Packed], Tensor],
+    count: int,
+    *,
+    start: Sequence[int],
+    end: int,
+    most: int = 20,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> list[list[int]]:
     """``count`` captions, each word the most likely one, or with ``top_p`` a random one.
 
     Every step computes all words of the unfinished captions again: correct with any system, and quadratic in their length.
@@ -106,8 +117,10 @@ def write(follow: Callable[[list[int], Packed], Tensor], count: int, *, start: S
         ValueError: ``start`` is empty, or ``most``, ``top_p`` or ``temperature`` is out of range.
     """
     if not start or most < 1 or not temperature > 0 or not (top_p is None or 0 < top_p <= 1):
-        raise ValueError(f"write: start is {list(start)}, most {most}, top_p {top_p} and temperature {temperature}; start holds an id, most "
-                         "is at least 1, top_p above 0 and at most 1, temperature positive")
+        raise ValueError(
+            f"write: start is {list(start)}, most {most}, top_p {top_p} and temperature {temperature}; start holds an id, most "
+            "is at least 1, top_p above 0 and at most 1, temperature positive"
+        )
     captions: list[list[int]] = [list(start) for _ in range(count)]
     open_ = list(range(count))
     for _ in range(most):
@@ -118,7 +131,7 @@ def write(follow: Callable[[list[int], Packed], Tensor], count: int, *, start: S
         for row, word in zip(open_, words.tolist(), strict=True):
             captions[row].append(word)
         open_ = [row for row in open_ if captions[row][-1] != end]
-    return [[word for word in caption[len(start):] if word != end] for caption in captions]
+    return [[word for word in caption[len(start) :] if word != end] for caption in captions]
 
 
 def _draw(chances: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:

@@ -9,7 +9,6 @@ from torch import nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.losses import next_token_nll
-from fastvlp.losses.captions import next_token_hits
 from fastvlp.recipe import Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.captioner import Captioner
@@ -42,10 +41,7 @@ class CoCa(Clip, Captioner):
         return {**super().objective(out, batch), **self.means(out, batch)}
 
     def states(self, images: Packed, texts: Packed) -> Packed:
-        return self.decoder(self.text(texts), self.image(images))  # type: ignore[no-any-return]
-
-    def caption_hits(self, images: Packed, texts: Packed) -> Tensor:
-        return next_token_hits(self.decoder(self.text(texts), self.image(images)), self.words, texts)
+        return self.decoder(self.text(texts), self.image(images))
 
 
 def recipe() -> Recipe:

@@ -20,8 +20,8 @@ from fastvlp_kernels.packed import Packed
 
 
 class EpAlm(Captioner):
-    """-log p(word | picture, words before it). The tokens of the last ``layers`` blocks of a frozen image tower become, by one linear layer,
-    the first token of as many later blocks of a frozen language model, each in the place of the one before.
+    """-log p(word | picture, words before it). The tokens of the last ``layers`` blocks of a frozen image tower become, by one linear
+    layer, the first token of as many later blocks of a frozen language model, each in the place of the one before.
 
     Order of layers, shared connector and prompt without places are those of github.com/mshukor/eP-ALM (ePALM_pt_L). There the picture's
     token is a class token, and sees all words; here it is the mean token, and causal like all.
@@ -34,8 +34,10 @@ class EpAlm(Captioner):
     def __init__(self, image: Part, lm: Part, layers: int = 6, first: int = 19, last: int = 31, prompt: int = 1) -> None:
         super().__init__()
         if not (0 <= first and first + layers <= last <= len(lm.joint.blocks) and 1 <= layers <= len(image.blocks)):
-            raise ValueError(f"EpAlm: {layers} layers of {len(image.blocks)} cannot go into blocks {first} to {last - 1} of "
-                             f"{len(lm.joint.blocks)}; there must be at least as many blocks as layers")
+            raise ValueError(
+                f"EpAlm: {layers} layers of {len(image.blocks)} cannot go into blocks {first} to {last - 1} of "
+                f"{len(lm.joint.blocks)}; there must be at least as many blocks as layers"
+            )
         self.image, self.lm = freeze(image), freeze(lm)
         self.layers, self.first, self.last = layers, first, last
         self.to_lm = nn.Linear(image.width, lm.joint.width)
@@ -44,7 +46,7 @@ class EpAlm(Captioner):
     @property
     def words(self) -> nn.Module:
         """The language model's head."""
-        return self.lm.words  # type: ignore[no-any-return]
+        return self.lm.words
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         seen, each = self._seen(images), (self.last - self.first) // self.layers
@@ -65,12 +67,14 @@ class EpAlm(Captioner):
         for block in self.image.blocks:
             tokens = tokens.replace(x=block(tokens.x, packed_attend(tokens, causal=False)))
             found.append(segment_mean(tokens))
-        return found[-self.layers:]
+        return found[-self.layers :]
 
 
 def recipe() -> Recipe:
     """Two layers of a frozen tower into four blocks of a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(
+        SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
+    )
     model = fdl.Config(EpAlm, shipped.image(), lm, layers=2, first=2, last=6)
     return replace(clip.recipe(), model=model, data=shipped.captions("lm.text"), eval=Eval(captions=("mini:val-openclipart",)))
 
@@ -78,9 +82,19 @@ def recipe() -> Recipe:
 def paper() -> Recipe:
     """ePALM_pt_L: ViT-L/16, OPT-6.7B sized, a prompt of 10 tokens, 35 epochs of COCO's 566,747 captions; the batch, 2 a GPU, is 16 here."""
     made = clip.paper()
-    lm = fdl.Config(SimVlm, clip.vit_b(16, depth=1), clip.text_b(width=4096, heads=32, depth=1, vocab_size=50272, context_length=64),
-                    fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"))
+    lm = fdl.Config(
+        SimVlm,
+        clip.vit_b(16, depth=1),
+        clip.text_b(width=4096, heads=32, depth=1, vocab_size=50272, context_length=64),
+        fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"),
+    )
     model = fdl.Config(EpAlm, clip.vit_b(16, width=1024, depth=24, heads=16), lm, prompt=10)
     fields = {"image": Image(), "text": Caption(part="lm.text")}
-    return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=16), schedule=Schedule(samples=35 * 566_747, warmup=141_687),
-                   optim=Optim(lr=2e-4, weight_decay=0.02, scales={"prompt": 5.0}), train=Train(amp="bf16"))
+    return replace(
+        made,
+        model=model,
+        data=replace(made.data, fields=fields, batch_size=16),
+        schedule=Schedule(samples=35 * 566_747, warmup=141_687),
+        optim=Optim(lr=2e-4, weight_decay=0.02, scales={"prompt": 5.0}),
+        train=Train(amp="bf16"),
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastvlp.recipe import Recipe
 from fastvlp.systems.state_folder import metadata_of, read_state
 from fastvlp.systems.system import System
 
+LARGEST, DEEPEST = 1 << 24, 1 << 10  # number, and number of layers, in a description
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
 TEACHER = "teacher."  # how the weights of a system's teacher begin
 
@@ -107,7 +109,9 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", recip
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    system = _described(folder / DESCRIPTION, lambda found: found, folder / TOKENIZER if (folder / TOKENIZER).is_file() else None)
+    described = _json(folder / DESCRIPTION, ("model", "data"))
+    system = _described(folder / DESCRIPTION, described, folder / TOKENIZER if (folder / TOKENIZER).is_file() else None,
+                        (folder / WEIGHTS).stat().st_size)
     try:
         system.load_state_dict(load_file(str(folder / WEIGHTS)))
     except (RuntimeError, SafetensorError) as error:
@@ -115,20 +119,59 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", recip
     return system.to(device).eval()
 
 
-def _described(file: Path, recipe_of: Callable[[Any], Any], tokenizer: Path | None) -> System:
-    """The system that a JSON file describes, with fresh weights."""
+def _json(file: Path, keys: Sequence[str]) -> Any:
+    """What a description holds, of which no more than these ``keys`` is allowed.
+
+    Raises:
+        ValueError: it is no such description.
+    """
     try:
-        described = recipe_of(json.loads(file.read_text(encoding="utf-8")))
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{file} is no description of a model: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no description of a model: it is no JSON object")
+    for key in found:
+        if key not in keys:
+            raise ValueError(f"{file}: unknown key {key!r}; a description has {', '.join(keys)}")
+    return found
+
+
+def _described(file: Path, described: Any, tokenizer: Path | None, room: int) -> System:
+    """The system that a stranger's file describes, with fresh weights, unless it has more of them than ``room`` bytes of weights can be."""
+    try:
+        _bounded(described["model"], str(file))
         recipe = from_dict({"schedule": {"steps": 1}, "model": described["model"],
                             "data": {key: described["data"][key] for key in ("fields", "tokenizer") if key in described["data"]}})
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no description of a model: {type(error).__name__} {error}") from error
+    with contextlib.suppress(NotImplementedError), torch.device("meta"):  # a part that reads its own weights needs a real device
+        try:
+            size = sum(parameter.numel() for parameter in fdl.build(recipe.model).parameters())
+        except (ValueError, TypeError):
+            size = 0  # it is refused below, with its reason
+        except RuntimeError as error:
+            raise ValueError(f"{file} asks for a model that cannot be: {str(error).splitlines()[0]}") from error
+        if size > room:
+            raise ValueError(f"{file} asks for {size:,} weights, and there are {room:,} bytes of them")
     return build_system(recipe, tokenizer)
+
+
+def _bounded(values: Any, where: str) -> None:
+    """Refuse numbers that no model has, before a model of such a size is made."""
+    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        most = DEEPEST if key in ("depth", "layers") else LARGEST
+        if isinstance(value, int | float) and abs(value) > most:
+            raise ValueError(f"{where}: {key} is {value}; it is at most {most:,}")
+        _bounded(value, where)
 
 
 def _from_checkpoint(folder: Path) -> System:
     """The weights of a training checkpoint, whole or written in shards."""
-    system = _described(folder / "trainer.json", lambda found: found["recipe"], None)
+    described = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    room = sum(file.stat().st_size for file in (folder / "state").iterdir())
+    system = _described(folder / "trainer.json", described.get("recipe") if isinstance(described, dict) else None, None, room)
     state: dict[str, Any] = {"model": system.state_dict()}
     names = metadata_of(folder / "state").state_dict_metadata
     averaged = [key.removeprefix("ema.") for key in names if key.startswith("ema.")]

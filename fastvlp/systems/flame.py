@@ -26,18 +26,25 @@ from fastvlp_kernels.packed import Packed
 class Flame(System):
     """An image tower and two linear layers against K features of each caption: the mean of K softmaxes over the batch in each direction.
 
-    The features are what the frozen language model has at the end of each of K prompts behind the caption (without its end), which do not see
-    one another, in one pass; or, without a model, the stream ``facets``, K * ``width`` numbers a sample that were computed before. Mask,
-    projector and loss (MultiPositiveNCELoss) are those of github.com/MIV-XJTU/FLAME; its README trains with the sigmoid of the same pairs,
-    and it numbers the prompts' tokens through, where here each prompt follows the caption.
+    The features are what the frozen language model has at the end of each of K prompts behind the caption (without its end), which do not
+    see one another, in one pass; or, without a model, the stream ``facets``, K * ``width`` numbers a sample that were computed before.
+    Mask, projector and loss (MultiPositiveNCELoss) are those of github.com/MIV-XJTU/FLAME; its README trains with the sigmoid of the same
+    pairs, and it numbers the prompts' tokens through, where here each prompt follows the caption.
 
     Args:
         lm: a system with ``text`` and ``joint`` (``SimVlm``), or None. prompts: token ids. layer: the block whose tokens are taken.
         width: of the features, where there is no model. hidden: width between the linear layers.
     """
 
-    def __init__(self, image: Part, lm: Part | None = None, prompts: Sequence[Sequence[int]] = (), layer: int = -2,
-                 width: int | None = None, hidden: int = 4096) -> None:
+    def __init__(
+        self,
+        image: Part,
+        lm: Part | None = None,
+        prompts: Sequence[Sequence[int]] = (),
+        layer: int = -2,
+        width: int | None = None,
+        hidden: int = 4096,
+    ) -> None:
         super().__init__()
         if (lm is None) != (not prompts) or (lm is None) != (width is not None):
             raise ValueError("Flame: give a language model and prompts, or neither and the width of the stream facets")
@@ -47,7 +54,7 @@ class Flame(System):
 
     def encode(self, batch: Batch) -> Outputs:
         facets = batch.facets.unflatten(1, (-1, self.width)) if self.lm is None else self.facets(batch.text)
-        return {"image": self.embed_image(batch.image), "text": F.normalize(facets.to(self.project[0].weight.dtype), dim=-1)}
+        return {"image": self.embed_image(batch.image), "text": F.normalize(facets, dim=-1)}
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         return {"contrastive": multi_caption_loss(out["image"], out["text"].transpose(0, 1).contiguous(), *self.scale())}
@@ -68,7 +75,7 @@ class Flame(System):
         ids = texts.first(texts.lengths - 1).replace(pos=None).join(Packed.from_padded(behind.to(texts.x.device)))
         place = torch.stack([mask.position, *[torch.full_like(mask.position, -1)] * 2], 1).int()
         x, blocks = self.lm.text.embed(ids.replace(pos=place)).x, self.lm.joint.blocks
-        for block in blocks[:len(blocks) + self.layer + 1 if self.layer < 0 else self.layer + 1]:
+        for block in blocks[: len(blocks) + self.layer + 1 if self.layer < 0 else self.layer + 1]:
             x = block(x, mask.attend)
         return x[mask.last].unflatten(0, (len(texts), -1))
 
@@ -78,7 +85,12 @@ def recipe() -> Recipe:
     made, tokenizer = clip.recipe(), load_tokenizer(shipped.PAIRS.tokenizer)
     ends = slice(len(tokenizer.start), -len(tokenizer.end) or None)
     prompts = [tokenizer.encode(text)[ends] for text in ("it is a", "its colour is", "it is used for")]
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, context_length=32, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    lm = fdl.Config(
+        SimVlm,
+        shipped.image(depth=1),
+        shipped.text(depth=1, context_length=32, vocab_size=shipped.CAPTIONER),
+        fdl.Config(Joint, width=192, depth=6, heads=3),
+    )
     fields = {"image": Image(), "text": Caption(length=24, max_captions=2, part="lm.text", ends=shipped.ENDS)}
     return replace(made, model=fdl.Config(Flame, shipped.image(), lm, prompts, hidden=384), data=replace(made.data, fields=fields))
 
@@ -88,5 +100,10 @@ def paper() -> Recipe:
     made = clip.paper()
     fields = {"image": Image(), "facets": Vector("facets", 10 * 5120)}
     model = fdl.Config(Flame, clip.vit_b(16), width=5120, hidden=5120)
-    return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=3072),
-                   schedule=Schedule(samples=32 * 2_905_954, warmup=2000), optim=Optim(lr=5e-4, betas=(0.9, 0.95), weight_decay=0.5))
+    return replace(
+        made,
+        model=model,
+        data=replace(made.data, fields=fields, batch_size=3072),
+        schedule=Schedule(samples=32 * 2_905_954, warmup=2000),
+        optim=Optim(lr=5e-4, betas=(0.9, 0.95), weight_decay=0.5),
+    )

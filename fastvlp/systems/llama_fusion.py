@@ -1,4 +1,4 @@
-"""LlamaFusion (Shi et al. 2024, arXiv:2412.15188), its understanding half: a frozen language model, and a trained copy of it for patches."""
+"""LlamaFusion (Shi et al. 2024, arXiv:2412.15188), its understanding half: a frozen language model and a trained copy for patches."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastvlp_kernels.packed import Packed
 
 
 class LlamaFusion(Captioner):
-    """-log p(word | picture, words before it). Patches go through norms, projections and feed-forward layers of their own, words through the
-    language model's, and all attend together: patches see one another, words what is before them. What the model says of text alone stays
-    as it was, to the bit.
+    """-log p(word | picture, words before it). Patches go through norms, projections and feed-forward layers of their own, words through
+    the language model's, and all attend together: patches see one another, words what is before them. What the model says of text alone
+    stays as it was, to the bit.
 
     The paper also makes pictures, by a diffusion loss over the patches of a latent space; that half is not here. No code of the authors was
     found: the routing is the paper's section 3.
@@ -34,9 +34,8 @@ class LlamaFusion(Captioner):
     def __init__(self, image: Part, lm: Part) -> None:
         super().__init__()
         self.image, self.text, self.words, self.norm_out = image, freeze(lm.text), freeze(lm.words), freeze(lm.joint.norm_out)
-        self.blocks = nn.ModuleList(RoutedBlock(copy.deepcopy(block)) for block in lm.joint.blocks)
-        for block in self.blocks:
-            freeze(block.first)
+        self.blocks = nn.ModuleList(RoutedBlock([freeze(block), copied]) for block, copied in
+                                    zip(lm.joint.blocks, copy.deepcopy(lm.joint.blocks), strict=True))
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         tokens = self.image.embed(images).replace(pos=None).join(self.text.embed(texts).replace(pos=None))

@@ -31,7 +31,7 @@ class Pix2Struct(Captioner):
         self.words = nn.Linear(decoder.width, decoder.vocab_size, bias=False)
 
     def states(self, images: Packed, texts: Packed) -> Packed:
-        return self.decoder(texts, self.image(images))  # type: ignore[no-any-return]
+        return self.decoder(texts, self.image(images))
 
 
 def recipe() -> Recipe:
@@ -39,16 +39,29 @@ def recipe() -> Recipe:
     decoder = fdl.Config(Decoder, width=192, depth=4, heads=3, vocab_size=shipped.CAPTIONER)
     fields = {"image": Pages(height=12, keep=1.0, augment=0.0), "text": Caption(part="decoder", ends=shipped.ENDS)}
     model = fdl.Config(Pix2Struct, shipped.image(patch_size=8, image_size=96), decoder)
-    return replace(clip.recipe(), model=model, data=Data(fields=fields, batch_size=128), schedule=shipped.schedule(keep=1.0),
-                   eval=Eval(captions=("mini:val-openclipart",)))
+    return replace(
+        clip.recipe(),
+        model=model,
+        data=Data(fields=fields, batch_size=128),
+        schedule=shipped.schedule(keep=1.0),
+        eval=Eval(captions=("mini:val-openclipart",)),
+    )
 
 
 def paper() -> Recipe:
-    """Pix2Struct-Base: 12 + 12 layers of width 768, 2,048 patches of 16 pixels, 270,000 steps of 2,048 screenshots; AdamW at 1e-3 stands for
-    Adafactor at 1e-2."""
+    """Pix2Struct-Base: 12 + 12 layers of width 768, 2,048 patches of 16 pixels, 270,000 steps of 2,048 screenshots; AdamW at 1e-3 stands
+    for Adafactor at 1e-2."""
     made = clip.paper()
-    decoder = fdl.Config(Decoder, width=768, depth=12, heads=12, vocab_size=50244, context_length=128, mlp_ratio=2048 / 768, activation="gelu")
+    decoder = fdl.Config(
+        Decoder, width=768, depth=12, heads=12, vocab_size=50244, context_length=128, mlp_ratio=2048 / 768, activation="gelu"
+    )
     fields = {"image": Pages(keep=1.0, augment=0.0), "text": Caption(length=128, part="decoder")}
     model = fdl.Config(Pix2Struct, clip.vit_b(16, image_size=720, grid=64, mlp_ratio=2048 / 768), decoder)
-    return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=2048, tokenizer="pix2struct/tokenizer.json"),
-                   schedule=Schedule(steps=270_000, warmup=1_000), optim=Optim(lr=1e-3, weight_decay=0.0), train=Train(amp="bf16"))
+    return replace(
+        made,
+        model=model,
+        data=replace(made.data, fields=fields, batch_size=2048, tokenizer="pix2struct/tokenizer.json"),
+        schedule=Schedule(steps=270_000, warmup=1_000),
+        optim=Optim(lr=1e-3, weight_decay=0.0),
+        train=Train(amp="bf16"),
+    )

@@ -20,9 +20,9 @@ from fastvlp_kernels.packed import Packed
 
 
 class PyramidDrop(Captioner):
-    """-log p(word | picture, words before it) of a tower, two linear layers and a causal transformer (LLaVA), which before some blocks drops
-    image tokens: those that the last token before the answer, here a caption's start, attends to least, with the queries and keys of the
-    block that follows, the mean over heads (as in pdrop_rank_drop of github.com/Cooperx521/PyramidDrop).
+    """-log p(word | picture, words before it) of a tower, two linear layers and a causal transformer (LLaVA), which before some blocks
+    drops image tokens: those that the last token before the answer, here a caption's start, attends to least, with the queries and keys of
+    the block that follows, the mean over heads (as in pdrop_rank_drop of github.com/Cooperx521/PyramidDrop).
 
     Nothing is learned for it, so that a model trained without (``drop_before=()``) can be run with it.
 
@@ -33,8 +33,10 @@ class PyramidDrop(Captioner):
     def __init__(self, image: Part, text: Part, joint: Part, drop_before: Sequence[int] = (), keep: float = 0.5) -> None:
         super().__init__()
         if not 0 <= keep <= 1 or not all(0 <= block < len(joint.blocks) for block in drop_before):
-            raise ValueError(f"PyramidDrop: keep is {keep} and drop_before {list(drop_before)}; keep is a share, and blocks go from 0 to "
-                             f"{len(joint.blocks) - 1}")
+            raise ValueError(
+                f"PyramidDrop: keep is {keep} and drop_before {list(drop_before)}; keep is a share, and blocks go from 0 to "
+                f"{len(joint.blocks) - 1}"
+            )
         self.image, self.text, self.joint, self.drop_before, self.keep = image, text, joint, sorted(drop_before), keep
         self.connector = nn.Sequential(nn.Linear(image.width, joint.width), nn.GELU(), nn.Linear(joint.width, joint.width))
         self.words = nn.Linear(joint.width, text.vocab_size, bias=False)
@@ -52,16 +54,26 @@ class PyramidDrop(Captioner):
 
 
 @torch.no_grad()
-def _ranks(block: nn.Module, tokens: Packed, patches: Tensor) -> Tensor:
+def _ranks(block: Part, tokens: Packed, patches: Tensor) -> Tensor:
     """How much each patch [T'] of the first ``patches`` tokens of each segment gets from the token behind them."""
     q, k, v = (tokens.replace(x=part, size=None).first(patches + 1) for part in block.queries_keys_values(tokens.x))
     asking = q.last(1)
-    _, mass = packed_attention(asking.x, k.x, v.x, asking.cu_seqlens, k.cu_seqlens, 1, k.max_seqlen, return_key_mass=True,
-                               lengths=asking.lengths, lengths_k=k.lengths)
+    _, mass = packed_attention(
+        asking.x,
+        k.x,
+        v.x,
+        asking.cu_seqlens,
+        k.cu_seqlens,
+        1,
+        k.max_seqlen,
+        return_key_mass=True,
+        lengths=asking.lengths,
+        lengths_k=k.lengths,
+    )
     return k.replace(x=mass).first(patches).x
 
 
-def _drop(block: nn.Module, tokens: Packed, words: Tensor, remain: Tensor) -> Packed:
+def _drop(block: Part, tokens: Packed, words: Tensor, remain: Tensor) -> Packed:
     patches = tokens.first(tokens.lengths - words)
     kept = token_select(_ranks(block, tokens, patches.lengths), patches.cu_seqlens, remain, lengths=patches.lengths)
     return kept.apply(patches).join(tokens.last(words))
@@ -69,8 +81,13 @@ def _drop(block: nn.Module, tokens: Packed, words: Tensor, remain: Tensor) -> Pa
 
 def recipe() -> Recipe:
     """Half of the tokens left after the second block, a quarter after the fourth."""
-    model = fdl.Config(PyramidDrop, shipped.image(), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3),
-                       drop_before=(2, 4))
+    model = fdl.Config(
+        PyramidDrop,
+        shipped.image(),
+        shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
+        fdl.Config(Joint, width=192, depth=6, heads=3),
+        drop_before=(2, 4),
+    )
     return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
@@ -79,7 +96,14 @@ def paper() -> Recipe:
     made = clip.paper()
     image = clip.vit_b(14, width=1024, depth=24, heads=16, image_size=336, grid=24)
     text = clip.text_b(width=4096, depth=1, heads=32, vocab_size=32000, context_length=1472)
-    model = fdl.Config(PyramidDrop, image, text, fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"),
-                       drop_before=(8, 16, 24))
-    return replace(made, model=model, data=replace(made.data, batch_size=128), schedule=Schedule(samples=665_000, warmup=156),
-                   optim=Optim(lr=2e-5, betas=(0.9, 0.999), weight_decay=0.0), train=Train(amp="bf16"))
+    model = fdl.Config(
+        PyramidDrop, image, text, fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"), drop_before=(8, 16, 24)
+    )
+    return replace(
+        made,
+        model=model,
+        data=replace(made.data, batch_size=128),
+        schedule=Schedule(samples=665_000, warmup=156),
+        optim=Optim(lr=2e-5, betas=(0.9, 0.999), weight_decay=0.0),
+        train=Train(amp="bf16"),
+    )

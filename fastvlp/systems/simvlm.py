@@ -55,7 +55,7 @@ class SimVlm(Captioner):
     def _states(self, images: Packed, texts: Packed, given: Tensor) -> Packed:
         joined = self.image.embed(images).replace(pos=None).join(self.text.embed(texts).replace(pos=None))
         prefix = (images.lengths + given).int().to(joined.x.device, non_blocking=True)
-        return self.joint(joined, prefix=prefix).last(texts)  # type: ignore[no-any-return]
+        return self.joint(joined, prefix=prefix).last(texts)
 
 
 def recipe() -> Recipe:

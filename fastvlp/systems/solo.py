@@ -58,15 +58,26 @@ def _marked(images: Packed) -> tuple[Tensor, Tensor]:
 
 def recipe() -> Recipe:
     """A captioner without an image tower."""
-    model = fdl.Config(Solo, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    model = fdl.Config(
+        Solo, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
+    )
     return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
     """Mistral-7B's sizes over patches of 32 pixels of pictures up to 1,024."""
     made = clip.paper()
-    model = fdl.Config(Solo, clip.vit_b(32, width=4096, depth=1, heads=32, image_size=1024, grid=32),
-                       clip.text_b(width=4096, depth=1, heads=32, vocab_size=32768, context_length=1024),
-                       fdl.Config(Joint, width=4096, depth=32, heads=32, mlp_ratio=3.5, activation="gelu"))
-    return replace(made, model=model, data=replace(made.data, batch_size=128), schedule=Schedule(steps=2_000, warmup=200, final_lr=0.1),
-                   optim=Optim(lr=5e-5, betas=(0.9, 0.95), weight_decay=0.1, grad_clip=1.0), train=Train(amp="bf16"))
+    model = fdl.Config(
+        Solo,
+        clip.vit_b(32, width=4096, depth=1, heads=32, image_size=1024, grid=32),
+        clip.text_b(width=4096, depth=1, heads=32, vocab_size=32768, context_length=1024),
+        fdl.Config(Joint, width=4096, depth=32, heads=32, mlp_ratio=3.5, activation="gelu"),
+    )
+    return replace(
+        made,
+        model=model,
+        data=replace(made.data, batch_size=128),
+        schedule=Schedule(steps=2_000, warmup=200, final_lr=0.1),
+        optim=Optim(lr=5e-5, betas=(0.9, 0.95), weight_decay=0.1, grad_clip=1.0),
+        train=Train(amp="bf16"),
+    )

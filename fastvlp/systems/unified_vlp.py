@@ -23,10 +23,10 @@ from fastvlp_kernels.packed import Packed
 class UnifiedVlp(MaskedCaptioner):
     """-log p(hidden word | picture, words it sees), the mean over hidden words; each sample draws which words these are.
 
-    Streams: ``image``; ``text``; ``masked``, the same caption with words hidden; ``draw``, a number in 0..1: below ``seq2seq`` the words see
-    the picture and those before them (mask of S2S), else everything (BERT's). A caption's end is always hidden in S2S, where nobody sees it,
-    so that writing learns to stop. Mask, draw by sample and segment ids of both tasks are those of github.com/LuoweiZhou/VLP; that also
-    replaces a fifth of the hidden words by random or their own ids, and takes region features for the picture.
+    Streams: ``image``; ``text``; ``masked``, the same caption with words hidden; ``draw``, a number in 0..1: below ``seq2seq`` the words
+    see the picture and those before them (mask of S2S), else everything (BERT's). A caption's end is always hidden in S2S, where nobody
+    sees it, so that writing learns to stop. Mask, draw by sample and segment ids of both tasks are those of github.com/LuoweiZhou/VLP; that
+    also replaces a fifth of the hidden words by random or their own ids, and takes region features for the picture.
 
     Args:
         image, text: towers of which the embeddings are used. mask_id: as in ``Caption``. seq2seq: share of the samples.
@@ -71,8 +71,13 @@ def recipe() -> Recipe:
     made = clip.recipe()
     caption = Caption(max_captions=2, ends=shipped.ENDS)
     fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=shipped.MASK), "draw": Uniform()}
-    model = fdl.Config(UnifiedVlp, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
-                       fdl.Config(Joint, width=192, depth=6, heads=3), shipped.MASK)
+    model = fdl.Config(
+        UnifiedVlp,
+        shipped.image(depth=1),
+        shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
+        fdl.Config(Joint, width=192, depth=6, heads=3),
+        shipped.MASK,
+    )
     return replace(made, model=model, data=replace(made.data, fields=fields), eval=Eval(captions=("mini:val-openclipart",)))
 
 
@@ -81,8 +86,17 @@ def paper() -> Recipe:
     made = clip.paper()
     caption = Caption(length=20)
     fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=30522), "draw": Uniform()}
-    model = fdl.Config(UnifiedVlp, clip.vit_b(32, depth=1, image_size=320, grid=10),
-                       clip.text_b(width=768, heads=12, depth=1, vocab_size=30523, context_length=20),
-                       fdl.Config(Joint, width=768, depth=12, heads=12, activation="gelu"), 30522)
-    return replace(made, model=model, data=replace(made.data, batch_size=512, fields=fields, tokenizer="bert-base-uncased/tokenizer.json"),
-                   schedule=Schedule(samples=30 * 3_000_000, warmup=17_500), optim=Optim(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01))
+    model = fdl.Config(
+        UnifiedVlp,
+        clip.vit_b(32, depth=1, image_size=320, grid=10),
+        clip.text_b(width=768, heads=12, depth=1, vocab_size=30523, context_length=20),
+        fdl.Config(Joint, width=768, depth=12, heads=12, activation="gelu"),
+        30522,
+    )
+    return replace(
+        made,
+        model=model,
+        data=replace(made.data, batch_size=512, fields=fields, tokenizer="bert-base-uncased/tokenizer.json"),
+        schedule=Schedule(samples=30 * 3_000_000, warmup=17_500),
+        optim=Optim(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01),
+    )

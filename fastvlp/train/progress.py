@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import resource
@@ -95,6 +96,10 @@ class Progress:
                 self.stream.flush()
         except (OSError, ValueError):
             self.enabled = False
+            with contextlib.suppress(OSError, ValueError):  # else what is left in its buffer fails again when Python ends
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
 
     def _writable(self) -> bool:
         try:

@@ -105,6 +105,12 @@ def _stream(recipe: Recipe, system: System, world: World) -> Stream:
 
 def headline(recipe: Recipe, trainer: Trainer, stream: Stream) -> Iterator[str]:
     """What is trained, on what, in which precision; and what somebody might not have meant."""
+    for key, shards in _shards(recipe):
+        paths = expand(shards)
+        missing = Index(paths, lambda reason, name: None).missing()
+        if missing:
+            some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            yield f"note: {len(missing)} of the {len(paths)} shards of {key} are missing: {some}"
     world, system, options = trainer.world, trainer.system, recipe.train
     every, trained = (sum(p.numel() for p in system.parameters() if p.requires_grad or not only) for only in (False, True))
     where = f"{world.size} x {world.device.type}" if world.size > 1 else str(world.device)
@@ -119,12 +125,6 @@ def headline(recipe: Recipe, trainer: Trainer, stream: Stream) -> Iterator[str]:
         last, evaluated = recipe.schedule.stages[-1].image_size, getattr(field, "_size", None)
         if getattr(field, "size", None) is None and last is not None and evaluated is not None and last != evaluated:
             yield f"note: the last stage trains {name} at {last} pixels, evaluation uses {evaluated}"
-    for key, shards in _shards(recipe):
-        paths = expand(shards)
-        missing = Index(paths, lambda reason, name: None).missing()
-        if missing:
-            some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            yield f"note: {len(missing)} of the {len(paths)} shards of {key} are missing: {some}"
     for index, source in zip(stream.indices, recipe.data.sources, strict=True):
         fields = system.fields if source.fields is None else bind(source.fields, system)
         yield from _cut_captions(index, fields)

@@ -51,7 +51,8 @@ def test_recipes_are_listed_with_their_papers_and_what_they_show(capsys):
     code, out, _ = call(capsys, "recipes")
     lines = out.splitlines()
     place = lines.index("clip (default); clip:paper")
-    assert code == 0 and lines[place + 1].startswith("    CLIP (Radford et al. 2021, arXiv:2103.00020): ") and "8 % zero-shot" in lines[place + 2]
+    assert code == 0 and lines[place + 1].startswith("    CLIP (Radford et al. 2021, arXiv:2103.00020): ")
+    assert "8 % zero-shot" in lines[place + 2]
     assert [line.split(";")[0].split(" (")[0] for line in lines[::3]] == config.names() and len(config.names()) >= 15
 
 
@@ -69,7 +70,8 @@ def test_a_recipe_s_keys_are_listed_with_their_values_and_can_be_given_back(comm
 @pytest.mark.parametrize("flags, key", [
     (["--batch-size", "32"], "data.batch_size=32"), (["--lr=1e-3"], "optim.lr=1e-3"), (["--lr", "1e-3", "--wd", "0.1"], "optim.lr=1e-3"),
     (["--wd", "0.1"], "optim.weight_decay=0.1"), (["--bf16"], "train.amp=bf16"), (["--epochs", "3"], "schedule.samples=SAMPLES"),
-    (["--num-workers", "4"], "data.workers=4"), (["--per_device_train_batch_size", "8"], "data.batch_size=8"), (["--seeed", "1"], "run.seed=1"),
+    (["--num-workers", "4"], "data.workers=4"), (["--per_device_train_batch_size", "8"], "data.batch_size=8"),
+    (["--seeed", "1"], "run.seed=1"),
     (["--grad-checkpointing"], "train.checkpointing=blocks"), (["--train-data", "x.tar"], "data.train=x.tar"),
 ])
 @pytest.mark.parametrize("command", ["train", "plan"])
@@ -120,7 +122,8 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
         "from dataclasses import replace\nfrom fastvlp.systems import clip\n"
         "def fails():\n    raise KeyError('image')\n"
         "def wrong():\n    return 1\n"
-        "def streamless():\n    made = clip.recipe()\n    return replace(made, data=replace(made.data, fields={'image': made.data.fields['image']}))\n")
+        "def streamless():\n    made = clip.recipe()\n"
+        "    return replace(made, data=replace(made.data, fields={'image': made.data.fields['image']}))\n")
     code, out, err = call(capsys, "train", *arguments)
     assert code == 2 and message in err
     assert err.startswith("fastvlp: error: ") and err.count("\n") == 1
@@ -131,7 +134,8 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
 def test_a_file_of_one_s_own_trains(settings, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text("from fastvlp.systems import clip\n\n\ndef small():\n    return clip.recipe()\n")
-    changes = [f"{section}.{key}={json.dumps(value)}" for section in ("data", "model", "schedule") for key, value in settings[section].items()]
+    changes = [f"{section}.{key}={json.dumps(value)}" for section in ("data", "model", "schedule")
+               for key, value in settings[section].items()]
     code, out, err = call(capsys, "train", "own.py:small", *changes, "schedule.steps=1", "eval={}", "run.device=cpu")
     assert code == 0 and "trained 1 steps" in out and err == "" and (tmp_path / "runs" / "own-small" / "results.json").is_file()
 

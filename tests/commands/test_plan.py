@@ -17,7 +17,6 @@ from fastvlp.data.batch import Batch
 from fastvlp.systems.flops import FlopCount
 from fastvlp.systems.system import System
 
-
 SHALLOW = ("model.image.depth=2", "model.text.depth=2", "model.decoder.depth=2")
 
 
@@ -59,7 +58,8 @@ def test_teachers_and_frozen_parts_cost_forward_alone():
                                                         for key in ("width=128", "heads=2", f"depth={depth}")))
     assert found.parameters == pytest.approx(teacher.parameters + student.parameters, abs=2) and found.trained == student.parameters
     for both, one, other in zip(found.stages, student.stages, teacher.stages, strict=True):
-        assert both.backward == pytest.approx(one.backward, rel=1e-3) and both.forward == pytest.approx(one.forward + other.forward, rel=1e-3)
+        assert both.backward == pytest.approx(one.backward, rel=1e-3)
+        assert both.forward == pytest.approx(one.forward + other.forward, rel=1e-3)
         assert both.memory.gradients == 4 * found.trained
     stages = "schedule.stages=[{until: 0.5, frozen: [image]}, {until: 1.0}]"
     first, second = priced("clip", stages).stages

@@ -9,8 +9,8 @@ from batches import LOSSES, Batch, gradients
 from torch import distributed as dist
 
 from benchmarks.peak import growth
-from fastvlp.losses.across import gather, group, ring
 from fastvlp.commands.strategies import Cluster, predict
+from fastvlp.losses.across import gather, group, ring
 
 LAYOUTS = [("gather", 2, 2), ("gather", 4, 2), ("ring", 3, 3), ("ring", 4, 2), ("grouped", 2, 2), ("grouped", 3, 3), ("grouped", 4, 2)]
 MMAP_THRESHOLD = -3  # of glibc's malloc.h

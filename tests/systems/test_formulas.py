@@ -212,7 +212,7 @@ def test_llama_fusion():
     for image, words in zip(alone(given.image), alone(given.text), strict=True):
         x, n = torch.cat([system.image.embed(image).x, system.text.embed(words).x]), image.total
         for block in system.blocks:
-            kinds = [(block.kind_1, slice(n)), (block.first, slice(n, None))]
+            kinds = [(block.kind_1, slice(n)), (block.kind_0, slice(n, None))]
             q, k, v = torch.cat([plain.linear(one.qkv, plain.norm(one.norm1, x[part])) for one, part in kinds]).chunk(3, -1)
             read = plain.attention(2, q, k, v, plain.earlier_seen(len(x), n), torch.ones(len(x)).double())
             x = x + torch.cat([plain.linear(one.proj, read[part]) for one, part in kinds])

@@ -108,17 +108,18 @@ def test_loggers_by_name_get_the_numbers(tmp_path, monkeypatch):
     heard = []
     board = types.ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = lambda folder, purge_step: types.SimpleNamespace(
-        add_scalar=lambda name, value, step: heard.append(("board", name, value, step)), close=lambda: heard.append("board closed"))
+        add_scalar=lambda name, value, step: heard.append(("board", name, value, step)),
+        close=lambda: heard.append(f"board closed, cut at {purge_step}"))
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **options: types.SimpleNamespace(
         log=lambda values, step: heard.append(("wandb", values, step)), finish=lambda: heard.append(options["name"]))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     made = config.load("clip", ["run.name=n", "run.log=[tensorboard, wandb]"])
-    log_ = log.Log(tmp_path, made, 0, enabled=True)
+    log_ = log.Log(tmp_path, made, 1, enabled=True)
     log_.write(2, loss=0.5, sample="x")
     log_.close()
-    assert heard == [("board", "loss", 0.5, 2), ("wandb", {"loss": 0.5}, 2), "board closed", "n"]
+    assert heard == [("board", "loss", 0.5, 2), ("wandb", {"loss": 0.5}, 2), "board closed, cut at 2", "n"]
     Log(tmp_path / "nowhere", made, 0, enabled=False).write(1, loss=1.0)
     assert not (tmp_path / "nowhere").exists()
 
