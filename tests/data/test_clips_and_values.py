@@ -13,7 +13,7 @@ from records import RECORDS, WORDS, bound, places, record
 from tar_files import encoded, picture, write_tar
 
 from fastvlp.data import Frames, Image, Label, Pages, Regions, Stage, Stream, Vector
-from fastvlp.data.fields import bind
+from fastvlp.data.fields import Uniform, bind
 from fastvlp.data.fields.image import _lines
 from fastvlp.data.frames import frames
 from fastvlp.data.images import Unusable, augment, augmentations
@@ -237,3 +237,17 @@ def test_what_the_fields_of_pictures_share():
     with pytest.raises(ValueError, match="height is 2"):
         Pages(2)
     assert len(bound(Frames(2))(RECORDS, WORDS, Stage())) == 80
+
+
+def test_uniform_numbers():
+    """Of a sample's random word and the salt alone, and evenly spread."""
+    words = np.arange(4000, dtype=np.uint64)
+    drawn, other = (Uniform(salt)([None] * 4000, words, Stage()) for salt in (0, 1))
+    assert torch.equal(Uniform()([None] * 2, words[[7, 3]], Stage()), drawn[[7, 3]])
+    for numbers in (drawn, other):
+        assert numbers.dtype == torch.float64 and numbers.min() >= 0 and numbers.max() < 1
+        counts = torch.histc(numbers, 10, 0, 1)
+        assert ((counts - 400).abs() < 95).all()  # five standard deviations
+    assert abs(torch.corrcoef(torch.stack([drawn, other]))[0, 1]) < 0.08
+    with pytest.raises(ValueError, match="salt is -1"):
+        Uniform(-1)

@@ -4,18 +4,21 @@ import itertools
 import json
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from records import MASK, MODEL, RECORDS, TOKENIZER, WORDS, bound, places, record, segments
-from tar_files import encoded, picture
+from tar_files import encoded, picture, small_tokenizer
+from tokenizers import processors
 
 from fastvlp import config
 from fastvlp.data import Caption, Frames, Image, Label, Other, Pages, Regions, Source, Stage, Vector, load_tokenizer, pack_images
 from fastvlp.data.batch import take_samples
 from fastvlp.data.fields import Field, bind
 from fastvlp.data.images import augment, augmentations, fit
+from fastvlp.data.tokenizer import Tokenizer
 from fastvlp.systems import clip
 
 
@@ -156,6 +159,23 @@ def test_shearing_keeps_a_stretch_of_words():
 def test_other_shows_another_sample():
     other = bound(Other(Caption(max_captions=1)))
     assert segments(other(RECORDS, WORDS, Stage())) == [TOKENIZER.encode(record.other.captions[0], 12) for record in RECORDS]
+
+
+def test_captions_of_a_tokenizer_without_ends_get_some():
+    core = small_tokenizer().core
+    core.post_processor = processors.Sequence([])
+    tokenizer, text = Tokenizer(core), "red circle tree dog red circle tree dog"
+    assert not tokenizer.start and not tokenizer.end
+    model = SimpleNamespace(text=SimpleNamespace(context_length=6, vocab_size=MASK + 3))
+    plain = Caption(4).bind(model, tokenizer).prepare([text, "dog"])
+    whole = Caption(ends=(MASK + 1, MASK + 2)).bind(model, tokenizer).prepare([text, "dog"])
+    assert segments(whole) == [[MASK + 1, *ids, MASK + 2] for ids in segments(plain)]
+    hidden = Caption(ends=(MASK + 1, MASK + 2), mask=1.0, mask_id=MASK).bind(model, tokenizer)(RECORDS[:3], WORDS[:3], Stage())
+    assert all(ids == [MASK + 1, *[MASK] * (len(ids) - 2), MASK + 2] for ids in segments(hidden))
+    with pytest.raises(ValueError, match="leave ends out where the tokenizer has its own"):
+        Caption(ends=(1, 2)).bind(model, TOKENIZER)
+    with pytest.raises(ValueError, match=rf"ends \+ 1 is {MASK + 4} and the part 'text' was made for {MASK + 3}"):
+        Caption(ends=(1, MASK + 3)).bind(model, tokenizer)
 
 
 def test_preparing_what_someone_has_in_hand(tmp_path):
