@@ -200,7 +200,8 @@ def judged(system: System, shards: Shards, how: How, judge: Callable[[Any, list[
     """What a system makes of each sample's picture and first caption, in the order of the files; with several processes a collective call.
 
     Args:
-        judge: (prepared pictures on the system's device, captions, others' captions) -> tensors [n] of a batch.
+        judge: (prepared pictures on the system's device, captions, others' captions) -> tensors [n] of a batch. A system of words alone,
+            without a field ``image``, gets None.
 
     Returns:
         Those of all samples, on the CPU, and the number of samples that could not be used, by reason.
@@ -209,7 +210,8 @@ def judged(system: System, shards: Shards, how: How, judge: Callable[[Any, list[
     mine = {}
     for number, read in reading:
         captions = [label.captions[0] for label in read.labels] or [""]  # of the blank picture
-        found = judge(system.prepared("image", read.pictures), captions, read.others or [""])
+        pictures = None if system.fields and "image" not in system.fields else system.prepared("image", read.pictures)
+        found = judge(pictures, captions, read.others or [""])
         mine[number] = [value.cpu() for value in found]
     parts = how.together(mine)
     skipped = reading.skipped(len(parts))

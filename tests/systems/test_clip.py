@@ -7,7 +7,8 @@ from torch.nn import functional as F
 import fastvlp
 from fastvlp.data import pack_images, pack_texts
 from fastvlp.systems import clip
-from fastvlp.systems.files import save
+from fastvlp.systems.dlip import Dlip
+from fastvlp.systems.files import save, take_weights
 from fastvlp.systems.system import Scale
 from fastvlp.towers import Text, Vit
 from tests.systems.recipes import small
@@ -85,3 +86,17 @@ def test_errors_say_what_to_do(made, tmp_path):
     with pytest.raises(ValueError, match="allowed: mean, last, first, attention"):
         clip.Clip(Vit(width=32, depth=1, heads=2), Text(width=32, depth=1, heads=2), pool_text="middle")
     assert bare.embed_text(pack_texts([torch.tensor([1, 2])])).shape == (1, 256)
+
+
+def test_a_run_fills_the_teacher(tmp_path):
+    """Of the weights of a run a teacher takes its own; the student stays fresh, though names and shapes would fit."""
+    _, theirs = small()
+    save(tmp_path / "clip", theirs, small()[0])
+    torch.manual_seed(1)
+    student = Dlip(small()[1].image, small()[1].text, clip.Clip(small()[1].image, small()[1].text, 24), 24)
+    for parameter in student.parameters():
+        parameter.data.add_(1)
+    fresh = student.image.patch.weight.clone()
+    take_weights(student, str(tmp_path / "clip"))
+    assert all(torch.equal(tensor, student.teacher.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    assert torch.equal(student.image.patch.weight, fresh)
