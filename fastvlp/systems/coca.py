@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import fiddle as fdl
-from torch import Tensor, nn
+from torch import nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.losses import next_token_nll
