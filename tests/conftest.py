@@ -14,6 +14,7 @@ import torch  # noqa: E402
 # What is drawn depends neither on chance, nor on what an earlier run left in a folder, nor on how fast the machine is.
 settings.register_profile("same everywhere", derandomize=True, database=None, deadline=None)
 settings.load_profile("same everywhere")
+torch.manual_seed(0)  # parameters of tests are drawn while they are collected, and processes that share the tests must draw alike
 
 
 @pytest.hookimpl(tryfirst=True)

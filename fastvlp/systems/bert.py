@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import fiddle as fdl
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Caption
@@ -14,10 +16,11 @@ from fastvlp.losses.captions import IGNORE
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.system import Outputs, Part, System
+from fastvlp_kernels.packed import Packed
 
 
 class Bert(System):
-    """A text tower that predicts the hidden words of ``masked``, which is ``text`` with whole words hidden."""
+    """A text tower that predicts the hidden words of ``masked``: ``text`` with whole words hidden by the last id of the vocabulary."""
 
     def __init__(self, text: Part) -> None:
         super().__init__()
@@ -30,13 +33,25 @@ class Bert(System):
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"hidden": int((batch.masked.x != batch.text.x).sum())}
 
+    def caption_nll(self, images: Any, texts: Packed) -> Tensor:
+        """The pseudo-likelihood, without pictures: each token but the first is hidden in turn (Salazar et al. 2020, arXiv:1910.14659)."""
+        hidden = (texts.lengths - 1).clamp_min(0)
+        owner = torch.arange(len(texts)).repeat_interleave(hidden)
+        copies = texts.take(owner)
+        inside = torch.arange(copies.total) - (copies.lengths.cumsum(0) - copies.lengths).repeat_interleave(copies.lengths)
+        which = 1 + torch.arange(len(owner)) - (hidden.cumsum(0) - hidden)[owner]
+        here = (inside == which.repeat_interleave(copies.lengths)).to(texts.x.device)
+        states = self.text(copies.replace(x=copies.x.masked_fill(here, self.text.vocab_size - 1)))
+        nll = word_nll(states, self.words, copies.x.masked_fill(~here, IGNORE))
+        return nll.new_zeros(len(texts)).index_add(0, owner.to(nll.device), nll)
+
 
 def recipe() -> Recipe:
     """Eight layers on the shipped captions, 0.15 of the words hidden."""
     made, caption = clip.recipe(), Caption(max_captions=2)
     fields = {"text": caption, "masked": replace(caption, mask=0.15, mask_id=shipped.MASK)}
-    return replace(made, model=fdl.Config(Bert, shipped.text(depth=8, vocab_size=shipped.MASK + 1)), eval=Eval(),
-                   data=replace(made.data, fields=fields))
+    return replace(made, model=fdl.Config(Bert, shipped.text(depth=8, vocab_size=shipped.MASK + 1)),
+                   data=replace(made.data, fields=fields), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:

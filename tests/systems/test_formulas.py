@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fastvlp.layers import FusedBlocks
+from fastvlp.losses import kmeans
 from fastvlp.systems.llama_fusion import LlamaFusion
 from fastvlp.systems.pyramid_drop import PyramidDrop
 from fastvlp.systems.solo import Solo
@@ -228,3 +229,83 @@ def test_llama_fusion_leaves_text_alone_as_it_was():
             tensor.data += 1
     nothing = given.image.first(0)
     assert torch.equal(system.states(nothing, given.text).x, lm.states(nothing, given.text).x)
+
+
+def test_bert_hides_each_token_in_turn():
+    system, given = make("bert"), batch()
+    expected = []
+    for one in alone(given.text):
+        total = 0.0
+        for n in range(1, one.total):
+            ids = one.x.clone()
+            ids[n] = WORDS
+            total += F.cross_entropy(system.words(system.text(one.replace(x=ids)).x)[n], one.x[n])
+        expected.append(total)
+    torch.testing.assert_close(system.caption_nll(None, given.text), torch.stack(expected))
+
+
+def test_distilbert():
+    system, given = make("distilbert"), batch()
+    with torch.no_grad():
+        for parameter in system.text.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    far, right, apart = [], [], []
+    for words, masked in zip(given.text.segments(), alone(given.masked), strict=True):
+        s, t = system.text(masked).x, system.teacher.text(masked).x
+        mine, theirs = system.words(s), system.teacher.words(t)
+        for n in range(len(words)):
+            p = (theirs[n] / 2).softmax(0)
+            far.append(4 * (p * (p.log() - (mine[n] / 2).log_softmax(0))).sum())
+            apart.append(1 - s[n] @ t[n] / s[n].norm() / t[n].norm())
+            if masked.x[n] != words[n]:
+                right.append(F.cross_entropy(mine[n], words[n]))
+    torch.testing.assert_close(loss_of(system, given), sum(w * torch.stack(x).mean() for w, x in ((5, far), (2, right), (1, apart))))
+
+
+def test_proto_clip():
+    """Prototypes of means by clusters of the other side, soft targets, and no such loss before the second episode."""
+    system, given, made = make("proto_clip"), whole(), torch.Generator().manual_seed(7)
+    features = {side: F.normalize(torch.randn(20, 8, generator=made, dtype=torch.float64), dim=1) for side in ("image", "text")}
+    system.before_episode({f"projected_{side}": x for side, x in features.items()})
+    out = system.encode(given)
+    found, total = system.objective(out, given), 0.0
+    for student, teacher in (("image", "text"), ("text", "image")):
+        centres = kmeans(features[teacher], 5, restarts=3)
+        clusters = [[row for row in range(20) if torch.cdist(features[teacher][[row]], centres).argmin() == k] for k in range(5)]
+        prototypes = torch.stack([features[student][rows].mean(0) if rows else torch.zeros(8).double() for rows in clusters])
+        for x, y in zip(out[f"projected_{student}"], out[f"projected_{teacher}"], strict=True):
+            target = (2 * centres @ centres[torch.cdist(y[None], centres).argmin()]).softmax(0)
+            total -= target @ (prototypes @ x / 0.07).log_softmax(0) / 16
+    torch.testing.assert_close(found["proto"], total)
+    system.episodes.fill_(1)
+    assert system.objective(out, given)["proto"] == 0
+
+
+def test_dcd():
+    """The hardest of the next captions by the teacher's logit, and both losses weighted by the doubt about each picture."""
+    system, given = make("dcd"), whole()
+    out, (scale, bias) = system.encode(given), system.scale()
+    taught, scored = [], []
+    for i, image in enumerate(alone(given.image)):
+        def logit(j, image=image):
+            p = system.teacher.score(image, given.text.take([j])).exp()
+            return (p / (1 - p)).log()[0]
+
+        others = sorted(((i + step) % 8 for step in range(1, 6)), key=lambda j: -logit(j))[:3]
+        taught.append(torch.stack([logit(j) for j in (i, *others)]))
+        scored.append(torch.stack([scale[0] * out["image"][i] @ out["text"][j] + bias[0] for j in (i, *others)]))
+    T, S, label = torch.stack(taught).detach(), torch.stack(scored), torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    doubt = -(T.softmax(1) * T.log_softmax(1)).sum(1)
+    doubt = doubt / doubt.sum()
+    trust = ((1 - doubt) ** 2).softmax(0)
+    near = sum(trust[i] * F.mse_loss(S[i], T[i]) for i in range(8))
+    right = sum(doubt[i] * F.binary_cross_entropy_with_logits(S[i], label) for i in range(8))
+    torch.testing.assert_close(system.objective(out, given)["distilled"], 0.2 * near + 0.8 * right)
+
+
+def test_align():
+    system, given = make("align"), batch()
+    out = system.encode(given)
+    S, own = system.scale()[0] * out["image"] @ out["text"].T, torch.arange(4)
+    expected = (F.cross_entropy(S, own, label_smoothing=0.1) + F.cross_entropy(S.T, own, label_smoothing=0.1)) / 2
+    torch.testing.assert_close(system.objective(out, given)["contrastive"], expected)
