@@ -151,6 +151,8 @@ def _described(file: Path, described: Any, tokenizer: Path | None, room: int) ->
         except (ValueError, TypeError):
             size = 0  # it is refused below, with its reason
         except RuntimeError as error:
+            if "meta tensors" in str(error):  # a part computes where it is made
+                raise NotImplementedError from error
             raise ValueError(f"{file} asks for a model that cannot be: {str(error).splitlines()[0]}") from error
         if size > room:
             raise ValueError(f"{file} asks for {size:,} weights, and there are {room:,} bytes of them")
