@@ -197,10 +197,10 @@ def longest_batch(system: System, recipe: Recipe, stage: Stage, samples: int) ->
 class _Words:
     """A tokenizer of one word: every caption has as many tokens as it may."""
 
-    start, end, vocab_size, context_length = (0,), (0,), 2, 77
+    start, end, vocab_size, context_length = (), (), 2, 77  # without ends of its own, so that a field may have some
 
     def encode(self, text: str, length: int) -> list[int]:
-        return [0, *[1] * (length - 2), 0]
+        return [1] * length
 
     @property
     def core(self) -> Any:

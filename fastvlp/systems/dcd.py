@@ -36,13 +36,14 @@ class Dcd(Clip):
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         image, text, texts = losses.gather_batch(out["image"], out["text"], batch.text)
-        if self.drawn >= len(texts):
-            raise ValueError(f"Dcd: drawn is {self.drawn} and the batch has {len(texts)} samples; raise data.batch_size or lower drawn")
-        places = (torch.arange(batch.first, batch.first + len(batch))[:, None] + torch.arange(self.drawn + 1)) % len(texts)
+        drawn = min(self.drawn, len(texts) - 1)  # of a batch that is smaller, all others
+        if drawn < 1:
+            raise ValueError("Dcd: the batch has one sample, and no other caption to compare its picture with; raise data.batch_size")
+        places = (torch.arange(batch.first, batch.first + len(batch))[:, None] + torch.arange(drawn + 1)) % len(texts)
         with torch.no_grad():
             matched = torch.stack([self.teacher.score(batch.image, texts.take(column)) for column in places.unbind(1)], 1)
             logits = matched - (-matched.expm1()).log().clamp_min(-50.0)
-            scores, chosen = logits[:, 1:].topk(self.hard, 1)
+            scores, chosen = logits[:, 1:].topk(min(self.hard, drawn), 1)
             chosen = places.to(chosen.device)[:, 1:].gather(1, chosen)
             candidates, scores = losses.gather_batch(chosen, torch.cat([logits[:, :1], scores], 1))
         return {"distilled": losses.dcd_loss(image, text, candidates, scores, *self.scale(), distill=self.distill)}

@@ -84,7 +84,7 @@ def recipe() -> Recipe:
     """Three prompts behind each caption of a frozen captioner of captions up to 32 tokens: give it with ``run.start``."""
     made, tokenizer = clip.recipe(), load_tokenizer(shipped.PAIRS.tokenizer)
     ends = slice(len(tokenizer.start), -len(tokenizer.end) or None)
-    prompts = [tokenizer.encode(text)[ends] for text in ("it is a", "its colour is", "it is used for")]
+    prompts = tuple(tuple(tokenizer.encode(text)[ends]) for text in ("it is a", "its colour is", "it is used for"))
     lm = fdl.Config(
         SimVlm,
         shipped.image(depth=1),

@@ -141,7 +141,7 @@ def test_a_file_of_one_s_own_trains(settings, tmp_path, monkeypatch, capsys):  #
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_ends_with_128_and_its_number_after_a_checkpoint(signum, settings, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_signal_ends_with_128_and_its_number_after_a_checkpoint(signum, settings, tmp_path, monkeypatch, capfd):  # noqa: F811
     from fastvlp.train import Trainer
 
     step = Trainer.step
@@ -154,7 +154,7 @@ def test_a_signal_ends_with_128_and_its_number_after_a_checkpoint(signum, settin
     monkeypatch.setattr(Trainer, "step", step_then_signal)
     path = tmp_path / "recipe.yaml"
     path.write_text(config.dump(recipe_of(settings)))
-    code, _, err = call(capsys, "train", path)
+    code, _, err = call(capfd, "train", path)
     assert code == 128 + signum and "the same command continues from here" in err
     assert [file.name for file in (tmp_path / "runs" / "run" / "checkpoints").iterdir()]
 

@@ -18,7 +18,7 @@ IMAGE, JOINT = {"image": TOWERS["image"]}, {"width": 32, "depth": 1, "heads": 2}
 LM = {**TOWERS, "joint": JOINT}
 DEEP = {**LM, "joint": {**JOINT, "depth": 6}}
 SMALL = {
-    "adem_vl": {**IMAGE, "lm": LM, "grids": [2, 1], "hidden": 8},
+    "adem_vl": {**IMAGE, "lm": LM, "grids": [2, 1], "hidden": 8, "alpha": 1.0, "beta": 1.0},
     "aim": {**IMAGE, "head_width": 32},
     "align": {**TOWERS, "embed_dim": 16},
     "albef": {**TOWERS, "fusion": JOINT, "embed_dim": 16},

@@ -222,7 +222,7 @@ def test_every_mistake_gets_one_sentence_that_helps(recipe, change, message):
 def test_recipes_that_do_not_exist(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown recipe mimi; did you mean mini\?"):
         config.load("mimi")
-    with pytest.raises(ConfigError, match=r"unknown recipe zzz; known: albef, .*or the path of a Python or YAML file"):
+    with pytest.raises(ConfigError, match=r"unknown recipe zzz; known: adem_vl, .*or the path of a Python or YAML file"):
         config.load("zzz")
     with pytest.raises(ConfigError, match=r"clip has no recipe big; it has recipe, paper"):
         config.load("clip:big")

@@ -130,7 +130,7 @@ def test_two_processes_give_the_curve_of_one(settings, tmp_path, base, strategy,
 def test_a_sharded_run_that_is_killed_goes_on_alone(settings, tmp_path):
     """CoCa over two processes, killed with SIGKILL, continued by one that is not sharded: the curve of a run that one process made."""
     settings["model"] = {"embed_dim": 16, "image": {"width": 32, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32},
-                         "text": {"width": 32, "depth": 1, "heads": 2, "context_length": 12, "causal": True},
+                         "text": {"width": 32, "depth": 1, "heads": 2, "vocab_size": 4099, "context_length": 12, "causal": True},
                          "decoder": {"width": 32, "depth": 1, "heads": 2, "vocab_size": None, "source": 32}}
     settings["optim"]["eps"] = 1e-3
     settings["schedule"]["steps"] = 30
