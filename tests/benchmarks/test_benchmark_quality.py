@@ -70,6 +70,7 @@ def test_one_variant_at_a_time_and_the_table_of_those_that_are_there(tmp_path, m
     assert "invalid choice: 'squared'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_variant_trains_and_leaves_its_scores(tmp_path):
     """The padded one, whose process is no other test's."""
     quality.run(options("--quick", "--variant", "all patches padded", "--set", "schedule.steps=2"), tmp_path)

@@ -54,6 +54,7 @@ def test_exported_with_a_dynamic_batch(build, merge):
     torch.testing.assert_close(program.module()(images[:2]), want[:2], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_padding_stops_an_exported_model_that_merges():
     model, batch, _ = made(models.timm_class)
     fastvlp.accelerate(model, merge=2)

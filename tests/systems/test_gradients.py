@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.systems.small import MAKERS, SAMPLES, make, whole
-from tests.systems.two_ranks import RUNS, follow, train
+from tests.systems.two_ranks import follow, runs_of, train
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -68,7 +68,7 @@ def test_two_processes(reference, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found, wrong = torch.load(target), []
     for name in MAKERS:
-        for run in RUNS:
+        for run in runs_of(name):
             try:
                 same(found[name, run], reference[name])
             except AssertionError as error:

@@ -242,6 +242,7 @@ assert all(p.grad.abs().max() > 0 and p.grad.isfinite().all() for t in towers fo
 """
 
 
+@pytest.mark.slow
 def test_16384_pairs_take_megabytes():
     """The similarities alone would be 1 GiB; features, their gradients and the loss's tiles are a few dozen MiB."""
     done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
