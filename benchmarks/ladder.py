@@ -29,11 +29,9 @@ from benchmarks.rivals import clip_loss
 from benchmarks.run import write
 from fastvlp.data import Batch, pack_images, pack_texts
 from fastvlp.layers import Pool
-from fastvlp.packing import balance
 from fastvlp.systems.clip import Clip
 from fastvlp.towers import Text, Vit
 from fastvlp.train.gradients import gradients
-from fastvlp_kernels import Packed
 
 COLUMNS = ("rung", "about", "images_per_second", "p20_ms", "p50_ms", "p80_ms", "samples", "ratio_first", "ratio_previous", "extra_mb",
            "pairs", "device", "threads", "torch", "commit", "timestamp")  # fmt: skip
@@ -159,11 +157,9 @@ def _packed(pairs: Pairs, own: bool = True, keep: float = 1.0, merging: bool = F
     image, text = _vit(size, own, MERGES[size.layers] if merging else ()), _text(size, own)
     system = Clip(image, text, size.features, pool_text="mean" if own else "last").to(pairs.device)
     batch, widths = pairs.batch(own, keep), {"image": size.width, "text": size.text_width}
-    lengths = {name: stream.lengths.numpy()[:, None] for name, stream in batch.streams.items() if isinstance(stream, Packed)}
 
     def backward() -> None:
-        parts = [rows.tolist() for rows in balance.split(balance.costs(len(batch), lengths, widths), micro_batches)]
-        gradients(system, batch.to(pairs.device), parts, autocast=pairs.amp)
+        gradients(system, batch.to(pairs.device), batch.split(micro_batches, widths), autocast=pairs.amp)
 
     return _training(system, backward)
 

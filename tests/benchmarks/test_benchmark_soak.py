@@ -86,9 +86,7 @@ def test_a_training_that_goes_on_otherwise_is_found(monkeypatch, tmp_path):
 
     def settings(seed, folder, name):
         values = right(seed, folder, name)
-        values["schedule"]["steps"] = 4
-        values["run"]["seed"] += name == "parts"
-        return values
+        return values | {"changes": [*values["changes"], "schedule.steps=4", f"run.seed={seed + (name == 'parts')}"]}
 
     monkeypatch.setattr(training, "settings", settings)
     monkeypatch.setattr(training, "MOST_KILLS", 1)
@@ -98,7 +96,7 @@ def test_a_training_that_goes_on_otherwise_is_found(monkeypatch, tmp_path):
 
 def test_a_training_that_fails_says_why(tmp_path):
     values = training.settings(0, tmp_path, "whole")
-    values["data"]["train"] = ["nowhere.tar"]
+    values["changes"].append("data.train=nowhere.tar")
     with pytest.raises(AssertionError, match=r"(?s)ended with exit code 1:.*no shard matches 'nowhere.tar'"):
         training.train(values)
 
