@@ -3,7 +3,8 @@
 The model replays what :mod:`fastvlp.losses` does, turn by turn: in each a block of similarities is computed while tensors travel, so that a
 turn lasts as long as the slowest of the three. Bytes are those that one process sends (of all processes, the one that sends most over
 the slow links); collectives count as rings, which cross each slow link once for all processes of a node. Memory is what the loss allocates
-beyond its inputs, at its peak, without the operators' scratch, whose size is fixed. Neither contains anything measured: tests hold both
+beyond its inputs, at its peak, without the operators' scratch, whose size is fixed. A step is one whose sizes are told and that is not
+the first of its kind: others also compare the processes' arguments, in one collective of 2 KiB of each process. Neither contains anything measured: tests hold both
 against what processes really send and allocate. Seconds are those of ideal links and products at the rates given, and a lower bound.
 """
 
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SUMS = 4  # bytes of statistics and accumulated gradients
+DOUBLE = 8  # of a sum of exponentials
+PAIR = 2 * SUMS  # of a log-sum-exp: a reference, and the logarithm of a sum
+MERGING = 2 * PAIR + 7 * DOUBLE + 1  # of one column while processes merge theirs, at the peak: its pair, then steps in float64, and a mask
 
 
 @dataclass(frozen=True)
@@ -142,10 +146,12 @@ class _Loss:
         yield Turn(0, *self._collective(texts, cluster), whole * self.product)
         gradients = 2 * (whole + self.rows) * SUMS + whole * (self.part + (self.part if self.part < SUMS else 0))
         if self.softmax:
-            yield Turn(self.operations(devices, 1), 0, 0, whole * self.product)
+            kept = self.batch * (PAIR + SUMS)  # columns, and their weights
+            yield Turn(self.operations(devices, 1), 0, 0, whole * self.product + self.batch * PAIR)
             yield self._statistics(cluster, whole * self.product)
-            yield Turn(self.operations(devices, 3), 0, 0, whole * (self.product + SUMS + cast) + self.rows * self.product)
+            yield Turn(self.operations(devices, 3), 0, 0, whole * (self.product + SUMS + cast) + self.rows * self.product + kept)
             gradients = whole * (2 * self.product + self.part + (self.part if self.part > self.product else 0)) + self.rows * self.product
+            gradients += kept
         else:
             yield Turn(self.operations(devices, 3), 0, 0, whole * (self.product + SUMS) + self.rows * SUMS)
         inside = self.rows * (cluster.width - 1) * self.part
@@ -162,7 +168,8 @@ class _Loss:
         for number, turns in enumerate(tours if self.softmax else [self._tour(nodes, width, 3, False, True)]):
             for turn in turns:
                 slow = turn.inter if cluster.nodes > 1 else 0
-                yield dataclasses.replace(turn, inter=slow, intra=turn.intra + turn.inter - slow)
+                live = turn.live + (self.batch * PAIR if self.softmax else 0)
+                yield dataclasses.replace(turn, inter=slow, intra=turn.intra + turn.inter - slow, live=live)
             if self.softmax and number == 0:
                 yield self._statistics(cluster, self.rows * self.product * (width + (width > 1)))
 
@@ -209,9 +216,9 @@ class _Loss:
                 block = feature
 
     def _statistics(self, cluster: Cluster, kept: float) -> Turn:
-        """Maximum and sum of one number per column, over all processes."""
+        """Over all processes, of every column the maximum of references, and the sum of exponentials in float64."""
         share = 2 * (cluster.devices - 1) / cluster.devices
-        return Turn(0, *self._collective(2 * share * self.batch * SUMS, cluster), kept + 4 * self.batch * SUMS)
+        return Turn(0, *self._collective(share * self.batch * (SUMS + DOUBLE), cluster), kept + self.batch * MERGING)
 
     @staticmethod
     def _collective(sent: float, cluster: Cluster) -> tuple[float, float]:

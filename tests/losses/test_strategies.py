@@ -5,17 +5,19 @@ import time
 
 import pytest
 import torch
-from batches import LOSSES, Batch, gradients
+from batches import LOSSES, Batch
 from torch import distributed as dist
 
 from benchmarks.peak import growth
-from fastvlp.commands.strategies import Cluster, predict
+from fastvlp.commands.strategies import MERGING, Cluster, predict
 from fastvlp.losses.across import gather, group, ring
+from fastvlp_kernels._logsumexp import LogSumExp
 
 LAYOUTS = [("gather", 2, 2), ("gather", 4, 2), ("ring", 3, 3), ("ring", 4, 2), ("grouped", 2, 2), ("grouped", 3, 3), ("grouped", 4, 2)]
 MMAP_THRESHOLD = -3  # of glibc's malloc.h
 WORK = 0.03  # seconds of a block, in which what travels arrives
 SMALL = 64  # bytes that a step may send more: the weights of the processes' losses
+AGREEMENT = 2048  # bytes by which a process describes the first call of a kind
 
 
 def predicted(loss, strategy, size, node, pairs, width):
@@ -23,8 +25,16 @@ def predicted(loss, strategy, size, node, pairs, width):
     return next(one for one in found if one.strategy == strategy)
 
 
+def step(module, batch, tensors):
+    bias = () if batch.loss == "clip" else (tensors["bias"],)
+    module(tensors["image"], tensors["text"], tensors["scale"], *bias, local_sizes=list(batch.sizes)).backward()
+    for tensor in tensors.values():
+        tensor.grad = None
+
+
 def bytes_sent(rank, size, batch, node):
-    """Bytes to this process's node and to others. Rings of collectives leave a node once, which counts as its processes' equal parts."""
+    """Bytes to this process's node and to others, of a first and of a second step. Rings of collectives leave a node once, which counts as
+    its processes' equal parts."""
     inside = between = 0.0
 
     def add(count, slow):
@@ -57,8 +67,11 @@ def bytes_sent(rank, size, batch, node):
         patch.setattr(dist, "all_reduce", counted_reduce)
         patch.setattr(dist, "all_to_all_single", counted_scatter)
         patch.setattr(group.Exchange, "send", counted_send)
-        gradients(rank, size, batch)
-    return inside, between
+        module, tensors = batch.module(), batch.share(rank)
+        step(module, batch, tensors)
+        first, inside, between = (inside, between), 0.0, 0.0
+        step(module, batch, tensors)
+    return first, (inside, between)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -67,7 +80,10 @@ def test_bytes_are_those_that_are_sent(processes, loss, strategy, size, node):
     """To the byte, but for a few numbers that do not grow. In a plain ring, what crosses slow links is sent by the ends of a node."""
     batch = Batch(loss, (6,) * size, strategy, width=20, told=True, node_size=node if strategy == "grouped" else None)
     one = predicted(loss, strategy, size, node, 6, 20)
-    found = processes.results(size, bytes_sent, batch, node)
+    steps = processes.results(size, bytes_sent, batch, node)
+    for (first_inside, first_between), (inside, between) in steps:
+        assert first_inside + first_between == inside + between + (size - 1) * AGREEMENT
+    found = [second for _, second in steps]
     statistics = one.intra_bytes / (node - 1) * node if strategy == "ring" and size > node and loss == "clip" else 0.0
     for inside, between in found:
         assert one.intra_bytes + one.inter_bytes <= inside + between <= one.intra_bytes + one.inter_bytes + SMALL
@@ -80,7 +96,8 @@ def test_bytes_are_those_that_are_sent(processes, loss, strategy, size, node):
 
 def softmax_results(image, text, scale, offset):
     time.sleep(WORK)
-    return image.new_ones(len(image)), image.new_ones(len(text)), image.new_ones(0 if offset is None else len(image))
+    row, column = (LogSumExp(side.new_ones(len(side)), side.new_ones(len(side))) for side in (image, text))
+    return row, column, image.new_ones(0 if offset is None else len(image))
 
 
 def softmax_gradients(image, text, *rest):
@@ -96,12 +113,9 @@ def sigmoid_results(image, text, scale, bias, offset, wants):
 def allocated(rank, size, batch):
     """Bytes by which a step of the loss grows the process, with operators that only allocate their results."""
     tensors, module = batch.share(rank), batch.module()
-    bias = () if batch.loss == "clip" else (tensors["bias"],)
 
     def call():
-        module(tensors["image"], tensors["text"], tensors["scale"], *bias, local_sizes=list(batch.sizes)).backward()
-        for tensor in tensors.values():
-            tensor.grad = None
+        step(module, batch, tensors)
 
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)  # what is freed leaves the process at once
     stand_ins = {"softmax_block": softmax_results, "softmax_block_backward": softmax_gradients, "sigmoid_block": sigmoid_results}
@@ -129,10 +143,23 @@ def test_memory_is_what_is_allocated(processes, loss, strategy, size, node):
         assert abs(found - one.memory_bytes) < 1.1 * features, f"{found / features:.2f} instead of {one.memory_bytes / features:.2f}"
 
 
+def merging(rank, size, columns):
+    pair, members = LogSumExp(torch.randn(columns), torch.rand(columns)), group.Members(None, rank, size)
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
+    calls = [growth(lambda: members.logsumexp(pair), torch.device("cpu")) for _ in range(4)]
+    return min(calls[2:]) + 8 * columns  # the pair was there before
+
+
+def test_memory_of_merging_columns(processes):
+    columns = 1 << 21
+    for found in processes.results(2, merging, columns):
+        assert abs(found / columns - MERGING) < 2, found / columns
+
+
 def test_a_million_pairs_on_256_devices():
     """By hand: 2^12 pairs of 1024 bfloat16 features are 8 MiB. 32 nodes of 8."""
     share, hops = 2**12 * 1024 * 2, 31
-    statistics = 2 * 2 * 255 / 256 * 2**20 * 4
+    statistics = 2 * 255 / 256 * 2**20 * (4 + 8)  # a maximum in float32 and a sum in float64
     found = {one.strategy: one for one in predict("clip", 2**20, 1024, Cluster(256))}
     assert next(iter(found)) == "grouped"
     assert found["ring"].inter_bytes == 255 * share + 254 * share + 255 * 2 * share + statistics / 8
