@@ -239,11 +239,11 @@ def test_workers_outlive_signals_that_all_processes_get(good, signum):
     """Ctrl-C and torchrun's SIGTERM reach all processes; the training process decides when the workers end."""
     others = set(torch.multiprocessing.active_children())
     batches = iter(_stream(good, workers=2))
-    next(batches)
+    assert [next(batches).index for _ in range(2)] == [0, 1]  # one from each worker: both have started
     workers = set(torch.multiprocessing.active_children()) - others
     assert len(workers) == 2
     subprocess.run(["kill", f"-{int(signum)}", *(str(worker.pid) for worker in workers)], check=True)
-    assert [next(batches).index for _ in range(8)] == list(range(1, 9))
+    assert [next(batches).index for _ in range(8)] == list(range(2, 10))
     assert all(worker.is_alive() for worker in workers)
     batches.close()
     for worker in workers:
