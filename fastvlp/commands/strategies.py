@@ -5,8 +5,8 @@ turn lasts as long as the slowest of the three. Bytes are those that one process
 the slow links); collectives count as rings, which cross each slow link once for all processes of a node. Memory is what the loss allocates
 beyond its inputs, at its peak, without the operators' scratch, whose size is fixed. A step is one whose sizes are told and that is not
 the first of its kind: others also compare the processes' arguments, in one collective of 2 KiB of each process. Neither contains anything
-measured: tests hold both against what processes really send and allocate. Seconds are those of ideal links and products at the rates given,
-and a lower bound.
+measured: tests hold both against what processes really send and allocate. Seconds are those of ideal links and products at the rates
+given, and a lower bound.
 """
 
 from __future__ import annotations

@@ -51,3 +51,19 @@ def no_second_derivatives(backward: Backward) -> Backward:
         return tuple(_Refusal.apply(part.requires_grad_()) if isinstance(part, Tensor) else part for part in parts)
 
     return wrapped
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    @no_second_derivatives
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.detach()
+
+
+def differentiable_once(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """``inputs`` of a loss that has no second derivatives as a whole, though a part of it, an operator, advises on how to get its own."""
+    return tuple(apply(_Once, x) for x in inputs)

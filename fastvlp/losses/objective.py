@@ -15,6 +15,7 @@ from .across.contrastive import SideBatches, gather_sides, shared_negatives
 from .across.gather import merge_columns
 from .across.group import Group, Members
 from .across.split_batch import tell_refusal
+from .autograd import differentiable_once
 from .inputs import align, check
 from .queue import NegativeQueue
 from .softmax_terms import Sweep, Terms
@@ -113,16 +114,19 @@ def contrastive_loss(
         if members.size > 1:
             tell_refusal(members)
         raise
-    sweep = Sweep(factor, dtype, None if prefixes is None else tuple(prefixes), stash_bytes, impl)
+    widths = None if prefixes is None else tuple(prefixes)
     # Where 1 - p has to keep its digits, or ids say so, the positive is left out of the sums; elsewhere the comparison would cost time.
     excludes = not several and (ids is not None or focal_gamma > 0 or prior is not None)
     averages = several and equal_ids == "mean"
     shared = label_smoothing > 0 or prefixes is not None or text_negatives is not None or image_negatives is not None
     given = {"weights": weights, "log_weights": log_weights, "ids": ids, "tau_plus": tau_plus if isinstance(tau_plus, Tensor) else None}
     keywords: dict[str, object] = {f"presence of {name}": value is not None for name, value in given.items()}
-    keywords |= {"equal_ids": equal_ids, "label_smoothing": label_smoothing, "focal_gamma": focal_gamma, "prefixes": sweep.prefixes}
+    keywords |= {"equal_ids": equal_ids, "label_smoothing": label_smoothing, "focal_gamma": focal_gamma, "prefixes": widths}
     keywords |= {"prefix_weights": list(how_much), "tau_plus": None if isinstance(tau_plus, Tensor) else tau_plus}
     batches = SideBatches.of(NAME, members, image, text, (text_negatives, image_negatives), (factor, *bias), dtype, keywords)
+    if members.size > 1:
+        image, text, factor = differentiable_once(image, text, factor)
+    sweep = Sweep(factor, dtype, widths, stash_bytes, impl)
     terms = Terms(sweep, several, averages, excludes, label_smoothing, focal_gamma, prior)
 
     with torch.autocast(image.device.type, enabled=False):

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvlp_kernels import _inputs
 
 from .across.group import ALONE
+from .autograd import differentiable_once
 from .fused import fused_sum
 from .inputs import align, check
 from .objective import contrastive_loss
@@ -66,6 +67,8 @@ def rank_clip_loss(
     factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
     with torch.autocast(image.device.type, enabled=False):
         x, y = operand(image, dtype), operand(text, dtype)
+        if in_modal or cross_modal:
+            x, y, factor = differentiable_once(x, y, factor)
         loss = contrastive_loss(x, y, factor, compute_dtype=dtype, stash_bytes=stash_bytes, impl=impl, group=ALONE)
         for weight, pairs in ((in_modal, [(0, 0), (1, 1)]), (cross_modal, [(0, 1), (1, 0)])):
             if weight:
