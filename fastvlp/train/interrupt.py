@@ -78,14 +78,11 @@ class StopRequest:
         """What ``act`` gives, or None when a signal comes meanwhile: for waits that may never end."""
         try:
             self._interruptible = True
-            found = None if self.signum else act()
-            self._interruptible = False
-            return found
+            return None if self.signum else act()
         except _Stopped:
             return None
-        except BaseException:
+        finally:
             self._interruptible = False
-            raise
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.signum = self.signum or signum
