@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
-import signal
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from fastvlp.data.batch import Batch, Stage
 from fastvlp.data.fields import Field
@@ -21,6 +17,7 @@ from fastvlp.data.loader import Flat, Loader, Request
 from fastvlp.data.order import Order
 from fastvlp.data.patches import mix
 from fastvlp.data.shards import Index, Shards, expand
+from fastvlp.data.workers import from_workers
 
 MIXTURE = 0x6A09E667F3BCC908  # sets the words that choose sources apart from those that order samples
 
@@ -109,23 +106,16 @@ class Stream:
         return [sum(index.count(number) for number in range(len(index.paths))) for index in self.indices]
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        for flat in map(self._load, self._requests()) if self.workers == 0 else self._from_workers():
+        for flat in self._read():
             self.read += len(flat)
             for reason, name in flat.skips:
                 self._skip(reason, name)
             yield flat.batch(self.sizes_of_ranks, self.slice[0])
 
-    def _from_workers(self) -> Iterator[Flat]:
-        others = set(multiprocessing.active_children())
-        loaded = iter(DataLoader(self._loader, batch_size=None, sampler=self._requests(), num_workers=self.workers, collate_fn=_as_is,
-                                 worker_init_fn=ignore_signals, pin_memory=self.pin_memory, timeout=self.timeout))
-        workers = set(multiprocessing.active_children()) - others
-        try:
-            yield from loaded
-        finally:
-            loaded._shutdown_workers()  # type: ignore[attr-defined]  # before they are killed, which it would report as an error
-            for worker in workers:
-                worker.kill()  # one that hangs
+    def _read(self) -> Iterator[Flat]:
+        if self.workers == 0:
+            return map(self._load, self._requests())
+        return from_workers(self._loader, self._requests(), self.workers, self.pin_memory, self.timeout)
 
     def _load(self, request: Request) -> Flat:
         flat = self._loader[request]
@@ -199,13 +189,3 @@ def _slice(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
 
 def _warn(reason: str, name: str) -> None:
     log.warning("skipped, %s: %s", reason, name)
-
-
-def _as_is(flat: Any) -> Any:
-    return flat
-
-
-def ignore_signals(worker: int) -> None:
-    """What a whole group of processes is sent is for the training process, which stops the workers when it has written its checkpoint."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

@@ -10,13 +10,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastvlp.data.fields import Pages
 from fastvlp.data.images import MAX_PIXELS, Unusable
 from fastvlp.data.samples import Labels, Reader
 from fastvlp.data.shards import Index, Shards, expand
-from fastvlp.data.stream import ignore_signals
+from fastvlp.data.workers import from_workers
 from fastvlp.systems.system import System
 
 T = TypeVar("T")
@@ -76,8 +76,7 @@ class How:
         keys = [key for _, key in numbered]
         found: Iterable[T] = map(data.__getitem__, keys)
         if self.workers and len(keys) > 1:
-            found = DataLoader(data, batch_size=None, sampler=keys, num_workers=min(self.workers, len(keys)), collate_fn=_as_is,
-                               worker_init_fn=ignore_signals)
+            found = from_workers(data, keys, min(self.workers, len(keys)))
         for (number, _), one in zip(numbered, found, strict=True):
             self.beat()
             yield number, one
@@ -242,7 +241,3 @@ def _blank() -> Any:
 
 def _known(reason: str, name: str) -> None:
     """Problems of headers, which the index of the first process has reported."""
-
-
-def _as_is(value: Any) -> Any:
-    return value
