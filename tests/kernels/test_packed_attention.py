@@ -88,6 +88,8 @@ BATCHES = {
 VARIANTS = {
     "plain": {}, "causal": {"causal": True}, "prefix": {"causal": True, "prefix": True}, "sizes": {"size": True}, "bias": {"bias": 1},
     "head bias": {"bias": 2}, "all": {"causal": True, "prefix": True, "size": True, "bias": 2}, "scale": {"scale": 0.7, "causal": True},
+    # which PyTorch's own attention makes NaN of: it hides before it scales
+    "no scale": {"scale": 0.0, "causal": True}, "negative scale": {"scale": -0.5, "causal": True},
     "grouped heads": {"heads": 4, "kv_heads": 2}, "one key head": {"heads": 3, "kv_heads": 1, "bias": 2, "causal": True},
     "wide values": {"value_width": 7},
 }
