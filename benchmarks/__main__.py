@@ -12,7 +12,7 @@
     python -m benchmarks plot                             pictures of the results, beside them
     python -m benchmarks report [--check]                 the tables in the READMEs and docs/, and a page of all results
     python -m benchmarks soak --minutes 15                faults on purpose: random calls, damaged data, killed processes; exit 1 for a loss
-    python -m benchmarks mutate MODULE TEST...            changes of a module that none of the tests notices; exit 1 for any
+    python -m benchmarks mutate [MODULE TEST...]          changes that no test notices, known ones or all of a module; exit 1 for any
 """
 
 from __future__ import annotations

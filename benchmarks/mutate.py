@@ -1,6 +1,6 @@
-"""Changes of one module that no test notices: ``python -m benchmarks mutate MODULE TEST...``, by cosmic-ray (``fastvlp[mutate]``).
+"""Changes that no test notices: ``python -m benchmarks mutate`` tries those that would break a promise (``benchmarks/changes.py``).
 
-Every operator, number, condition and loop of the module is changed once, in a copy of the tracked files, and the tests are run against it.
+``python -m benchmarks mutate MODULE TEST...`` tries all of one module, by cosmic-ray (``fastvlp[mutate]``). Every operator, number, condition and loop of the module is changed once, in a copy of the tracked files, and the tests are run against it.
 Hours for a module; the same command goes on where it was interrupted.
 """
 
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.changes import CHANGES
 
 ROOT = Path(__file__).parent.parent
 TOOL = "cosmic_ray.cli", "cosmic_ray.tools.filters.operators_filter"
@@ -42,21 +44,29 @@ class Session:
                 f"test-command = {command}\n\n[cosmic-ray.distributor]\nname = \"local\"\n\n"
                 f"[cosmic-ray.filters.operators-filter]\nexclude-operators = [{json.dumps(SKIPPED)}]\n")  # fmt: skip
 
-    def call(self, *command: str) -> str:
-        """Run a Python module in the copy, and what it prints."""
+    def python(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a Python module in the copy."""
         paths = [str(self.tree), str(self.tree / "kernels"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        run = subprocess.run([sys.executable, "-m", *command], cwd=self.tree, env=environment, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", *command], cwd=self.tree, env=environment, capture_output=True, text=True)
+
+    def call(self, *command: str) -> str:
+        """What a Python module that must succeed prints in the copy."""
+        run = self.python(*command)
         if run.returncode:
             raise SystemExit(f"{' '.join(command)}: {(run.stderr or run.stdout)[-2000:]}")
         return run.stdout
 
-    def begin(self) -> None:
-        """Copy the tracked files, see that the tests pass as they are, and list the changes."""
+    def copy(self) -> None:
+        """Copy the tracked files."""
         shutil.rmtree(self.folder, ignore_errors=True)
         for name in subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]:
             (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, self.tree / name)
+
+    def begin(self) -> None:
+        """Copy, see that the tests pass as they are, and list the changes."""
+        self.copy()
         (self.tree / "mutate.toml").write_text(self.config(), encoding="utf-8")
         self.call("pytest", "-q", "-x", *self.tests)
         self.call(TOOL[0], "init", "mutate.toml", "begun.sqlite")
@@ -77,14 +87,16 @@ class Session:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``mutate``."""
-    parser.add_argument("module", help="such as fastvlp/train/checkpoint.py")
-    parser.add_argument("tests", nargs="+", help="files or tests that should notice, as pytest takes them")
+    parser.add_argument("module", nargs="?", help="such as fastvlp/train/checkpoint.py (default: the changes of benchmarks/changes.py)")
+    parser.add_argument("tests", nargs="*", help="files or tests that should notice, as pytest takes them")
     parser.add_argument("--folder", type=Path, default=ROOT / ".mutants", help="for the copy and the session (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=120, help="after which a change is taken for noticed (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Try what was not tried yet, and print what survived; 1 where something did."""
+    if arguments.module is None:
+        return _promises(Session(arguments.folder / "changes", "", (), arguments.seconds))
     name = arguments.module.replace("/", ".").removesuffix(".py")
     session = Session(arguments.folder / name, arguments.module, tuple(arguments.tests), arguments.seconds)
     if not (ROOT / arguments.module).is_file():
@@ -100,3 +112,19 @@ def run(arguments: argparse.Namespace) -> int:
     counts = {outcome: sum(one == outcome for one, _ in found) for outcome in sorted({one for one, _ in found})}
     print(f"{arguments.module}: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}")
     return int("survived" in counts)
+
+
+def _promises(session: Session) -> int:
+    """Try the changes that are known; whether one of them survived."""
+    session.copy()
+    survived = 0
+    for change in CHANGES:
+        file = session.tree / change.file
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace(change.old, change.new), encoding="utf-8")
+        status = session.python("pytest", "-q", "-x", "-p", "no:cacheprovider", change.test).returncode
+        file.write_text(text, encoding="utf-8")
+        survived += status != 1  # 1: a test failed; others: it could not be run
+        print(f"{'noticed' if status == 1 else 'SURVIVED'}: {change.about} ({change.test})", flush=True)
+    print(f"{len(CHANGES) - survived} of {len(CHANGES)} changes were noticed")
+    return int(survived > 0)
