@@ -30,9 +30,10 @@ from benchmarks.processes import forkserver
 ROUNDS = 8  # files of each kind in a case
 MEMORY, SECONDS = 1 << 30, 60  # bytes of addresses beyond what the process has when it starts to read; of its processor
 PATIENCE = 600.0  # seconds, on a busy machine
-NUMBERS = tuple(number.to_bytes(size, order) for size in (1, 2, 4, 8) for order in ("big", "little")  # type: ignore[arg-type]
+NUMBERS = tuple(number.to_bytes(size, order) for size in (1, 2, 4, 8) for order in ("big", "little")
                 for number in (0, 1, 2**(8 * size - 1) - 1, 2**(8 * size - 1), 2**(8 * size) - 1))
-WORDS = (b"null", b"-1", b"1e999", b"NaN", b"[" * 200, b'{"a":' * 50, b"9" * 400, b'"\\ud800"', b"\0", b"..", b"/", b"\x1b]0;x\x07", b"77777777777")
+WORDS = (b"null", b"-1", b"1e999", b"NaN", b"[" * 200, b'{"a":' * 50, b"9" * 400, b'"\\ud800"', b"\0", b"..", b"/", b"\x1b]0;x\x07",
+         b"77777777777")
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
@@ -73,7 +74,8 @@ def pictures() -> list[bytes]:
         ("JPEG", {"exif": exif}), ("JPEG", {"progressive": True}), ("PNG", {}), ("PNG", {"exif": exif, "save_all": True,
          "append_images": [image] * 2}), ("WEBP", {"lossless": True}), ("WEBP", {"save_all": True, "append_images": [image] * 2}),
         ("GIF", {"save_all": True, "append_images": [image.rotate(90)]}), ("AVIF", {}), ("BMP", {}), ("TIFF", {}),
-        ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "jpeg"}), ("TIFF", {"compression": "tiff_adobe_deflate"})]  # fmt: skip
+        ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "jpeg"}),
+        ("TIFF", {"compression": "tiff_adobe_deflate"})]  # fmt: skip
     found = []
     for form, options in kinds:
         out = io.BytesIO()

@@ -124,8 +124,9 @@ def crashes(seed, folder, base):
     os.abort()
 
 
-@pytest.mark.parametrize("kind, message", [(raises, "raises of seed 5, number 0: exit code 1\n.*KeyError: '40'"), (eats, "eats .*: exit code 1\n.*MemoryError"),
-                                           (burns, "burns .*: exit code -24"), (crashes, "crashes .*: exit code -6")], ids=lambda kind: str(kind)[:9])
+@pytest.mark.parametrize("kind, message", [
+    (raises, "raises of seed 5, number 0: exit code 1\n.*KeyError: '40'"), (eats, "eats .*: exit code 1\n.*MemoryError"),
+    (burns, "burns .*: exit code -24"), (crashes, "crashes .*: exit code -6")], ids=["raises", "eats", "burns", "crashes"])
 def test_a_file_that_is_neither_used_nor_refused_is_found(kind, message, monkeypatch, tmp_path):
     monkeypatch.setattr(files, "KINDS", (files.a_caption, kind))
     monkeypatch.setattr(files, "SECONDS", 1)
