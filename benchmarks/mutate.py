@@ -1,8 +1,8 @@
 """Changes that no test notices: ``python -m benchmarks mutate`` tries those that would break a promise (``benchmarks/changes.py``).
 
 ``python -m benchmarks mutate MODULE TEST...`` tries all of one module, by cosmic-ray (``fastvlp[mutate]``): every operator, number,
-condition and loop is changed once, in a copy of the tracked files, and the tests are run against it. Hours for a module; the same command goes on
-where it was interrupted.
+condition and loop is changed once, in a copy of the tracked files, and the tests are run against it. Hours for a module; the same command
+goes on where it was interrupted.
 """
 
 from __future__ import annotations
