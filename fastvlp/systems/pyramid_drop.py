@@ -57,11 +57,15 @@ def recipe() -> Recipe:
 
 
 def paper() -> Recipe:
-    """LLaVA-1.5-7B's sizes, second stage: half of the tokens dropped after layers 8, 16 and 24; 665,000 samples in batches of 128."""
+    """LLaVA-1.5-7B's sizes, second stage: half of the tokens dropped after layers 8, 16 and 24; 665,298 samples in batches of 128.
+
+    Checked with v1_5/pdrop_train/finetune.sh of the authors, which names the 13B model, 16 samples a device and the tower's last layer but
+    one; eight devices are LLaVA's.
+    """
     made = clip.paper()
-    image = clip.vit_b(14, width=1024, depth=24, heads=16, image_size=336, grid=24)
+    image = clip.vit_b(14, width=1024, depth=23, heads=16, image_size=336, grid=24)
     text = clip.text_b(width=4096, depth=1, heads=32, vocab_size=32000, context_length=1472)
     joint = clip.joint_b(width=4096, depth=32, heads=32)
     return replace(made, model=fdl.Config(PyramidDrop, image, text, joint, drop_before=(8, 16, 24)),
-                   data=replace(made.data, batch_size=128), schedule=Schedule(samples=665_000, warmup=156),
+                   data=replace(made.data, batch_size=128), schedule=Schedule(samples=665_298, warmup=156),
                    optim=Optim(lr=2e-5, betas=(0.9, 0.999), weight_decay=0.0), train=Train(amp="bf16"))
