@@ -9,11 +9,10 @@ from fastvlp_kernels import _check
 
 
 def check(loss: str, image: Tensor, text: Tensor, *, pairs: bool = True) -> None:
-    """Refuse features that are not two floating-point matrices of one width on one device, with ``pairs`` of one shape.
+    """Refuse features that are not two matrices of one width on one device, with ``pairs`` of one shape.
 
     Raises:
-        TypeError: not a tensor, a DTensor, or of a dtype that is not floating point.
-        ValueError: the shapes, widths, batch sizes or devices do not fit, or there are no pairs.
+        TypeError: no tensor, a DTensor, or not floating point. ValueError: shapes or devices do not fit, or there are no pairs.
     """
     features = {"image_features": image, "text_features": text}
     for name, tensor in features.items():

@@ -18,13 +18,12 @@ NAME = "kmeans"
 def kmeans(features: Tensor, clusters: int, iterations: int = 20, restarts: int = 1, seed: int = 0, group: Group = None) -> Tensor:
     """Centroids [clusters, D] of ``features`` [N, D] by Lloyd's iterations from random features, in the dtype of sums, without gradient.
 
-    A cluster that has lost its last feature starts again from one of the features that are farthest from their centroids. Of several
-    restarts the one with the smallest sum of squared distances counts. Each feature's cluster is what :func:`nearest_centroid` says.
+    An empty cluster starts again from one of the features farthest from their centroids; the best of several restarts counts.
 
     Args:
-        features: float32, bfloat16 or float16 (float64 on the CPU), the same on all processes of ``group``: all of them get the centroids
-            of the first, so that no rounding sets them apart.
-        iterations: at most so many; fewer where no feature changes its cluster any more.
+        features: float32, bfloat16 or float16 (float64 on the CPU), the same on all processes of ``group``, which all get the first's
+            result.
+        iterations: at most; fewer where nothing moves any more.
 
     Raises:
         TypeError, ValueError: the inputs do not fit.

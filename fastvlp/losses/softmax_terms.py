@@ -191,10 +191,8 @@ class Terms(NamedTuple):
         """The mean over anchors of their losses, one for each prefix.
 
         Args:
-            others: all candidates. Without ``label_smoothing`` only their groups are read.
-            lse, positive: [K, M], of the sweep; with ``averages``, ``positive`` is the sum of S over the positives; one positive is its S.
-            extra: more candidates, see ``negatives_of``. weight: [M].
-            batch: the anchors of all processes, of which these are a part, and whose mean is that of the processes' results.
+            others: all candidates (without ``label_smoothing`` only their groups are read). lse, positive: [K, M]; with ``averages`` the
+                sum of S over the positives. extra: more candidates, see ``negatives_of``. weight: [M]. batch: the anchors of all processes.
         """
         negatives = None if extra is None else negatives_of(anchors, extra, self.sweep)
         if negatives is not None:

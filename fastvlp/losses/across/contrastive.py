@@ -40,7 +40,7 @@ class SideBatches:
         """What all members bring, after one collective that makes sure that all do the same.
 
         Args:
-            rest: what may need a gradient beside features. keywords: what else has to be alike, by its name.
+            rest: what may need a gradient beside features. keywords: what else must be alike.
 
         Raises:
             RuntimeError, ValueError: another member refused its input, or the members differ.

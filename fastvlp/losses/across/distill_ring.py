@@ -18,11 +18,9 @@ from .split_batch import SplitBatch
 
 
 class DistillRing(torch.autograd.Function):
-    """Both losses: a trip for the statistics, and one back for the gradients, as ``SoftmaxRing`` makes them.
+    """Both losses: a trip for the statistics and one back for the gradients, as ``SoftmaxRing``; a text travels with its teacher's.
 
-    A text travels with its teacher's. With T and T' the softmax of the teacher's similarities over rows and over columns, the averages
-    sum_j T_ij text_j of a row merge from block to block by their log-sum-exps; of a column only <text_j, sum_i T'_ij image_i> is
-    needed, one number, which merges over processes like its log-sum-exps.
+    Rows' averages sum_j T_ij text_j merge by their log-sum-exps; of a column one number is enough, <text_j, sum_i T'_ij image_i>.
     """
 
     @staticmethod

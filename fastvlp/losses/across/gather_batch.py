@@ -21,27 +21,25 @@ Rows = TypeVar("Rows", Tensor, Packed)
 
 
 def gather_batch(*parts: Rows, group: Group = None) -> tuple[Rows, ...]:
-    """The rows (or segments) of all processes of ``group``, in the order of ranks, from this process's rows of each part.
+    """The rows (or segments) of all processes of ``group``, in the order of ranks, with gradients.
 
-    A loss that every process computes from the whole batch is, as their mean, that loss; and once DDP has averaged, every gradient is that
-    of one process with the whole batch. That makes any function of this module exact across processes::
+    It makes any function of the whole batch exact across processes (the mean of the losses, and all gradients once DDP has averaged)::
 
         image, text = gather_batch(image, text)
         loss = rank_clip_loss(image, text, scale)
 
-    Every process then makes all the products, O(N * N * D), and holds O(N * D). ``ClipLoss``, ``SigLipLoss``, ``CoCaLoss``,
-    ``DistillClipLoss`` and ``contrastive_loss(..., group=...)`` share that work out.
+    Every process makes all the products; ``ClipLoss``, ``SigLipLoss``, ``CoCaLoss``, ``DistillClipLoss`` and
+    ``contrastive_loss(..., group=...)`` share them out.
 
     Args:
-        parts: tensors [b, ...], floating-point (float32, float64, bfloat16, float16), int64, int32, uint8 or bool; or ``Packed``. The
-            number of rows may differ between processes and between parts, everything else must not.
-        group: the processes that share a batch; None: all. Without torch.distributed, or for a group of one, the parts come back.
+        parts: tensors [b, ...] (float32, float64, bfloat16, float16, int64, int32, uint8, bool) or ``Packed``; only b may differ.
+        group: None: all processes; without torch.distributed the parts come back.
 
     Returns:
-        As many parts. Gradients are summed over processes in float32, and travel in the dtype of the part (float16: in float32).
+        As many parts. Gradients are summed in float32, and travel in the part's dtype (float16: in float32).
 
     Raises:
-        TypeError, ValueError: a part is of another kind, or the processes differ; then all of them raise.
+        TypeError, ValueError: another kind, or the processes differ; then all of them raise.
     """
     members = Members.of(NAME, group)
     tensors, wrong = [], None

@@ -104,8 +104,8 @@ class Members:
     def scatter_sum(self, rows: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
         """This member's rows [sizes[rank], D] of the sum over members of ``rows`` [sum(sizes), D].
 
-        A reduce-scatter as one all-to-all and a sum in ``dtype`` on arrival: it moves the same bytes, takes unequal sizes on every
-        backend, and rounds low-precision rows once where a reduction in transit would round them at every hop.
+        One all-to-all and a sum in ``dtype`` on arrival: unequal sizes on every backend, and 16-bit rows are rounded once, not at every
+        hop.
         """
         own = sizes[self.rank]
         arrived = rows.new_empty(self.size * own, rows.shape[1])

@@ -1,8 +1,6 @@
 """The losses of which each process holds a part of the texts at a time, as a plain ring or grouped by nodes.
 
-Every trip lasts as long as the larger of all block computations and all hops. Features travel in the dtype of the products, and so do
-gradients inside a node; between nodes they are sums that each node adds to, and travel in float32, since lower precision would round them
-again at every hop.
+Features, and gradients inside a node, travel in the dtype of the products; between nodes, where every hop adds to them, in float32.
 """
 
 from __future__ import annotations
@@ -44,10 +42,8 @@ class Totals:
 
 
 class SoftmaxRing(torch.autograd.Function):
-    """The softmax loss: a trip for the statistics, and one back, the other way round, for the gradients.
-
-    The way back begins with the block that the way there ended with, and ends with this process's own, so that no hop of it stands
-    alone. Of the whole batch a process keeps one number per column.
+    """The softmax loss: a trip for the statistics, and one back for the gradients, which begins with the block that the first ended with,
+    so that no hop stands alone. Of the whole batch a process keeps one number per column.
     """
 
     @staticmethod
@@ -99,10 +95,10 @@ class SoftmaxRing(torch.autograd.Function):
 
 
 class SigmoidRing(torch.autograd.Function):
-    """The sigmoid loss and its gradients in one trip; the last hop, which brings the text gradients home, may take until the backward.
+    """The sigmoid loss and its gradients in one trip; the last hop may take until the backward.
 
-    The text gradients are summed over processes before any of them is differentiated, so that the upstream gradient must be the
-    same number on all of them. It is compared, and a difference is an error.
+    Text gradients are summed over processes before any is differentiated, so that the upstream gradient must be one number; a difference is
+    an error.
     """
 
     @staticmethod
