@@ -83,7 +83,7 @@ class AdemVl(Captioner):
 
 
 def recipe() -> Recipe:
-    """Grids of 4 and 2 between a frozen tower and a frozen captioner: give both with ``run.start``."""
+    """Grids of 4 and 2 between a frozen tower and a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
     lm = fdl.Config(
         SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
     )

@@ -71,7 +71,7 @@ class EpAlm(Captioner):
 
 
 def recipe() -> Recipe:
-    """Two layers of a frozen tower into four blocks of a frozen captioner: give both with ``run.start``."""
+    """Two layers of a frozen tower into four blocks of a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
     lm = fdl.Config(
         SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
     )
