@@ -31,9 +31,12 @@ def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ran
     time. A sample that cannot be used is replaced by another, as in training, so that there is a row for each. Losses (``*_loss``) are
     left out.
 
+    Args:
+        timeout: seconds to wait for a worker, 0 for ever.
+
     Raises:
-        FileNotFoundError: the shard list matches nothing. ValueError: it holds no sample. RuntimeError: hardly any can be used, or a worker died or did
-        not answer within ``timeout`` seconds (0: it is waited for).
+        FileNotFoundError: the shard list matches nothing. ValueError: it holds no sample. RuntimeError: hardly any can be used, a worker
+        died, or did not answer within ``timeout``.
     """
     how = How(batch_size, world or Alone(), workers, beat, timeout)
     loader = Loader([(expand(shards), system.fields)], MAX_PIXELS, cache_bytes=0)

@@ -81,7 +81,7 @@ class Flame(System):
 
 
 def recipe() -> Recipe:
-    """Three prompts behind each caption of a frozen captioner, a ``simvlm`` run with model.text.context_length=32: ``run.start`` gives it."""
+    """Three prompts behind each caption of a frozen captioner: ``run.start`` of a ``simvlm`` run with model.text.context_length=32."""
     made, tokenizer = clip.recipe(), load_tokenizer(shipped.PAIRS.tokenizer)
     ends = slice(len(tokenizer.start), -len(tokenizer.end) or None)
     prompts = tuple(tuple(tokenizer.encode(text)[ends]) for text in ("it is a", "its colour is", "it is used for"))
