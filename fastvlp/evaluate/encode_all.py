@@ -24,17 +24,21 @@ PLAIN = Stage(keep=1.0, augment=0.0)
 
 @torch.no_grad()
 def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ranks | None = None,
-               beat: Callable[[], object] = lambda: None, workers: int = 0) -> Outputs:
+               beat: Callable[[], object] = lambda: None, workers: int = 0, timeout: float = 0) -> Outputs:
     """The outputs of ``encode`` for all samples in the order of the files, on the CPU; with several processes a collective call.
 
     Fields are called without augmentation and with all patches, as far as they leave that open, and with the same random words every
     time. A sample that cannot be used is replaced by another, as in training, so that there is a row for each. Losses (``*_loss``) are
     left out.
 
+    Args:
+        timeout: seconds to wait for a worker, 0 for ever.
+
     Raises:
-        FileNotFoundError: the shard list matches nothing. ValueError: it holds no sample. RuntimeError: hardly any can be used.
+        FileNotFoundError: the shard list matches nothing. ValueError: it holds no sample. RuntimeError: hardly any can be used, a worker
+        died, or did not answer within ``timeout``.
     """
-    how = How(batch_size, world or Alone(), workers, beat)
+    how = How(batch_size, world or Alone(), workers, beat, timeout)
     loader = Loader([(expand(shards), system.fields)], MAX_PIXELS, cache_bytes=0)
     index = loader.readers[0].index
     places = np.array([(shard, member) for shard in range(len(index.paths)) for member in range(index.count(shard))], dtype=np.int64)

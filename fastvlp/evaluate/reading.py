@@ -53,12 +53,14 @@ class How:
     Attributes:
         batch_size: samples encoded (and decoded pictures held) at a time. world: who shares the work; all call together.
         workers: loading processes per process; 0 loads in this one. beat: called at every batch.
+        timeout: seconds to wait for a worker before a RuntimeError, 0 for ever.
     """
 
     batch_size: int = 256
     world: Ranks = field(default_factory=Alone)
     workers: int = 0
     beat: Callable[[], object] = lambda: None
+    timeout: float = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
@@ -76,7 +78,7 @@ class How:
         keys = [key for _, key in numbered]
         found: Iterable[T] = map(data.__getitem__, keys)
         if self.workers and len(keys) > 1:
-            found = from_workers(data, keys, min(self.workers, len(keys)))
+            found = from_workers(data, keys, min(self.workers, len(keys)), timeout=self.timeout)
         for (number, _), one in zip(numbered, found, strict=True):
             self.beat()
             yield number, one
