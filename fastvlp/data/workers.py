@@ -64,7 +64,7 @@ class Guard:
             Unusable: it was given up before.
         """
         if place in self.lost:
-            raise Unusable(self.lost[place])  # type: ignore[index]
+            raise Unusable(self.lost[place])
         if self._mine is None:
             yield
             return
