@@ -56,7 +56,7 @@ class AdemVl(FrozenLmCaptioner):
 
 
 def recipe() -> Recipe:
-    """Grids of 4 and 2 between a frozen tower and a frozen captioner: give both with ``run.start``."""
+    """Grids of 4 and 2 between a frozen tower and a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
     return replace(clip.recipe(), model=fdl.Config(AdemVl, shipped.image(), small_lm(), grids=(4, 2), hidden=64),
                    data=shipped.captions("lm.text", keep=1.0), schedule=shipped.schedule(keep=1.0),
                    eval=Eval(captions=("mini:val-openclipart",)))

@@ -37,7 +37,7 @@ class Blip2(FrozenLmCaptioner):
 
 
 def recipe() -> Recipe:
-    """Eight queries between a frozen tower and a frozen captioner: give both with ``run.start``."""
+    """Eight queries between a frozen tower and a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
     bridge = fdl.Config(QFormer, encoder_width=192, hidden_size=192, num_layers=4, num_heads=3, intermediate_size=768, dropout=0.0)
     return replace(clip.recipe(), model=fdl.Config(Blip2, shipped.image(), bridge, small_lm()), data=shipped.captions("lm.text"),
                    eval=Eval(captions=("mini:val-openclipart",)))

@@ -63,7 +63,7 @@ class EpAlm(FrozenLmCaptioner):
 
 
 def recipe() -> Recipe:
-    """Two layers of a frozen tower into four blocks of a frozen captioner: give both with ``run.start``."""
+    """Two layers of a frozen tower into four blocks of a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
     return replace(clip.recipe(), model=fdl.Config(EpAlm, shipped.image(), small_lm(), layers=2, first=2, last=6),
                    data=shipped.captions("lm.text"), eval=Eval(captions=("mini:val-openclipart",)))
 

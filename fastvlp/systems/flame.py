@@ -64,7 +64,7 @@ class Flame(System):
 
 
 def recipe() -> Recipe:
-    """Three prompts behind each caption of a frozen captioner of captions up to 32 tokens: give it with ``run.start``."""
+    """Three prompts behind each caption of a frozen captioner: ``run.start`` of a ``simvlm`` run with model.text.context_length=32."""
     prompts = tuple(load_tokenizer(shipped.PAIRS.tokenizer).words(text) for text in ("it is a", "its colour is", "it is used for"))
     fields = {"image": Image(), "text": Caption(length=24, max_captions=2, part="lm.text", ends=shipped.ENDS)}
     return replace(clip.recipe(), model=fdl.Config(Flame, shipped.image(), small_lm(context_length=32), prompts, hidden=384),

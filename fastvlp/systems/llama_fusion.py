@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import fiddle as fdl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvlp.layers import RoutedBlock, packed_attend
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
@@ -46,9 +49,19 @@ class LlamaFusion(Captioner):
         words = tokens.replace(x=x).last(texts)
         return words.replace(x=self.norm_out(words.x))
 
+    def weights_from(self, theirs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A captioner's blocks are those of words and, as a start, those of patches."""
+        here = dict[str, Tensor]()
+        for name, tensor in theirs.items():
+            if match := re.match(r"joint\.blocks\.(\d+)\.(.+)", name):
+                here |= {f"blocks.{match[1]}.{kind}.{match[2]}": tensor for kind in cast(RoutedBlock, self.blocks[0]).kinds}
+            else:
+                here[name.removeprefix("joint.")] = tensor
+        return here
+
 
 def recipe() -> Recipe:
-    """Patches beside a frozen captioner of six blocks: give it with ``run.start``."""
+    """Patches beside a frozen captioner of six blocks: ``run.start=runs/simvlm``."""
     return replace(clip.recipe(), model=fdl.Config(LlamaFusion, shipped.image(depth=1), small_lm()), data=shipped.captions(),
                    eval=Eval(captions=("mini:val-openclipart",)))
 
