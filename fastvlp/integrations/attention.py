@@ -195,6 +195,7 @@ class BlockDiagonalMask:
         mask = torch.full((int(self.q_lengths.sum()), int(self.k_lengths.sum())), -torch.inf, dtype=dtype, device=device)
         q_start = k_start = 0
         for n, m in zip(self.q_lengths.tolist(), self.k_lengths.tolist(), strict=True):
+            # Aligned at the end: the last query sees all keys, so that the diagonal is shifted by the difference of the lengths.
             hidden = torch.full((n, m), -torch.inf, dtype=dtype, device=device).triu(m - n + 1) if self.causal else 0
             mask[q_start : q_start + n, k_start : k_start + m] = hidden
             q_start, k_start = q_start + n, k_start + m

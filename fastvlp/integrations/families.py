@@ -156,6 +156,7 @@ VIT = replace(CLIP, attend=_vit_attend, mlp=_vit_mlp, attention="attention")
 
 def find(module: nn.Module) -> Tower | str | None:
     """The tower that a module is (not its children): a sentence where its blocks are of a kind we do not know, None where it is none."""
+    # By names of modules, without importing libraries that the model does not come from.
     roots = {cls.__module__.split(".")[0] for cls in type(module).__mro__}
     finders = {"timm": _find_timm, "open_clip": _find_open_clip, "transformers": _find_hugging_face}
     for root, finder in finders.items():
@@ -187,6 +188,7 @@ def _find_open_clip(module: Any) -> Tower | str | None:
     block = transformer.CustomResidualAttentionBlock if own else transformer.ResidualAttentionBlock
     if why := _unknown(blocks, block, "attn", nn.MultiheadAttention if torchs else transformer.Attention):
         return why
+    # Packed rows come first; a block that transposes would mix tokens of different images.
     if torchs and not first.attn.batch_first:
         return "its blocks take [N, B, C]; build the model with batch_first=True"
     if not torchs and first.attn.logit_scale is not None:

@@ -38,6 +38,7 @@ class Options:
     group: dist.ProcessGroup | None
     logits: bool | None
 
+    # A process group cannot be copied, and a copy of the model belongs to the same one.
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         return self
 
@@ -110,6 +111,7 @@ class Siglip2LogitsOnDemand(LogitsOnDemand, Siglip2Output):
 def _softmax(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> Any:
     if group is not None:
         return ClipLoss(group=group)(image, text, scale)
+    # Per-row differences before the mean: log-sum-exp and positive are both large where they nearly cancel.
     row, column, positive = similarity_logsumexp(image, text, scale, offset=0)
     return ((row - positive) + (column - positive)).mean() / 2
 
@@ -178,6 +180,7 @@ def loss_forward(cls: Any) -> Callable[..., Any]:
         options: Options | None = getattr(self, OPTIONS, None)
         if options is None or exported.exporting():
             return original(self, *args, **kwargs)
+        # return_dict is taken out, since with our output the tuple is made at the end.
         tuples = not (self.config.return_dict if (wanted := kwargs.pop("return_dict", None)) is None else wanted)
         given = signature.bind(self, *args, **kwargs).arguments
         del given["self"]
@@ -186,6 +189,7 @@ def loss_forward(cls: Any) -> Callable[..., Any]:
         result = _with_loss(self, kind, given.pop("kwargs", {}), given)
         if tuples:
             return result.to_tuple()
+        # In evaluation logits are what is asked for; in training nobody reads them.
         if options.logits or (options.logits is None and not torch.is_grad_enabled()):
             return kind.output(**{field.name: getattr(result, field.name) for field in fields(kind.output)})
         return result

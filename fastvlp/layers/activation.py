@@ -9,6 +9,7 @@ from torch import Tensor, nn
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        # relu(x).square() keeps x for the one and relu(x) for the other; relu(x) alone is enough for both.
         positive = x.clamp_min(0)
         ctx.save_for_backward(positive)
         return positive.square()
