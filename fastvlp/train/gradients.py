@@ -39,6 +39,7 @@ def gradients(system: System, whole: Batch, parts: Parts, *, autocast: Autocast 
     Raises:
         ConfigError: the system has neither an objective nor losses, or a ``*_loss`` is not one number a sample.
     """
+    # Everything at once needs no second forward, whatever the objective compares.
     if len(parts) == 1:
         with autocast():
             out = system.encode(whole)
@@ -97,10 +98,12 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
     states, outs = [], []
     with torch.no_grad(), autocast():
         for encode in first:
+            # The second forward has to drop the same patches and weights as the first.
             states.append(random_state())
             outs.append(detached(encode()))
     after = random_state()
     counts = {name: [len(tensor(out[name])) if name in out else 0 for out in outs] for name in _names(outs)}
+    # What the objective sees are leaves of its own graph: its backward stops here, at the outputs, with their gradients.
     leaves = _end_to_end(outs)
     del outs
     for value in leaves.values():
@@ -120,6 +123,7 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
         pairs = [(tensor(out[name]), share[number]) for name, share in shares.items() if name in out and tensor(out[name]).requires_grad]
         if pairs:
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+    # As if each part had been encoded once: what is drawn next does not depend on the number of micro-batches.
     set_random_state(after)
     return losses, found
 
@@ -176,6 +180,7 @@ def _end_to_end(outs: Sequence[Outputs]) -> Outputs:
 
 def _in_order(outs: Outputs, parts: Parts, samples: int) -> Outputs:
     """A row a sample in the order of the batch."""
+    # Parts were balanced by cost, so that their rows are not in the order of the batch.
     order = torch.cat(list(parts)).argsort()
     return {name: take_samples(value, order, samples) for name, value in outs.items()}
 

@@ -55,6 +55,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._ends = socket.socketpair()
             self._ends[1].setblocking(False)
+            # Python runs a handler only between bytecodes of the main thread, which may sit in a collective for ever; this thread always hears.
             self._thread = threading.Thread(target=self._listen, args=(self._ends[0],), name="fastvlp-signals", daemon=True)
             self._thread.start()
             for signum in SIGNALS:
@@ -187,6 +188,7 @@ def say(text: str) -> None:
 
 def end_at_once(status: int) -> None:
     """Leave, and take the loading processes along."""
+    # os._exit runs nothing that would end them, and they hold the shards and the memory.
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)

@@ -58,6 +58,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 def _run(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog, began: float) -> dict[str, Any]:
     folder = Path(recipe.run.dir) / recipe.run.name
     progress = Progress(recipe.steps, recipe.train.print_every, enabled=world.rank == 0)
+    # Before anything is read or written: processes that were started differently never get to a collective of different sizes.
     agreement.check(world, lambda: agreement.settings(recipe, world.device))
     system, stream = agreement.all_or_none(world, lambda: prepare(recipe, world))
     data = agreement.data_digest(stream.indices)
@@ -69,6 +70,7 @@ def _run(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog, be
             said = take_weights(system, recipe.run.start)
             progress.say(f"run.start: {said}")
         agreement.check(world, lambda: {"data": data, "weights": agreement.weights_digest(system)})
+        # Every process writes its own part of a sharded checkpoint, and so all have to see one folder.
         if recipe.train.shard != 1:
             agreement.same_file(world, folder / lock.NAME, "where a sharded run writes its checkpoints")
         trainer = Trainer(recipe, system.to(world.device), world, len(stream.sources))
@@ -90,6 +92,7 @@ def _run(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog, be
         try:
             return report.finish(recipe, trainer, folder, log, progress, skipped=skipped, startup_seconds=startup_seconds,
                                  beat=fit.at_the_end)
+        # After the last step everything is saved; what is left may be cut short.
         except RuntimeError:  # another process heard the signal first, and is gone
             fit.at_the_end()
             raise
@@ -171,6 +174,7 @@ class Fit:
                 stopping, last = waiting[-1][0].stop, counters.step == recipe.steps
                 due = recipe.train.checkpoint_every and counters.step % recipe.train.checkpoint_every == 0
                 scoring = recipe.eval.every and counters.step % recipe.eval.every == 0 and not last
+                # Loss and norm of a step are read while the next one computes; before a checkpoint, a score or the end everything is read.
                 while len(waiting) > (1 if late and not (due or last or stopping or scoring) else 0):
                     mark = self._settle(*waiting.pop(0), counters.step - len(waiting), mark)
                 if stopping:
@@ -179,6 +183,7 @@ class Fit:
                     self._save(saver, wait=not recipe.train.asynchronous or last)
                 if scoring:
                     self._score(saver)
+                # What was just spent on saving and scoring is no time of a step.
                 if due or scoring or not late:  # nothing is being computed now
                     trainer.rate.again()
                     mark = time.perf_counter()
