@@ -117,7 +117,7 @@ def ranks(queries: Tensor, keys: Tensor, targets: Tensor, owner: Tensor, batch_s
         # A batch of queries at a time: the whole matrix of a large set would not fit.
         similarity, right = query @ keys.T, owner == target[:, None]
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        # Among equal similarities the first key wins, so that a model whose features are all alike has the score of chance, not a perfect one.
+        # Among equal similarities the first key wins: a model whose features are all alike must not score as if it were perfect.
         first = place.where(right & (similarity == best), len(keys)).amin(1, keepdim=True)
         # Counted by what is behind: NaN compares as false everywhere, and so ranks last.
         behind = (similarity < best) | ((similarity == best) & (place > first))

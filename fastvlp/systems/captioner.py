@@ -45,6 +45,7 @@ class Captioner(System):
         """
         images = self.prepared("image", images)
         start, end = self.tokenizer.start if self.tokenizer else [], self.tokenizer.end if self.tokenizer else []
+        # A field's own ends win: the tokenizer of a recipe that sets them has none.
         ends = getattr(self.fields.get("text"), "ends", None) or ((start[0], end[-1]) if start and end else None)
         options = ({} if ends is None else {"start": ends[:1], "end": ends[1]}) | options
         if not {"start", "end"} <= options.keys():
@@ -135,6 +136,7 @@ def write(
         words = logits.argmax(1) if top_p is None else _draw(logits.softmax(1), top_p, generator)
         for row, word in zip(open_, words.tolist(), strict=True):
             captions[row].append(word)
+        # Finished captions drop out, so that long ones do not cost the others anything.
         open_ = [row for row in open_ if captions[row][-1] != end]
     return [[word for word in caption[len(start) :] if word != end] for caption in captions]
 
@@ -142,5 +144,6 @@ def write(
 def _draw(chances: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One word [n] of each row, among the most likely ones of which all but the last have less than ``top_p`` together."""
     ranked, words = chances.sort(dim=1, descending=True, stable=True)
+    # A word stays if those before it have less than top_p together; so the likeliest one always stays.
     ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0)
     return words.gather(1, torch.multinomial(ranked, 1, generator=generator)).squeeze(1)

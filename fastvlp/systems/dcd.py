@@ -36,6 +36,7 @@ class Dcd(Clip):
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         image, text, texts = losses.gather_batch(out["image"], out["text"], batch.text)
+        # The next samples in the batch, round its end: with a shuffled batch as random as any, and the same on every process.
         drawn = min(self.drawn, len(texts) - 1)  # of a batch that is smaller, all others
         if drawn < 1:
             raise ValueError("Dcd: the batch has one sample, and no other caption to compare its picture with; raise data.batch_size")

@@ -48,6 +48,7 @@ class EpAlm(FrozenLmCaptioner):
         for number, block in enumerate(self.lm.joint.blocks):
             if self.first <= number < self.last:
                 one = self.to_lm(seen[min((number - self.first) // each, self.layers - 1)])
+                # The new token takes the place of the one before, so that the sequence does not grow.
                 tokens = Packed.from_padded(one[:, None].to(words.x.dtype)).join(tokens.last(language))
             tokens = tokens.replace(x=block(tokens.x, packed_attend(tokens, causal=True)))
         return tokens.replace(x=self.lm.joint.norm_out(tokens.x)).last(texts)

@@ -24,6 +24,7 @@ def visible_pairs(lengths: Tensor, lengths_k: Tensor, causal: bool, prefix: Tens
     """Pairs of query and key that see each other, over all segments: integers [S] on the CPU; see ``packed_attention`` for the rest."""
     if not causal:
         return int((lengths.long() * lengths_k.long()).sum())
+    # Causal masks are aligned at the end: a query sees its own number of keys plus those that come before all queries.
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     starts = lengths.long().cumsum(0) - lengths
     row = torch.arange(len(owner)) - starts[owner]
@@ -130,6 +131,7 @@ class FlopCount(TorchDispatchMode):
         if formula is not None:
             operands = args if packet not in _OPERANDS else [args[place] for place in _OPERANDS[packet]]
             flops = formula(*args, **kwargs, out_val=out)
+            # A product's backward is a product for each operand that needs a gradient.
             learning = sum(1 for one in operands if isinstance(one, Tensor) and one.ndim > 1 and self._hangs(one))
             self.forward[self.inside[-1]] += flops
             self.backward[self.inside[-1]] += flops * min(2, learning)

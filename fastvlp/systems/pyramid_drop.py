@@ -43,6 +43,7 @@ class PyramidDrop(Captioner):
         whole, tokens = patches.lengths, patches.join(self.text.embed(texts).replace(pos=None))
         for number, block in enumerate(self.joint.blocks):
             if number in self.drop_before:
+                # Shares of the picture's own tokens, not of what was left: rounding does not add up.
                 remain = (whole * self.keep ** (self.drop_before.index(number) + 1)).long()
                 tokens = drop_least_read(block, tokens, texts.lengths, remain)
             tokens = tokens.replace(x=block(tokens.x, packed_attend(tokens, causal=True)))

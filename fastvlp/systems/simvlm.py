@@ -37,6 +37,7 @@ class SimVlm(Captioner):
     def encode(self, batch: Batch) -> Outputs:
         texts, given = batch.text, self._given(batch.text)
         index = torch.arange(texts.total) - (texts.cu_seqlens[:-1].long().cpu()).repeat_interleave(texts.lengths)
+        # No loss on the given words, nor on the last token, which has nothing behind it.
         silent = (index < given.repeat_interleave(texts.lengths)) | (index == texts.lengths.repeat_interleave(texts.lengths) - 1)
         targets = texts.x.roll(-1).masked_fill(silent.to(texts.x.device), IGNORE)
         return {"words_loss": batch.per_token(word_nll(self._states(batch.image, texts, given), self.words, targets), "words")}

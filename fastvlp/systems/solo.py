@@ -35,6 +35,7 @@ class Solo(Captioner):
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         order, lengths = with_row_marks(images)
+        # Patches and the three marks in one table, from which one lookup makes the sequence.
         patches = torch.cat([self.image.embed(images).x, self.marks.to(self.image.patch.weight.dtype)])
         framed = Packed.of(patches.index_select(0, order.to(patches.device, non_blocking=True)), lengths)
         return self.joint(framed.join(self.text.embed(texts).replace(pos=None)), causal=True).last(texts)

@@ -46,6 +46,7 @@ class UnifiedVlp(MaskedCaptioner):
         return {"hidden": int(hidden_words(batch.text, self.hide_ends(batch.masked, batch.draw < self.seq2seq)).sum())}
 
     def _states(self, images: Packed, texts: Packed, one_way: Tensor) -> Packed:
+        # Segment embeddings tell pictures from words, and say which task it is.
         parts = []
         for side, part in enumerate((self.image.embed(images), self.text.embed(texts))):
             kind = self.kinds[one_way.long(), side].repeat_interleave(part.cu_seqlens.diff(), 0, output_size=part.total)

@@ -33,6 +33,7 @@ class Vilt(System):
 
     def encode(self, batch: Batch) -> Outputs:
         patches = self.image.embed(batch.image)
+        # Patches are embedded once and fused twice: with the own caption, some words hidden, and with another's.
         pair, other = self.fuse(patches, batch.masked), self.fuse(patches, batch.other)
         yes, no = (-self.match(segment_mean(fused)).log_softmax(-1)[:, kind] for fused, kind in ((pair, 1), (other, 0)))
         nll = masked_word_nll(pair.last(batch.text.lengths), self.words, batch.text, batch.masked)

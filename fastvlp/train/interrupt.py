@@ -55,7 +55,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._ends = socket.socketpair()
             self._ends[1].setblocking(False)
-            # Python runs a handler only between bytecodes of the main thread, which may sit in a collective for ever; this thread always hears.
+            # Python runs a handler only between bytecodes of the main thread, which may sit in a collective; this thread always hears.
             self._thread = threading.Thread(target=self._listen, args=(self._ends[0],), name="fastvlp-signals", daemon=True)
             self._thread.start()
             for signum in SIGNALS:

@@ -52,6 +52,7 @@ def softmax_block_backward(
         image and text in the features' dtype, scale in float32 (float64 for float64); None where not wanted.
     """
     nothing = LogSumExp(of_row.new_empty(0), of_row.new_empty(0))
+    # A positive pair stands in its row and in its column, hence twice; inside the operator it meets p before anything is rounded.
     grads = ResultGrads(of_row, of_column, None, None, None if offset is None else -2 * of_row)
     results = Results(row, column, nothing, nothing, positive)
     found = logsumexp_backward(grads, results, Needs(*wants[:3]), image, text, scale, offset=offset, compute_dtype=image.dtype)
@@ -140,11 +141,13 @@ def distill_block_backward(
         grads, results, Needs(*wants[:3]), image.student, text.student, scale.student, offset=offset, compute_dtype=dtype
     )
     of_image, of_text, of_scale = (part if wanted else None for part, wanted in zip(found, wants[:3], strict=False))
+    # The teacher's part: minus scale * T times the other side's features, by the teacher's softmax, which is never stored.
     by_row, by_column = (-scale.student * weights.teacher[:, None] for weights in (of_row, of_column))
     if of_image is not None:
         of_image += _spread(text.teacher, image.teacher, scale.teacher, column.teacher, by_column * text.student, dtype)
     if of_text is not None:
         of_text += _spread(image.teacher, text.teacher, scale.teacher, row.teacher, by_row * image.student, dtype)
+        # This block's softmax over columns, brought to the whole column by its share of the sum.
         part = attend_forward(text.teacher, image.teacher, image.student, scale.teacher, compute_dtype=dtype)
         of_text += by_column * column.teacher.probability(part.lse.value()).to(part.out.dtype)[:, None] * part.out
     return of_image, of_text, of_scale

@@ -91,6 +91,7 @@ def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, hel
     block, shard = (held[0], held[-1]) if back else (text, text)
     before, own, part, carried = text, None, None, None
 
+    # Each turn: start what travels, compute the block that is here, wait, sum up what came.
     for turn in range(1 + lag if back else 0, home + 1):
         exchange = Exchange(members)
         if turn == nodes:
@@ -100,6 +101,7 @@ def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, hel
             following = ring.empty(turn, shard)
             pieces = ring.split(turn, following)
             if ring.place in pieces:
+                # What came from the ring is part of the node's block like what the peers hand over.
                 pieces[ring.place].copy_(shard)
             for place in peers:
                 exchange.send(shard, ring.rank(0, place))
@@ -116,9 +118,11 @@ def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, hel
         if carried is not None:
             exchange.send(carried, there)
             gradients.append(exchange.receive(carried.new_empty(ring.rows(turn - 2 * lag), carried.shape[1]), behind))
+        # All of a turn's messages start as one group: NCCL would block on the first of two that wait for each other.
         transfer = exchange.start()
 
         made = None
+        # The own texts need nobody: they cover the first hop outward and the last one home.
         if turn == (home if back else 0):
             own = visit(text, [members.rank])
         elif turn - lag < nodes + back:
@@ -129,6 +133,7 @@ def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, hel
         transfer.wait()
 
         if lag:
+            # Inside a node gradients travel as features do; the sum over members is made on arrival, in float32.
             part = None if made is None else made.to(batch.travels)
         elif made is not None:
             gradients.append(made)

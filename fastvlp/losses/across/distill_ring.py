@@ -41,6 +41,7 @@ class DistillRing(torch.autograd.Function):
         def visit(block: Tensor, owners: list[int]) -> None:
             found = distill_block(images, _both(block, image, batch), scales, offset_of(batch, owners), batch.dtype)
             if rows:
+                # Two averages with log-sum-exps a and b merge with the weight sigmoid(b - a): no sum of exponentials is ever stored.
                 mean.lerp_(found.mean, torch.sigmoid(found.row.teacher.minus(rows[0].teacher))[:, None])
                 rows[:] = [Both(*(merge(*pair) for pair in zip(rows[0], found.row, strict=True)))]
             else:
@@ -52,6 +53,7 @@ class DistillRing(torch.autograd.Function):
 
         held = circulate(batch, texts, 1, visit).held
         (row,), (positive,) = rows, positives
+        # One exchange merges student and teacher, and says which share of each column's sum was here.
         column, share = members.merge(LogSumExp(columns[0:4:2], columns[1:4:2]))  # each [2, N]
         own = batch.own(column)
         similarity = members.sum(columns[4] * share[1]).split(batch.sizes)[rank]
@@ -87,6 +89,7 @@ class DistillRing(torch.autograd.Function):
         of_text = circulate(batch, texts, -1, visit, held).gradient()
         of_image, of_scale = totals.values
         if of_image is not None:
+            # What the averages of the first trip give without another product.
             of_image = (of_image - scale * of_row.teacher[:, None] * mean).to(ctx.dtypes[0])
         if of_scale is not None:
             of_scale = of_scale - of_row.teacher[0] * similarity

@@ -52,6 +52,7 @@ def gather_batch(*parts: Rows, group: Group = None) -> tuple[Rows, ...]:
             raise wrong
         return parts
     if wrong is not None:
+        # The others are in a collective already, or will be: told, they raise, too, instead of waiting.
         tell_refusal(members)
         raise wrong
     alike: dict[str, object] = {"loss or strategy": NAME, "number of tensors": len(tensors)}
@@ -81,6 +82,7 @@ def _gather(tensor: Tensor, members: Members, sizes: tuple[int, ...]) -> Tensor:
     if tensor.is_floating_point():
         whole = gather_rows(flat, SplitBatch(members, sizes, tensor.dtype, sum_dtype(tensor.dtype)))
     else:
+        # Not every backend moves booleans.
         whole = members.gather_rows(flat.to(torch.uint8) if tensor.dtype == torch.bool else flat, sizes).to(tensor.dtype)
     return whole.reshape(sum(sizes), *tensor.shape[1:])
 
