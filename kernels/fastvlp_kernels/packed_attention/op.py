@@ -71,6 +71,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
+    # Where nobody traces, the function itself: dispatch would cost more than the attention of a few short segments.
     direct = _op.untraced(grad) and not torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.packed_attention_backward
     grads = run(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, needs, ctx.impl, *ctx.longest)
@@ -101,6 +102,7 @@ def _known(cu_q: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> bo
 def _host(cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> tuple[Tensor, Tensor]:
     """The lengths on the CPU, read from the device where the caller did not give them."""
     host = read_lengths(NAME, "cu_seqlens_q", cu_q, "lengths", lengths)
+    # Self attention asks the device once.
     if cu_k is cu_q and (lengths_k is None or lengths_k is lengths):
         return host, host
     return host, read_lengths(NAME, "cu_seqlens_k", cu_k, "lengths_k", lengths_k)

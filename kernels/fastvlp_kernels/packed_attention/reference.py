@@ -26,6 +26,7 @@ def packed_attention(
                 visible = visible | (place < prefix_len[segment])
             weight = torch.where(visible, weight, 0)
         scores = torch.where(weight > 0, scores, -torch.inf)
+        # The usual maximum, but finite where a row is all -inf: -inf minus itself is NaN.
         maximum = scores.detach().amax(2, keepdim=True).clamp_min(torch.finfo(scores.dtype).min) if m else 0
         weighted = weight * torch.exp(scores - maximum)
         total = weighted.sum(2, keepdim=True)

@@ -21,6 +21,7 @@ def _match(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, device = metric.shape[0], metric.device
     lengths = host_lengths("merge_plan", cu_seqlens, lengths, tokens)
+    # With a ghost the kernel counts on the device; without one the host must know the rows.
     if impl != "triton" or ghost == NO_GHOST:
         most = _most(lengths if each is None else lengths.to(each.device), r, share, each, threshold, protected, ghost)
         if ghost == NO_GHOST and rows != tokens - int(most.sum()):
@@ -53,6 +54,7 @@ def _most(
 ) -> Tensor:
     """How many tokens of each segment may be merged away: no more than wanted, and none where there is nothing to merge into."""
     candidates = ((lengths + 1) // 2 - (protected + 1) // 2).clamp_min(0)
+    # No free token of odd place: there is nothing to merge into.
     candidates = torch.where(lengths // 2 > protected // 2, candidates, 0)
     if threshold is None:
         candidates = torch.minimum(candidates, counted(lengths, r, share, each)).clamp_min(0)
@@ -190,6 +192,7 @@ def merge_plan(
     segments = cu_seqlens.shape[0] - 1
     number, share, each = number_of_tokens(op, "r", r, segments)
     _check_options(op, metric, r, threshold, protected, ghost, segments)
+    # A threshold merges as many as are similar, which only the device knows: the result keeps its capacity, with a ghost behind.
     known = threshold is None and (each is None or each.device.type == "cpu")
     kind = OLD_GHOST if ghost else NO_GHOST if known else NEW_GHOST
     chosen = _op.choose(op, impl, metric.device, IMPLEMENTATIONS, (metric.dtype,))
