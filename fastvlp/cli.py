@@ -131,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     root = parser()
+    # Known ones only: a key written as a flag (--lr 1e-3) gets a better answer than "unrecognized arguments".
     options, rest = root.parse_known_args(arguments)
     recipe = hasattr(options, "arguments")
     flags = [argument for argument in rest if argument.startswith("-")]
@@ -147,9 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.parser.print_help()
             if not options.arguments:
                 return 0
+        # Imported here, so that --help and --version do not wait for torch.
         return importlib.import_module(f"fastvlp.commands.{options.command}").command(options)
     except KeyboardInterrupt:
         return 130
+    # As in ``fastvlp recipes | head``: closed, or Python would complain again when it flushes at exit.
     except BrokenPipeError:
         sys.stderr.close()
         return 1

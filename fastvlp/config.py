@@ -115,6 +115,7 @@ def _file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Before it runs: dataclasses look up their module while they are made.
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)

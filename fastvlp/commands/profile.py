@@ -62,6 +62,7 @@ def profile(recipe: Recipe) -> tuple[list[Stream], list[Part]]:
     Raises:
         ConfigError, FileNotFoundError: as training would.
     """
+    # Without workers: a process more would take longer than the samples.
     few = min(SAMPLES, recipe.data.batch_size)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, batch_size=few, workers=0))
     system, data = prepare(recipe, World(0, 1, torch.device("cpu")))

@@ -48,6 +48,7 @@ def masked_word_nll(hidden: Packed, head: Head, text: Packed, masked: Packed) ->
 
 def segment_sum(values: Tensor, packed: Packed) -> Tensor:
     """The sum of ``values`` [T] over each segment of ``packed``: [S]."""
+    # The lengths are on the host, so the output size is known and the device is not asked.
     counts = packed.lengths.to(values.device, non_blocking=True)
     owner = torch.arange(len(packed), device=values.device).repeat_interleave(counts, output_size=packed.total)
     return values.new_zeros(len(packed)).index_add(0, owner, values)
@@ -71,6 +72,7 @@ def next_token_hits(hidden: Packed, head: Head, texts: Packed) -> Tensor:
     """
     check_segments_of("next_token_hits", hidden, texts.lengths)
     weight, bias = (head, None) if isinstance(head, Tensor) else (head.weight, head.bias)
+    # The argmax needs logits, but never those of all tokens at once.
     step = max(1, LOGITS // weight.shape[0])
     likeliest = torch.cat([F.linear(x, weight, bias).argmax(1) for x in hidden.x.split(step)])
     owner = torch.arange(len(texts)).repeat_interleave(texts.lengths).to(likeliest.device)

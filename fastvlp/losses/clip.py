@@ -89,6 +89,7 @@ class ClipLoss(ContrastiveLoss):
         return found if logit_bias is None else (found[0] + logit_bias, found[1] + logit_bias)
 
     def _from_logits(self, given: Given) -> Tensor:
+        # open_clip's labels count rank * num_logits, which only equal batches make true.
         if self.local_loss and len(set(given.batch.sizes)) > 1:
             sizes = list(given.batch.sizes)
             raise ValueError(f"{self.name}: local_loss=True with overridden methods needs equally many pairs on all processes, not {sizes}")

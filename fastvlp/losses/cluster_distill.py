@@ -72,11 +72,13 @@ def cluster_instance_loss(
     how: dict[str, Any] = {"compute_dtype": dtype, "impl": impl}
     with torch.autocast(image.device.type, enabled=False):
         x, y = operand(image, dtype), operand(text, dtype)
+        # Of this process's pairs alone, as the terms of clusters are.
         loss = contrastive_loss(x, y, factor, stash_bytes=stash_bytes, group=ALONE, **how)
         if cluster:
             loss = loss + cluster * proto_clip_loss(x, prototypes, assignments, factor, **how)
         if instance:
             for own, teacher in ((x, teacher_image), (y, teacher_text)):
+                # The two sides of a loss need one dtype, and this one loses nothing of the teacher's.
                 target = teacher.detach().to(sums)
                 loss = loss + instance / 2 * contrastive_loss(own, target, factor, stash_bytes=stash_bytes, group=ALONE, **how)
         return loss

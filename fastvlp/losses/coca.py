@@ -95,6 +95,7 @@ class CoCaLoss(ClipLoss):
             assert isinstance(loss, Tensor)
             contrastive = self.clip_loss_weight * loss
         else:
+            # With weight 0 the inputs are checked all the same, and every parameter gets a gradient of 0, for which DDP would wait.
             self._given(image_features, text_features, logit_scale, None, local_sizes)
             parts = (image_features, text_features, torch.as_tensor(logit_scale, device=logits.device).reshape(-1))
             contrastive = torch.stack([part[:0].sum(dtype=_inputs.sum_dtype(part.dtype)) for part in parts]).sum()
@@ -120,4 +121,5 @@ class CoCaLoss(ClipLoss):
         tokens, members = (labels != self.pad_id).sum(), self._members()
         if members.size > 1:
             tokens = members.gather(tokens).sum()
+        # DDP divides by the number of processes; captions differ in length, so the mean is over all tokens and not of means.
         return total * members.size / tokens.clamp(min=1)

@@ -115,5 +115,6 @@ def _mean_similarity(
     x: Tensor, y: Tensor, scale: Tensor, teacher_x: Tensor, teacher_y: Tensor, temperature: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """[M]: the mean over j of scale * <x_i, y_j> with the weights softmax_j(temperature * <teacher_x_i, teacher_y_j>)."""
+    # sum_j p_j S_ij = scale * <x_i, sum_j p_j y_j>: attention over the texts, without the teacher's matrix of probabilities.
     mean, _ = similarity_attend(teacher_x, teacher_y, y, temperature, compute_dtype=dtype)
     return scale * (x * mean).sum(1)

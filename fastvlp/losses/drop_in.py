@@ -124,6 +124,7 @@ class ContrastiveLoss(nn.Module, ABC):
             alike = self._settings() | features_alike(image, dtype, trains) | {"number of processes of a node": node_size} | alike
             alike["presence of logit_bias"] = bias is not None
             call = repr(alike)
+            # Told sizes are compared once for each kind of call: comparing costs a message between all processes.
             if sizes is None or call not in self._agreed:
                 asked = tuple(count for (count,) in agree(self.name, members, [image.shape[0]], alike))
                 if sizes is not None and sizes != asked:

@@ -41,6 +41,7 @@ def hard_candidates(
     with torch.autocast(anchors.device.type, enabled=False):
         x, y = operand(anchors, dtype), operand(others, dtype)
         chosen, scores = [], []
+        # Some rows of S at a time, as the whole of it may not fit.
         height = max(1, SCORES // len(y))
         for start in range(0, len(x), height):
             S = factor * x[start : start + height] @ y.T
@@ -96,11 +97,13 @@ def dcd_loss(
         x, y = operand(anchors, dtype), operand(others, dtype)
         places = [torch.arange(len(x), device=x.device), *candidates.long().unbind(1)]
         S = shift + factor * torch.stack(
+            # Recomputed in the backward pass: the gathered candidates are as large as the features, times their number.
             [checkpoint(_similarity, x, y, place, use_reentrant=False, preserve_rng_state=False) for place in places], 1
         )
         T = teacher_scores.detach().to(sums)
         log_p = T.log_softmax(1)
         H = -(log_p.exp() * log_p).sum(1)
+        # A teacher that is sure of every anchor doubts none more than another.
         doubt = torch.where(H.sum() > 0, H / H.sum(), 1 / len(H))
         trust = (1 - doubt).square().softmax(0)
         labelled = softplus(torch.cat([-S[:, :1], S[:, 1:]], 1)).mean(1)

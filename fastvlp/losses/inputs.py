@@ -41,6 +41,7 @@ def align(loss: str, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     if image.dtype == text.dtype:
         return image, text
     device = image.device.type
+    # Under autocast one tower may end in a norm (float32) and the other in a product (16 bits); elsewhere it is a mistake.
     if not torch.is_autocast_enabled(device):
         raise TypeError(f"{loss}: image_features are {image.dtype}, text_features {text.dtype}; cast one of them, or use autocast")
     dtype = torch.get_autocast_dtype(device)

@@ -39,6 +39,7 @@ def kmeans(features: Tensor, clusters: int, iterations: int = 20, restarts: int 
     centroids = min(found, key=lambda one: float(one[0]))[1]
     members = Members.of(NAME, group)
     if members.size > 1:
+        # Sums in another order could assign a feature elsewhere; all processes need the same prototypes.
         dist.broadcast(centroids, members.global_rank(0), group=members.group)
     return centroids
 
@@ -68,6 +69,7 @@ def _lloyd(x: Tensor, clusters: int, iterations: int, generator: torch.Generator
 def _nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distances [N] and places [N]: |x - c|^2 is smallest where <x, c> - |c|^2 / 2 is largest."""
     halves = centroids.square().sum(1, keepdim=True) / -2
+    # |c|^2 / 2 rides along as one more feature; in 16 bits it would be rounded by more than centroids differ.
     with torch.autocast(x.device.type, enabled=False):
         best, place = similarity_topk(torch.cat([x, x.new_ones(len(x), 1)], 1), torch.cat([centroids, halves], 1), 1)
     return (x.square().sum(1) - 2 * best[:, 0]).clamp_min(0), place[:, 0]

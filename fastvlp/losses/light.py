@@ -64,6 +64,7 @@ def light_clip_loss(
     dtype = _inputs.product_dtype(NAME, image, compute_dtype)
     sums = _inputs.sum_dtype(dtype)
     factor = _inputs.scalar(NAME, "scale", scale, image, sums)
+    # Detached: targets are not to be learned, or they would learn to agree.
     sharpness = (factor if target_scale is None else _inputs.scalar(NAME, "target_scale", target_scale, image, sums)).detach()
     with torch.autocast(image.device.type, enabled=False):
         if not soft:
@@ -74,6 +75,7 @@ def light_clip_loss(
         for anchors, others in ((x, y), (y, x)):
             like = anchors.detach()
             mean, lse = similarity_attend(like, like, others, sharpness, row_ids=places, col_ids=places, compute_dtype=dtype, impl=impl)
+            # Cross-entropy is linear in the target, so moving a share of it adds share * (positive logit - mean logit of the targets).
             spread = torch.linalg.vecdot(anchors, others - mean).masked_fill(lse == -torch.inf, 0.0)
             loss = loss + soft / 2 * factor * spread.mean()
         return loss

@@ -143,6 +143,7 @@ def _add_gradients(dS: Tensor, pairs: _Pairs, mixed: _Mixed, totals: Sequence[Te
     if of_keys is None and of_queries is None:
         return
     of_weights = torch.einsum("mnhe,mkhe->hnmk", grad, pairs.values)
+    # The softmax's derivative.
     logits = mixed.weights * (of_weights - torch.linalg.vecdot(mixed.weights, of_weights)[..., None])
     if of_keys is not None:
         of_keys += torch.einsum("hnmk,nhc->mkhc", logits, pairs.queries)
@@ -198,6 +199,7 @@ def _forward(
                 pairs = _Pairs(*images, asked[cols], compared[cols], projected)
                 mixed = _mix(pairs)
                 negated = scale * mixed.S + bias  # -z * logits
+                # -z * logit: negative pairs as they are, the pair itself turned round. Off the diagonal the view is empty.
                 negated.diagonal(i - j).neg_()
                 loss -= F.logsigmoid(-negated).sum() * factor
                 if not any(needs):

@@ -57,6 +57,7 @@ def prolip_loss(
     sums = _inputs.sum_dtype(_inputs.product_dtype(NAME, image_mean, compute_dtype))
     scale = _inputs.scalar(NAME, "scale", scale, image_mean, sums)
     with torch.autocast(image_mean.device.type, enabled=False):
+        # The expected squared distance of two Gaussians is that of their means plus all variances: biases of rows and columns.
         spread = (scale * (log_variance.to(sums).exp().sum(1) / -2) for log_variance in (image_log_variance, text_log_variance))
     return pairwise_sigmoid(
         image_mean, text_mean, scale, bias, row_bias=next(spread), col_bias=next(spread),
@@ -86,6 +87,7 @@ def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_varia
     mean, log_variance, mean_of, log_variance_of = _wide("log_inclusion", **given)
     wider = log_variance_of - log_variance
     t = torch.tanh(wider / 2)
+    # 1 / (v + v') through logarithms, which do not overflow.
     apart = (mean - mean_of).square() * torch.exp(-torch.logaddexp(log_variance, log_variance_of))
     share, weight = (1.0, RELEASED_WEIGHT) if released else (0.5, 1.0)
     return share * wider - torch.atanh(t / 3) + weight * 4 * t * apart / (9 - t.square())

@@ -34,6 +34,7 @@ def back_translate(features: Tensor, assignments: Tensor, clusters: int) -> Tens
         raise ValueError(f"back_translate: clusters={clusters!r}; it must be how many there are, an integer of at least 1")
     _check_range("back_translate", assignments, clusters)
     wide = features.to(_inputs.sum_dtype(features.dtype))
+    # Features without a cluster go to one more, which is dropped at the end: no mask, so no size that only the device knows.
     places = torch.where(assignments < 0, clusters, assignments.long())
     total = wide.new_zeros(clusters + 1, wide.shape[1]).index_add_(0, places, wide)
     count = wide.new_zeros(clusters + 1).index_add_(0, places, wide.new_ones(len(wide)))

@@ -32,6 +32,7 @@ class NegativeQueue(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"NegativeQueue: dtype={dtype}; it must be floating point: float32, bfloat16, float16 or float64")
         self.register_buffer("features", torch.zeros(size, width, dtype=dtype, device=device))
+        # exp(-inf) = 0: places that were never filled count for nothing in a log-sum-exp, whose shapes stay the same.
         self.register_buffer("log_weight", torch.full((size,), -torch.inf, dtype=dtype, device=device))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
 
@@ -44,6 +45,7 @@ class NegativeQueue(nn.Module):
         """
         self._check(features)
         size = len(self.features)
+        # An index twice would leave open which of the two stays.
         features = features[-size:].to(self.features.dtype)
         places = (self.position + torch.arange(len(features), device=features.device)) % size
         self.features.index_copy_(0, places, features)

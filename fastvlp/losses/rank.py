@@ -81,6 +81,7 @@ def _rank_alike(eps: float, blocks: list[Tensor], rows: slice, cols: slice, need
 
 def _list_mle(scores: Tensor, reference: Tensor, need: bool, eps: float) -> tuple[Tensor, Tensor | None]:
     """Sum of ListMLE of the rows of ``scores`` [M, N] in the order of falling ``reference``, and its gradient."""
+    # Stable: equal similarities have to rank alike in every run.
     order = reference.argsort(dim=1, descending=True, stable=True)
     ranked = scores.gather(1, order)
     left = ranked.flip(1).logcumsumexp(1).flip(1)  # of all that are still to be drawn
@@ -93,6 +94,7 @@ def _list_mle(scores: Tensor, reference: Tensor, need: bool, eps: float) -> tupl
         return total, None
     # What comes at rank k takes part in all draws up to k, with exp(ranked_k - left_d) in that of d.
     share = (least - left).exp_().sum(1, keepdim=True) if eps else None  # of eps, which is relative to the highest
+    # expm1, since the exponential is near 1 where the ranking already fits.
     gradient = torch.expm1(ranked + left.neg_().logcumsumexp(1))
     if share is not None:
         gradient.scatter_add_(1, place, share)
