@@ -82,6 +82,7 @@ def key_for(flag: str, rest: Sequence[str]) -> str:
     name, _, given = flag.lstrip("-").partition("=")
     name = name.replace("-", "_")
     given = given or next((one for one in rest[:1] if not one.startswith("-") and "=" not in one), "")
+    # Reversed, so that of equal names the one of the first section wins.
     known = {field.name: f"{section}.{field.name}" for section, kind in reversed(SECTIONS.items()) for field in dataclasses.fields(kind)}
     found = ELSEWHERE.get(name) or known.get(name) or next((known[near] for near in difflib.get_close_matches(name, known, 1, 0.75)), None)
     if found is None:

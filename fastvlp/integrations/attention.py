@@ -90,6 +90,7 @@ def varlen_attn(
     Raises:
         ValueError: another window, returned statistics, used lengths or a block table are asked for; fewer key heads without enable_gqa.
     """
+    # torch's name for causal: all keys before a query and none behind it.
     causal = tuple(window_size) == (-1, 0)
     _refuse(
         "varlen_attn", return_aux=(return_aux, None), window_size=((-1, -1) if causal else tuple(window_size), (-1, -1)),
@@ -242,6 +243,7 @@ def memory_efficient_attention(
         raise ValueError(f"{function}: attn_bias is {type(attn_bias).__name__}; it must be our BlockDiagonalMask or None")
     elif len(query) != 1:
         raise ValueError(f"{function}: query has a batch of {len(query)}; with a BlockDiagonalMask all segments lie in one, [1, M, H, K]")
+    # A batch of equal lengths is one row of segments; 3-d inputs have a single head.
     q, k, v = (x.flatten(0, 1) if x.ndim == 4 else x.flatten(0, 1)[:, None] for x in (query, key, value))
     out = packed_attention(
         q, k, v, attn_bias.q_starts, attn_bias.k_starts, key_size=key_size, causal=attn_bias.causal, scale=scale,

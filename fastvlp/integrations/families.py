@@ -173,6 +173,7 @@ def _find_timm(module: Any) -> Tower | str | None:
     blocks = _named(module.blocks, "blocks")
     if why := _unknown(blocks, timm.Block, "attn", attention):
         return why
+    # A flexible tower has as many tokens as its picture, so nothing can be promised of its costs.
     patches = None if flexible else module.patch_embed.num_patches
     drops = float(getattr(getattr(module, "patch_drop", None), "prob", 0.0))
     return Tower(blocks, TIMM, module.num_prefix_tokens, patches and patches + module.num_prefix_tokens, module, drops, padded=flexible)
@@ -235,6 +236,7 @@ WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 def _named(blocks: Any, path: str) -> list[tuple[str, nn.Module]]:
     """The blocks by name, one that is met several times as often as it is, and inside what wraps them."""
+    # From _modules, as named_children would leave out a block that is met a second time.
     return [_unwrapped(f"{path}.{name}", block) for name, block in blocks._modules.items()]
 
 
@@ -247,6 +249,7 @@ def _unknown(blocks: Sequence[tuple[str, nn.Module]], block: Any, attention: str
     """Why these blocks are none of ours: their forward, or that of their attention, is another one."""
     for path, module in blocks:
         for part, expected in ((module, block), (getattr(module, attention, module), attention_class)):
+            # By the function itself: a subclass with a forward of its own computes something else, whatever it is called.
             if not _same(type(part).forward, expected.forward):
                 return f"{path} has a {type(part).__name__}; {expected.__name__} is supported"
     return ""

@@ -184,6 +184,7 @@ def loss_forward(cls: Any) -> Callable[..., Any]:
         tuples = not (self.config.return_dict if (wanted := kwargs.pop("return_dict", None)) is None else wanted)
         given = signature.bind(self, *args, **kwargs).arguments
         del given["self"]
+        # Without a loss to compute, the logits are the answer: the model's own way.
         if not given.pop("return_loss", None):
             return original(self, *args, **kwargs, return_dict=not tuples)
         result = _with_loss(self, kind, given.pop("kwargs", {}), given)
@@ -204,6 +205,7 @@ def _with_loss(model: Any, kind: Kind, shared: dict[str, Any], given: dict[str, 
     vision = model.get_image_features(**images, **shared, return_dict=True)
     text = model.get_text_features(**texts, **shared, return_dict=True)
     image_embeds, text_embeds = (tower.pooler_output / tower.pooler_output.norm(dim=-1, keepdim=True) for tower in (vision, text))
+    # Towers may lie on different devices (device_map); transformers compares them where the texts are.
     image_embeds = image_embeds.to(text_embeds.device)
     scale = model.logit_scale.exp().to(text_embeds.device)
     bias = None if (bias := getattr(model, "logit_bias", None)) is None else bias.to(text_embeds.device)

@@ -22,6 +22,7 @@ class _LayerNorm(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
+        # A buffer of zeros because vit-pytorch saves one: its state dicts have to load here.
         self.register_buffer("beta", torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,6 +166,7 @@ class NaViT(nn.Module):
         queries = Packed.of(self.attn_pool_queries.expand(len(images), -1), [1] * len(images))
         # vit-pytorch normalises what attends, here the queries, and adds them to what they read.
         pooled = self.attn_pool(queries, packed) + queries.x
+        # The inverse of the sorting: logits come in the order of the caller's images.
         back = torch.empty(len(order), dtype=torch.int64)
         back[order] = torch.arange(len(order))
         logits: Tensor = self.mlp_head(self.to_latent(pooled.index_select(0, back.to(pooled.device))))
@@ -194,6 +196,7 @@ class NaViT(nn.Module):
         prob = self.token_dropout_prob
         share = cast(float, prob(image.shape[1], image.shape[2]) if callable(prob) else prob)
         _check_share(share)
+        # An image without tokens would have nothing to pool.
         return max(1, int(tokens * (1 - share)))
 
     def _check(self, images: Sequence[Tensor]) -> None:

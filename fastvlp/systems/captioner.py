@@ -26,6 +26,7 @@ class Captioner(System):
         return {"words_loss": batch.per_token(self.caption_nll(batch.image, batch.text), "words")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
+        # The first token of a caption is given, not predicted.
         return {"words": batch.text.total - len(batch)}
 
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
@@ -81,6 +82,7 @@ class MaskedCaptioner(Captioner):
         """Of every word but the first of each caption: the caption's number, the state of a hidden word in its place, and the word."""
         counts = texts.lengths - 1
         rows = torch.arange(len(texts)).repeat_interleave(counts)
+        # The n-th word of a caption sees the n before it: one pass with a copy of the caption for each of its words.
         known = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows] + 1
         begun = texts.take(rows).first(known + 1)
         return rows.to(texts.x.device), self._behind(images.take(rows), begun.first(known)), begun.last(1).x

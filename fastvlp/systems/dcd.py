@@ -43,6 +43,7 @@ class Dcd(Clip):
         places = (torch.arange(batch.first, batch.first + len(batch))[:, None] + torch.arange(drawn + 1)) % len(texts)
         with torch.no_grad():
             matched = torch.stack([self.teacher.score(batch.image, texts.take(column)) for column in places.unbind(1)], 1)
+            # log p -> log(p / (1 - p)): the teacher's scores are log-probabilities of a match, the students' are logits.
             logits = matched - (-matched.expm1()).log().clamp_min(-50.0)
             scores, chosen = logits[:, 1:].topk(min(self.hard, drawn), 1)
             chosen = places.to(chosen.device)[:, 1:].gather(1, chosen)

@@ -43,6 +43,7 @@ class EpAlm(FrozenLmCaptioner):
     def states(self, images: Packed, texts: Packed) -> Packed:
         seen, each = self._seen(images), (self.last - self.first) // self.layers
         words = self.embed_words(texts)
+        # The prompt stands first, where the new tokens of later blocks will stand: words have one place throughout.
         tokens = Packed.from_padded(self.prompt.to(words.x.dtype).expand(len(texts), -1, -1)).join(words)
         language = tokens.lengths
         for number, block in enumerate(self.lm.joint.blocks):

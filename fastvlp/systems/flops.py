@@ -124,6 +124,7 @@ class FlopCount(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         formula = flop_registry.get(packet)
+        # Under ``no_grad`` composite operators arrive whole, and the products inside them would not be seen.
         if formula is None and _is_composite(func):
             with _Again(self):
                 return func.decompose(*args, **kwargs)
@@ -135,6 +136,7 @@ class FlopCount(TorchDispatchMode):
             learning = sum(1 for one in operands if isinstance(one, Tensor) and one.ndim > 1 and self._hangs(one))
             self.forward[self.inside[-1]] += flops
             self.backward[self.inside[-1]] += flops * min(2, learning)
+        # Followed by hand, since under ``no_grad`` results carry no requires_grad.
         if packet is not torch.ops.aten.detach and any(self._hangs(one) for one in _tensors((*args, *kwargs.values()))):
             for one in _tensors(out if isinstance(out, list | tuple) else (out,)):
                 self._learns[one] = True

@@ -28,6 +28,7 @@ class Vilt(System):
     def __init__(self, image: Part, text: Part, joint: Part) -> None:
         super().__init__()
         self.image, self.text, self.joint = image, text, joint
+        # Patches and words pass through the same weights; this tells them apart.
         self.kinds = nn.Parameter(torch.randn(2, joint.width) * 0.02)
         self.match, self.words = nn.Linear(joint.width, 2), nn.Linear(joint.width, text.vocab_size)
 

@@ -128,6 +128,7 @@ class Members:
         """The log-sum-exp over members, and the share that this member's ``partial`` has in it: exp(partial - logsumexp), 0 of nothing."""
         largest = partial.reference.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        # Nothing was summed anywhere: -inf minus -inf would be NaN.
         largest.masked_fill_(largest == -torch.inf, 0.0)
         part = ((partial.reference.double() - largest.double()) + partial.log.double()).exp()
         total = self.sum(part)

@@ -76,6 +76,7 @@ class SoftmaxRing(torch.autograd.Function):
         held = ctx.saved_tensors[8:]
         row, column = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
         batch: SplitBatch = ctx.batch
+        # A process may weigh its loss otherwise than others: the columns of its block get its weight, rows here ours.
         weights = batch.members.gather(gradient * (batch.factor / 2))
         of_row = weights[batch.members.rank].expand(len(image))
         totals = Totals(batch.sums)
@@ -128,6 +129,7 @@ class SigmoidRing(torch.autograd.Function):
         if of_text is not None:
             everyone = batch.members.gather(factor)
             same = ((everyone == factor) | everyone.isnan() | factor.isnan()).all()
+            # Text gradients were summed on their way, before the upstream gradients were known; asked without a wait for the device.
             torch._assert_async(same, UNEQUAL)
             of_text = (summed([of_text, *ctx.home.wait()], batch.sums) * factor).to(ctx.dtypes[1])
         if of_image is not None:

@@ -184,11 +184,13 @@ def packed_attention(
     prefix_len = None if prefix_len is None else prefix_len.contiguous()
     max_seqlen_q, max_seqlen_k = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
     dtype = product_dtype(NAME, q, None)
+    # Here and not in the operator, so that autograd brings gradients back to the dtypes that came.
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if cu_seqlens_k is None:
         cu_seqlens_k, lengths_k = cu_seqlens_q, lengths
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    # Dropout is no kernel's: plain PyTorch over segments of known lengths.
     if dropout_p:
         if not 0 < dropout_p < 1 or impl is not None or return_key_mass:
             got = f"dropout_p={dropout_p}, impl={impl!r}, return_key_mass={return_key_mass}"

@@ -107,6 +107,7 @@ def _setup(ctx, inputs, output) -> None:
     x, size, source, order, starts, ctx.mode, ctx.impl = inputs
     ctx.save_for_backward(x, size, *output, source, order, starts)
     if size is None or not size.requires_grad:
+        # Sums of sizes that nobody trains are constants.
         ctx.mark_non_differentiable(output[1])
 
 
@@ -136,6 +137,7 @@ def _setup_unmerge(ctx, inputs, output) -> None:
 
 
 def _backward_unmerge(ctx, grad):
+    # The transpose of giving every token its row: rows sum over their tokens, in fixed order.
     return torch.ops.fastvlp.token_merge(grad, None, *ctx.saved_tensors, "sum", ctx.impl)[0], None, None, None, None
 
 
@@ -198,6 +200,7 @@ def merge_plan(
     chosen = _op.choose(op, impl, metric.device, IMPLEMENTATIONS, (metric.dtype,))
     after = before = None
     if lengths is None and (known or cu_seqlens.device.type == "cpu"):
+        # The shape of the result depends on the lengths: without them on the host this is the one wait for the device.
         lengths = cu_seqlens.cpu().diff()
     if lengths is not None:
         before = lengths.long()
