@@ -54,7 +54,7 @@ class LlamaFusion(Captioner):
         here = dict[str, Tensor]()
         for name, tensor in theirs.items():
             if match := re.match(r"joint\.blocks\.(\d+)\.(.+)", name):
-                here |= {f"blocks.{match[1]}.{kind}.{match[2]}": tensor for kind in self.blocks[0].kinds}
+                here |= {f"blocks.{match[1]}.{kind}.{match[2]}": tensor for kind in ("kind_0", "kind_1")}
             else:
                 here[name.removeprefix("joint.")] = tensor
         return here

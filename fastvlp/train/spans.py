@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed as dist
@@ -82,9 +82,9 @@ def recording() -> Iterator[Recorder]:
 
     try:
         if wait is not None:  # torch has no hook for it, and every collective of Python's ends here, FSDP's too
-            dist.Work.wait = waits  # type: ignore[method-assign]
+            dist.Work.wait = cast(Any, waits)  # type: ignore[method-assign]  # put back below
         yield found
     finally:
         _recorder = None
         if wait is not None:
-            dist.Work.wait = wait  # type: ignore[method-assign]
+            dist.Work.wait = wait  # type: ignore[method-assign]  # what it was
