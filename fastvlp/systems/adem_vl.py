@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import AdaptiveAveragePool, ParameterFreeAttention, packed_attend
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
-from fastvlp.systems import clip, shipped
+from fastvlp.systems import clip, shipped, simvlm
 from fastvlp.systems.captioner import Captioner
-from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.system import Part, freeze
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
@@ -84,10 +83,7 @@ class AdemVl(Captioner):
 
 def recipe() -> Recipe:
     """Grids of 4 and 2 between a frozen tower and a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
-    lm = fdl.Config(
-        SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
-    )
-    model = fdl.Config(AdemVl, shipped.image(), lm, grids=(4, 2), hidden=64)
+    model = fdl.Config(AdemVl, shipped.image(), simvlm.recipe().model, grids=(4, 2), hidden=64)
     return replace(
         clip.recipe(),
         model=model,
@@ -101,9 +97,9 @@ def paper() -> Recipe:
     """LLaMA-7B's sizes and a ViT-L/14: 5 epochs of COCO's captions in batches of 32 (the README's command)."""
     made = clip.paper()
     lm = fdl.Config(
-        SimVlm,
-        clip.vit_b(14, depth=1),
-        clip.text_b(width=4096, heads=32, depth=1, vocab_size=32000, context_length=512),
+        simvlm.SimVlm,
+        clip.patches_b(14),
+        clip.words(4096, 32000, 512),
         fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"),
     )
     model = fdl.Config(AdemVl, clip.vit_b(14, width=1024, depth=24, heads=16), lm)

@@ -11,9 +11,8 @@ from torch import nn
 from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import QFormer
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
-from fastvlp.systems import clip, shipped
+from fastvlp.systems import clip, shipped, simvlm
 from fastvlp.systems.captioner import Captioner
-from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.system import Part, freeze
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
@@ -45,13 +44,10 @@ class Blip2(Captioner):
 
 def recipe() -> Recipe:
     """Eight queries between a frozen tower and a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
-    lm = fdl.Config(
-        SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
-    )
     bridge = fdl.Config(QFormer, encoder_width=192, hidden_size=192, num_layers=4, num_heads=3, intermediate_size=768, dropout=0.0)
     return replace(
         clip.recipe(),
-        model=fdl.Config(Blip2, shipped.image(), bridge, lm),
+        model=fdl.Config(Blip2, shipped.image(), bridge, simvlm.recipe().model),
         data=shipped.captions("lm.text"),
         eval=Eval(captions=("mini:val-openclipart",)),
     )
@@ -61,9 +57,9 @@ def paper() -> Recipe:
     """Stage 2 with ViT-g/14 and OPT-2.7B sized parts: 80,000 steps of 1,920 pairs."""
     made = clip.paper()
     lm = fdl.Config(
-        SimVlm,
-        clip.vit_b(14, depth=1),
-        clip.text_b(width=2560, heads=32, depth=1, vocab_size=50272, context_length=32),
+        simvlm.SimVlm,
+        clip.patches_b(14),
+        clip.words(2560, 50272, 32),
         fdl.Config(Joint, width=2560, depth=32, heads=32, activation="gelu"),
     )
     image = clip.vit_b(14, width=1408, depth=39, heads=16, mlp_ratio=4.3637)

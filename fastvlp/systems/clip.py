@@ -14,7 +14,7 @@ from fastvlp.layers import Pool
 from fastvlp.recipe import Data, Optim, Recipe, Schedule, Train
 from fastvlp.systems import shipped
 from fastvlp.systems.system import Losses, Outputs, Part, Scale, System
-from fastvlp.towers import Text, Vit
+from fastvlp.towers import Patches, Text, Vit, Words
 from fastvlp_kernels.packed import Packed
 
 
@@ -73,3 +73,14 @@ def text_b(**changes: Any) -> fdl.Config:
     """CLIP's text tower: 12 causal blocks of width 512 over 77 of 49,408 tokens."""
     return fdl.Config(Text, **{"width": 512, "depth": 12, "heads": 8, "vocab_size": 49408, "context_length": 77, "causal": True,
                                "activation": "gelu", **changes})
+
+
+def patches_b(patch: int, **changes: Any) -> fdl.Config:
+    """The embedding of ``vit_b``."""
+    return fdl.Config(Patches, **{"width": 768, "patch_size": patch, "image_size": 224, "grid": 224 // patch, "mean": 0.5, "std": 0.5,
+                                  **changes})
+
+
+def words(width: int, vocab_size: int, context_length: int) -> fdl.Config:
+    """Embedded words, for a transformer that is another part's."""
+    return fdl.Config(Words, width=width, vocab_size=vocab_size, context_length=context_length)

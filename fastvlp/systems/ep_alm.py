@@ -11,9 +11,8 @@ from torch import nn
 from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import packed_attend, segment_mean
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
-from fastvlp.systems import clip, shipped
+from fastvlp.systems import clip, shipped, simvlm
 from fastvlp.systems.captioner import Captioner
-from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.system import Part, freeze
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
@@ -72,10 +71,7 @@ class EpAlm(Captioner):
 
 def recipe() -> Recipe:
     """Two layers of a frozen tower into four blocks of a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
-    lm = fdl.Config(
-        SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
-    )
-    model = fdl.Config(EpAlm, shipped.image(), lm, layers=2, first=2, last=6)
+    model = fdl.Config(EpAlm, shipped.image(), simvlm.recipe().model, layers=2, first=2, last=6)
     return replace(clip.recipe(), model=model, data=shipped.captions("lm.text"), eval=Eval(captions=("mini:val-openclipart",)))
 
 
@@ -83,9 +79,9 @@ def paper() -> Recipe:
     """ePALM_pt_L: ViT-L/16, OPT-6.7B sized, a prompt of 10 tokens, 35 epochs of COCO's 566,747 captions; the batch, 2 a GPU, is 16 here."""
     made = clip.paper()
     lm = fdl.Config(
-        SimVlm,
-        clip.vit_b(16, depth=1),
-        clip.text_b(width=4096, heads=32, depth=1, vocab_size=50272, context_length=64),
+        simvlm.SimVlm,
+        clip.patches_b(16),
+        clip.words(4096, 50272, 64),
         fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"),
     )
     model = fdl.Config(EpAlm, clip.vit_b(16, width=1024, depth=24, heads=16), lm, prompt=10)

@@ -16,10 +16,8 @@ from fastvlp.data.tokenizer import load_tokenizer
 from fastvlp.layers import facet_mask, segment_mean
 from fastvlp.losses import multi_caption_loss
 from fastvlp.recipe import Optim, Recipe, Schedule
-from fastvlp.systems import clip, shipped
-from fastvlp.systems.simvlm import SimVlm
+from fastvlp.systems import clip, shipped, simvlm
 from fastvlp.systems.system import Losses, Outputs, Part, Scale, System, freeze
-from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
 
@@ -85,12 +83,8 @@ def recipe() -> Recipe:
     made, tokenizer = clip.recipe(), load_tokenizer(shipped.PAIRS.tokenizer)
     ends = slice(len(tokenizer.start), -len(tokenizer.end) or None)
     prompts = tuple(tuple(tokenizer.encode(text)[ends]) for text in ("it is a", "its colour is", "it is used for"))
-    lm = fdl.Config(
-        SimVlm,
-        shipped.image(depth=1),
-        shipped.text(depth=1, context_length=32, vocab_size=shipped.CAPTIONER),
-        fdl.Config(Joint, width=192, depth=6, heads=3),
-    )
+    lm = simvlm.recipe().model
+    lm.text.context_length = 32
     fields = {"image": Image(), "text": Caption(length=24, max_captions=2, part="lm.text", ends=shipped.ENDS)}
     return replace(made, model=fdl.Config(Flame, shipped.image(), lm, prompts, hidden=384), data=replace(made.data, fields=fields))
 

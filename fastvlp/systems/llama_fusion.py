@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.layers import RoutedBlock, packed_attend
-from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
-from fastvlp.systems import clip, shipped
+from fastvlp.recipe import Optim, Recipe, Schedule, Train
+from fastvlp.systems import clip, shipped, simvlm
 from fastvlp.systems.captioner import Captioner
-from fastvlp.systems.simvlm import SimVlm
 from fastvlp.systems.system import Part, freeze
 from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
@@ -62,17 +61,14 @@ class LlamaFusion(Captioner):
 
 def recipe() -> Recipe:
     """Patches beside a frozen captioner of six blocks: ``run.start=runs/simvlm``."""
-    lm = fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
-                    fdl.Config(Joint, width=192, depth=6, heads=3))
-    return replace(clip.recipe(), model=fdl.Config(LlamaFusion, shipped.image(depth=1), lm), data=shipped.captions(),
-                   eval=Eval(captions=("mini:val-openclipart",)))
+    return replace(simvlm.recipe(), model=fdl.Config(LlamaFusion, shipped.patches(), simvlm.recipe().model))
 
 
 def paper() -> Recipe:
     """Llama-3 8B's sizes with 256 patches a picture and 380 million captions; the batch is ours."""
     made = clip.paper()
-    lm = fdl.Config(SimVlm, clip.vit_b(16, depth=1), clip.text_b(width=4096, heads=32, depth=1, vocab_size=128256, context_length=1024),
+    lm = fdl.Config(simvlm.SimVlm, clip.patches_b(16), clip.words(4096, 128256, 1024),
                     fdl.Config(Joint, width=4096, depth=32, heads=32, mlp_ratio=3.5, activation="gelu"))
-    return replace(made, model=fdl.Config(LlamaFusion, clip.vit_b(16, width=4096, depth=1, heads=32, image_size=256, grid=16), lm),
+    return replace(made, model=fdl.Config(LlamaFusion, clip.patches_b(16, width=4096, image_size=256, grid=16), lm),
                    data=replace(made.data, batch_size=2048), schedule=Schedule(samples=380_000_000, warmup=4000),
                    optim=Optim(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, grad_clip=1.0), train=Train(amp="bf16"))

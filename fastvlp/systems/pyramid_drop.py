@@ -84,7 +84,7 @@ def recipe() -> Recipe:
     model = fdl.Config(
         PyramidDrop,
         shipped.image(),
-        shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
+        shipped.words(),
         fdl.Config(Joint, width=192, depth=6, heads=3),
         drop_before=(2, 4),
     )
@@ -95,7 +95,7 @@ def paper() -> Recipe:
     """LLaVA-1.5-7B's sizes, second stage: half of the tokens dropped after layers 8, 16 and 24; 665,000 samples in batches of 128."""
     made = clip.paper()
     image = clip.vit_b(14, width=1024, depth=24, heads=16, image_size=336, grid=24)
-    text = clip.text_b(width=4096, depth=1, heads=32, vocab_size=32000, context_length=1472)
+    text = clip.words(4096, 32000, 1472)
     model = fdl.Config(
         PyramidDrop, image, text, fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"), drop_before=(8, 16, 24)
     )

@@ -9,7 +9,7 @@ import fiddle as fdl
 from fastvlp.data.batch import Stage
 from fastvlp.data.fields import Caption, Image
 from fastvlp.recipe import Data, Eval, Optim, Schedule
-from fastvlp.towers import Text, Vit
+from fastvlp.towers import Patches, Text, Vit, Words
 
 VOCABULARY = 4096  # of the shipped tokenizer
 MASK = VOCABULARY  # the id after it, for towers that see hidden words
@@ -35,6 +35,16 @@ def image(**changes: Any) -> fdl.Config:
 def text(**changes: Any) -> fdl.Config:
     """A text tower for the shipped tokenizer's captions."""
     return fdl.Config(Text, **{"width": 192, "depth": 4, "heads": 3, "vocab_size": VOCABULARY, "context_length": 24, **changes})
+
+
+def patches(**changes: Any) -> fdl.Config:
+    """The embedding of that ViT alone, for a transformer that is another part's."""
+    return fdl.Config(Patches, **{"width": 192, "patch_size": 16, "image_size": 64, "grid": 32, "mean": 0.5, "std": 0.5, **changes})
+
+
+def words(**changes: Any) -> fdl.Config:
+    """The embedding of captions that are predicted."""
+    return fdl.Config(Words, **{"width": 192, "vocab_size": CAPTIONER, "context_length": 24, **changes})
 
 
 def schedule(steps: int = 840, keep: float = 0.5) -> Schedule:

@@ -60,14 +60,14 @@ class SimVlm(Captioner):
 
 def recipe() -> Recipe:
     """A captioner of the shipped pictures from one objective."""
-    model = fdl.Config(SimVlm, shipped.image(), shipped.text(vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3))
+    model = fdl.Config(SimVlm, shipped.patches(), shipped.words(), fdl.Config(Joint, width=192, depth=6, heads=3))
     return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
     """SimVLM-base: 12 layers of width 768, a million steps of 4,096 pairs."""
     made = clip.paper()
-    model = fdl.Config(SimVlm, clip.vit_b(16), clip.text_b(width=768, heads=12, vocab_size=32000, context_length=256),
+    model = fdl.Config(SimVlm, clip.patches_b(16), clip.words(768, 32000, 256),
                        fdl.Config(Joint, width=768, depth=12, heads=12, activation="gelu"))
     return replace(made, model=model, data=replace(made.data, batch_size=4096), schedule=Schedule(steps=1_000_000, warmup=10_000),
                    optim=Optim(lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01, grad_clip=1.0), train=Train(amp="bf16"))

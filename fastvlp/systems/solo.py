@@ -58,9 +58,7 @@ def _marked(images: Packed) -> tuple[Tensor, Tensor]:
 
 def recipe() -> Recipe:
     """A captioner without an image tower."""
-    model = fdl.Config(
-        Solo, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
-    )
+    model = fdl.Config(Solo, shipped.patches(), shipped.words(), fdl.Config(Joint, width=192, depth=6, heads=3))
     return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
@@ -69,8 +67,8 @@ def paper() -> Recipe:
     made = clip.paper()
     model = fdl.Config(
         Solo,
-        clip.vit_b(32, width=4096, depth=1, heads=32, image_size=1024, grid=32),
-        clip.text_b(width=4096, depth=1, heads=32, vocab_size=32768, context_length=1024),
+        clip.patches_b(32, width=4096, image_size=1024, grid=32),
+        clip.words(4096, 32768, 1024),
         fdl.Config(Joint, width=4096, depth=32, heads=32, mlp_ratio=3.5, activation="gelu"),
     )
     return replace(

@@ -73,8 +73,8 @@ def recipe() -> Recipe:
     fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=shipped.MASK), "draw": Uniform()}
     model = fdl.Config(
         UnifiedVlp,
-        shipped.image(depth=1),
-        shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
+        shipped.patches(),
+        shipped.words(),
         fdl.Config(Joint, width=192, depth=6, heads=3),
         shipped.MASK,
     )
@@ -88,8 +88,8 @@ def paper() -> Recipe:
     fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=30522), "draw": Uniform()}
     model = fdl.Config(
         UnifiedVlp,
-        clip.vit_b(32, depth=1, image_size=320, grid=10),
-        clip.text_b(width=768, heads=12, depth=1, vocab_size=30523, context_length=20),
+        clip.patches_b(32, image_size=320, grid=10),
+        clip.words(768, 30523, 20),
         fdl.Config(Joint, width=768, depth=12, heads=12, activation="gelu"),
         30522,
     )

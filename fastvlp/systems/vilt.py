@@ -59,7 +59,7 @@ def recipe() -> Recipe:
     caption = Caption(max_captions=2)
     fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=shipped.MASK), "other": Other(caption)}
     joint = fdl.Config(Joint, width=192, depth=6, heads=3)
-    model = fdl.Config(Vilt, shipped.image(), shipped.text(vocab_size=shipped.VOCABULARY + 1), joint)
+    model = fdl.Config(Vilt, shipped.patches(), shipped.words(vocab_size=shipped.VOCABULARY + 1), joint)
     return replace(made, model=model, data=replace(made.data, fields=fields), eval=Eval(pairs=("mini:val-openclipart",)))
 
 
@@ -68,7 +68,7 @@ def paper() -> Recipe:
     made = clip.paper()
     caption = Caption(length=40)
     fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=30522), "other": Other(caption)}
-    model = fdl.Config(Vilt, clip.vit_b(32, image_size=640, grid=20), clip.text_b(width=768, heads=12, vocab_size=30523, context_length=40),
+    model = fdl.Config(Vilt, clip.patches_b(32, image_size=640, grid=20), clip.words(768, 30523, 40),
                        fdl.Config(Joint, width=768, depth=12, heads=12, activation="gelu"))
     return replace(made, model=model, data=replace(made.data, batch_size=4096, fields=fields, tokenizer="bert-base-uncased/tokenizer.json"),
                    schedule=Schedule(steps=200_000, warmup=20_000), optim=Optim(lr=1e-4, betas=(0.9, 0.98), weight_decay=0.01))
