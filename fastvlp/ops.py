@@ -10,6 +10,7 @@ from fastvlp_kernels import merge_plan as merge_plan
 from fastvlp_kernels import packed_attention as packed_attention
 from fastvlp_kernels import pairwise_sigmoid as pairwise_sigmoid
 from fastvlp_kernels import patch_embed as patch_embed
+from fastvlp_kernels import residual_norm as residual_norm
 from fastvlp_kernels import segment_pool as segment_pool
 from fastvlp_kernels import similarity_attend as similarity_attend
 from fastvlp_kernels import similarity_logsumexp as similarity_logsumexp

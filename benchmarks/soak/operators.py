@@ -246,8 +246,20 @@ def similarity_topk(dice: Dice) -> Drawn:
     return Drawn(f"similarity_topk {text}", leaves, lambda given, impl: kernels.similarity_topk(**given, k=k, **options, impl=impl))
 
 
+def residual_norm(dice: Dice) -> Drawn:
+    T, C = dice.count(1, 300), dice.count(3, 400)
+    leaves = {"x": dice.normal(T, C), "v": dice.normal(T, C), "weight": dice.normal(C)}
+    leaves |= {name: dice.normal(C) for name in ("bias", "gamma") if dice.plain.random() < 0.5}
+    kind = dice.plain.choice(("layer", "rms"))
+
+    def call(given: Given, impl: str | None) -> Results:
+        return kernels.residual_norm(given["x"], given["v"], given["weight"], given.get("bias"), gamma=given.get("gamma"), kind=kind, impl=impl)
+
+    return Drawn(f"residual_norm {_sizes(T=T, C=C, kind=kind)} {' '.join(leaves)}", leaves, call)
+
+
 OPERATORS = (similarity_logsumexp, pairwise_sigmoid, similarity_attend, maxsim, packed_attention, patch_embed, merge_plan, token_select,
-             segment_pool, linear_cross_entropy, similarity_topk)  # fmt: skip
+             segment_pool, linear_cross_entropy, similarity_topk, residual_norm)  # fmt: skip
 # What a dtype is drawn for; scalars, biases and sizes stay in float32.
 _FEATURES = ("x", "y", "v", "q", "k", "weight", "rows", "cols", "grid")
 

@@ -52,7 +52,7 @@ def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ran
     for number, rows in how.share(np.array_split(np.arange(len(places)), range(batch_size, len(places), batch_size))):
         picks = Picks(places[rows, 0], places[rows, 1], words[rows], places[others[rows]])
         requests.append((number, Request(max(0, number), PLAIN, 0, picks, ())))
-    for number, flat in how.loaded(loader, requests):
+    for number, flat in how.loaded(loader, requests, loader.guard):
         batch = flat.batch((), 0)
         batch = dataclasses.replace(batch, counts=system.counts(batch)).to(device)
         mine[number] = {name: value.to("cpu") for name, value in system.encode(batch).items() if not name.endswith("_loss")}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlp.layers.activation import SquaredReLU
-from fastvlp_kernels import merge_plan, packed_attention
+from fastvlp_kernels import merge_plan, packed_attention, residual_norm
 from fastvlp_kernels.packed import Packed
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,6 +48,15 @@ def padded_attend(mask: Tensor, causal: bool) -> Attend:
     return attend
 
 
+def bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is what a layer of ``kind`` computes and nothing else, so that its weights may be used without a call.
+
+    Who counts, watches or adapts layers hooks or replaces them, and then they are called.
+    """
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return type(module) is kind and not any(hooks)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -75,9 +84,13 @@ class Block(nn.Module):
 
         ``between``: what happens to x [..., C] after attention and before the MLP: merging, or a decoder's look at the image.
         """
-        x = x + self.proj(attend(*self._qkv(x)).flatten(-2))
-        x = x if between is None else between(x)
-        return x + self.down(self.activation(self.up(self.norm2(x))))
+        attended = self.proj(attend(*self._qkv(x)).flatten(-2))
+        if between is None and bare(self.norm2, nn.LayerNorm):
+            normed, x = residual_norm(x, attended, self.norm2.weight, self.norm2.bias, eps=self.norm2.eps)
+        else:
+            x = x + attended if between is None else between(x + attended)
+            normed = self.norm2(x)
+        return x + self.down(self.activation(self.up(normed)))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., C] -> what its attention compares and mixes, three times [..., H, d]."""

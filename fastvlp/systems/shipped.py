@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import fiddle as fdl
@@ -9,7 +10,7 @@ import fiddle as fdl
 from fastvlp.data.batch import Stage
 from fastvlp.data.fields import Caption, Image
 from fastvlp.recipe import Data, Eval, Optim, Schedule
-from fastvlp.towers import Patches, Text, Vit, Words
+from fastvlp.towers import Joint, Patches, Text, Vit, Words
 
 VOCABULARY = 4096  # of the shipped tokenizer
 MASK = VOCABULARY  # the id after it, for towers that see hidden words
@@ -25,6 +26,11 @@ OPTIM = Optim(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.2)
 def captions(part: str = "text", **image: Any) -> Data:
     """Pictures with captions that start and end, for captioners, whose vocabulary is ``CAPTIONER``; ``image``: of the ``Image`` field."""
     return Data(fields={"image": Image(**image), "text": Caption(max_captions=2, part=part, ends=ENDS)}, batch_size=128)
+
+
+def masked(caption: Caption, mask_id: int = MASK) -> dict[str, Caption]:
+    """The streams ``text`` and ``masked``: captions, and the same with 0.15 of their words hidden (BERT)."""
+    return {"text": caption, "masked": replace(caption, mask=0.15, mask_id=mask_id)}
 
 
 def image(**changes: Any) -> fdl.Config:
@@ -45,6 +51,11 @@ def patches(**changes: Any) -> fdl.Config:
 def words(**changes: Any) -> fdl.Config:
     """The embedding of captions that are predicted."""
     return fdl.Config(Words, **{"width": 192, "vocab_size": CAPTIONER, "context_length": 24, **changes})
+
+
+def joint(**changes: Any) -> fdl.Config:
+    """A transformer over patches and words."""
+    return fdl.Config(Joint, **{"width": 192, "depth": 6, "heads": 3, **changes})
 
 
 def schedule(steps: int = 840, keep: float = 0.5) -> Schedule:

@@ -7,6 +7,7 @@ from fastvlp_kernels.packed import Packed as Packed
 from fastvlp_kernels.packed_attention import packed_attention as packed_attention
 from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid as pairwise_sigmoid
 from fastvlp_kernels.patch_embed import patch_embed as patch_embed
+from fastvlp_kernels.residual_norm import residual_norm as residual_norm
 from fastvlp_kernels.segment_pool import segment_pool as segment_pool
 from fastvlp_kernels.similarity_attend import similarity_attend as similarity_attend
 from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp as similarity_logsumexp

@@ -68,6 +68,15 @@ def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
         )
 
 
+def untraced(x: Tensor) -> bool:
+    """Whether nothing on the CPU needs what ``custom_op`` does, whose Python takes longer than the arithmetic of a small batch."""
+    if torch.compiler.is_compiling():  # which could not trace the rest
+        return False
+    # Modes count operators and decide which results a checkpointed block keeps: they have to see this one.
+    seen = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    return type(x) is Tensor and x.device.type == "cpu" and not (seen or torch.is_autocast_enabled("cpu"))
+
+
 def choose(
     name: str, impl: str | None, device: torch.device, implementations: Sequence[str], dtypes: Sequence[torch.dtype],
     inputs: Sequence[Tensor | None] = (), unable: str = "",

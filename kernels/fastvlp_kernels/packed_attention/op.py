@@ -71,20 +71,11 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
-    direct = _untraced(grad) and not torch.is_grad_enabled()
+    direct = _op.untraced(grad) and not torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.packed_attention_backward
     grads = run(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, needs, ctx.impl, *ctx.longest)
     dq, dk, dv, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dq, dk, dv, *[None] * 5, dbias, *[None] * 7
-
-
-def _untraced(x: Tensor) -> bool:
-    """Whether nothing on the CPU needs what ``custom_op`` does."""
-    if torch.compiler.is_compiling():  # which could not trace the rest
-        return False
-    # Modes count operators and decide which results a checkpointed block keeps: they have to see this one.
-    seen = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
-    return type(x) is Tensor and x.device.type == "cpu" and not (seen or torch.is_autocast_enabled("cpu"))
 
 
 class _Direct(torch.autograd.Function):
@@ -216,7 +207,7 @@ def packed_attention(
         host = _lengths(q, k, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, max_seqlen_q, max_seqlen_k)
         out, mass = reference.packed_attention(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale)
     else:
-        run = _Direct.apply if chosen == "cpu" and _untraced(q) else torch.ops.fastvlp.packed_attention
+        run = _Direct.apply if chosen == "cpu" and _op.untraced(q) else torch.ops.fastvlp.packed_attention
         out, _, mass = run(
             q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, return_key_mass,
             chosen, max_seqlen_q, max_seqlen_k,
