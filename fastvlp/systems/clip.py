@@ -14,7 +14,7 @@ from fastvlp.layers import Pool
 from fastvlp.recipe import Data, Optim, Recipe, Schedule, Train
 from fastvlp.systems import shipped
 from fastvlp.systems.system import Losses, Outputs, Part, Scale, System
-from fastvlp.towers import Joint, Patches, Text, Vit, Words
+from fastvlp.towers import Joint, Text, Vit
 from fastvlp_kernels.packed import Packed
 
 
@@ -78,14 +78,3 @@ def text_b(**changes: Any) -> fdl.Config:
 def joint_b(**changes: Any) -> fdl.Config:
     """A transformer over patches and words of BERT-base's size."""
     return fdl.Config(Joint, **{"width": 768, "depth": 12, "heads": 12, "activation": "gelu", **changes})
-
-
-def patches_b(patch: int, **changes: Any) -> fdl.Config:
-    """The embedding of ``vit_b``."""
-    return fdl.Config(Patches, **{"width": 768, "patch_size": patch, "image_size": 224, "grid": 224 // patch, "mean": 0.5, "std": 0.5,
-                                  **changes})
-
-
-def words(width: int, vocab_size: int, context_length: int) -> fdl.Config:
-    """Embedded words, for a transformer that is another part's."""
-    return fdl.Config(Words, width=width, vocab_size=vocab_size, context_length=context_length)

@@ -42,5 +42,6 @@ def small_lm(**text: Any) -> fdl.Config:
 
 def large_lm(vocab_size: int, context_length: int, width: int = 4096, mlp_ratio: float = 4.0) -> fdl.Config:
     """A language model of the size of OPT's and LLaMA's: 32 blocks of 32 heads."""
+    text = clip.text_b(width=width, vocab_size=vocab_size, context_length=context_length)
     joint = clip.joint_b(width=width, depth=32, heads=32, mlp_ratio=mlp_ratio)
-    return fdl.Config(SimVlm, clip.patches_b(16), clip.words(width, vocab_size, context_length), joint)
+    return fdl.Config(SimVlm, shipped.embedding(clip.vit_b(16)), shipped.embedding(text), joint)

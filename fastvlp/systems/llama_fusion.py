@@ -73,7 +73,7 @@ def paper() -> Recipe:
     tokens stand for a million tokens a step; there four of five captions come before their picture, to make it.
     """
     made = clip.paper()
-    image = clip.patches_b(16, width=4096, image_size=256, grid=16)
+    image = shipped.embedding(clip.vit_b(16, width=4096, image_size=256, grid=16))
     # 4.5 gives a block as many weights as Llama's, whose feed-forward layer is gated, 14,336 wide, and whose keys have 8 heads.
     return replace(made, model=fdl.Config(LlamaFusion, image, large_lm(128256, 1024, mlp_ratio=4.5)),
                    data=replace(made.data, batch_size=3333), schedule=Schedule(steps=250_000, warmup=4000, final_lr=0.15),

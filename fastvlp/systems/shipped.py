@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -43,14 +44,22 @@ def text(**changes: Any) -> fdl.Config:
     return fdl.Config(Text, **{"width": 192, "depth": 4, "heads": 3, "vocab_size": VOCABULARY, "context_length": 24, **changes})
 
 
-def patches(**changes: Any) -> fdl.Config:
-    """The embedding of that ViT alone, for a transformer that is another part's."""
-    return fdl.Config(Patches, **{"width": 192, "patch_size": 16, "image_size": 64, "grid": 32, "mean": 0.5, "std": 0.5, **changes})
+def patches() -> fdl.Config:
+    """The embedding of that ViT alone."""
+    return embedding(image())
 
 
 def words(**changes: Any) -> fdl.Config:
-    """The embedding of captions that are predicted."""
-    return fdl.Config(Words, **{"width": 192, "vocab_size": CAPTIONER, "context_length": 24, **changes})
+    """The embedding alone of captions that are predicted."""
+    return embedding(text(**{"vocab_size": CAPTIONER, **changes}))
+
+
+def embedding(tower: fdl.Config) -> fdl.Config:
+    """What embeds in a ``Vit`` or a ``Text``, for systems whose transformer is another part: the blocks would be weights without use."""
+    made = fdl.get_callable(tower)
+    kind = Patches if made is Vit else Words
+    known = {name: one.default for name, one in inspect.signature(made).parameters.items()} | tower.__arguments__
+    return fdl.Config(kind, **{name: known[name] for name in inspect.signature(kind).parameters})
 
 
 def joint(**changes: Any) -> fdl.Config:

@@ -66,7 +66,7 @@ def recipe() -> Recipe:
 def paper() -> Recipe:
     """SimVLM-base: 12 layers of width 768, a million steps of 4,096 pairs."""
     made = clip.paper()
-    model = fdl.Config(SimVlm, clip.patches_b(16), clip.words(768, 32000, 256),
-                       clip.joint_b())
+    text = clip.text_b(width=768, vocab_size=32000, context_length=256)
+    model = fdl.Config(SimVlm, shipped.embedding(clip.vit_b(16)), shipped.embedding(text), clip.joint_b())
     return replace(made, model=model, data=replace(made.data, batch_size=4096), schedule=Schedule(steps=1_000_000, warmup=10_000),
                    optim=Optim(lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01, grad_clip=1.0), train=Train(amp="bf16"))

@@ -53,7 +53,8 @@ def paper() -> Recipe:
     of about 1,000 tokens stand for their 128 sequences of 32,768 tokens.
     """
     made = clip.paper()
-    image, text = clip.patches_b(32, width=4096, image_size=1024, grid=32), clip.words(4096, 33_031, 1024)
+    image, text = (shipped.embedding(tower) for tower in (clip.vit_b(32, width=4096, image_size=1024, grid=32),
+                                                          clip.text_b(width=4096, vocab_size=33_031, context_length=1024)))
     # 4.5 gives a block as many weights as Mistral's, whose feed-forward layer is gated, 14,336 wide, and whose keys have 8 heads.
     return replace(made, model=fdl.Config(Solo, image, text, clip.joint_b(width=4096, depth=32, heads=32, mlp_ratio=4.5)),
                    data=replace(made.data, batch_size=4096), schedule=Schedule(steps=3_481, warmup=200, final_lr=0.1),

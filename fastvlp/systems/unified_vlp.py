@@ -69,7 +69,8 @@ def paper() -> Recipe:
     """BERT-base on Conceptual Captions, 30 epochs of 8 x 64 (the README's table); 10 x 10 patches stand for its 100 regions."""
     made = clip.paper()
     fields = {"image": Image(), **shipped.masked(Caption(length=20), 30522), "draw": Uniform()}
-    model = fdl.Config(UnifiedVlp, clip.patches_b(32, image_size=320, grid=10), clip.words(768, 30523, 20), clip.joint_b(), 30522)
+    image, text = clip.vit_b(32, image_size=320, grid=10), clip.text_b(width=768, vocab_size=30523, context_length=20)
+    model = fdl.Config(UnifiedVlp, shipped.embedding(image), shipped.embedding(text), clip.joint_b(), 30522)
     return replace(made, model=model, data=replace(made.data, batch_size=512, fields=fields, tokenizer="bert-base-uncased/tokenizer.json"),
                    schedule=Schedule(samples=30 * 3_000_000, warmup=17_500),
                    optim=Optim(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01))
