@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.resources
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastvlp import config
@@ -38,7 +39,8 @@ def command(options: argparse.Namespace) -> int:
 
 
 def listing() -> Iterator[str]:
-    """Name, paper, what the recipe shows, and the other recipes of the file."""
+    """Name, paper, what the recipe shows, what it reached, and the other recipes of the file."""
+    found = json.loads((importlib.resources.files("fastvlp.systems") / "measured.json").read_text(encoding="utf-8"))
     for name in config.names():
         recipe = config.function(name)
         module = sys.modules[recipe.__module__]
@@ -46,6 +48,15 @@ def listing() -> Iterator[str]:
         yield f"{name}{' (default)' if name == config.DEFAULT else ''}{papers}"
         yield f"    {(module.__doc__ or '').splitlines()[0]}"
         yield f"    {' '.join((recipe.__doc__ or '').split())}"
+        yield f"    {measured(found[name]) if name in found else 'not measured'}"
+
+
+def measured(entry: Mapping[str, Any]) -> str:
+    """The line about what a recipe reached by itself (``python -m benchmarks recipes --alone``)."""
+    scores = "; ".join(f"{one['name']} {one['value']:.3f} ({one['items']:,} {one['of']})" for one in entry["scores"])
+    starts = ", ".join(f"{part or 'all'} of {other.split()[0]}" for part, other in entry.get("start", {}).items())
+    return (f"measured: {scores}; {entry['samples']:,} samples in {entry['seconds']:.0f} s, {entry['threads']} thread of "
+            f"{entry['machine']}, seeds: {entry['seeds']}, commit {entry['commit']}{f'; starts with {starts}' if starts else ''}")
 
 
 def keys(recipe: Recipe) -> str:

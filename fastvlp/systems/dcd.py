@@ -63,7 +63,7 @@ def paper() -> Recipe:
     made, taught = clip.paper(), vilt.paper()
     image, text = clip.vit_b(16, image_size=384, grid=24), clip.text_b(width=768, heads=12, vocab_size=30523, context_length=40,
                                                                              causal=False)
-    taught.model.image = clip.vit_b(16, image_size=384, grid=24)
+    taught.model.image = shipped.embedding(clip.vit_b(16, image_size=384, grid=24))
     return replace(made, model=fdl.Config(Dcd, image, text, taught.model, embed_dim=768),
                    data=replace(taught.data, fields=made.data.fields, batch_size=512),
                    schedule=Schedule(samples=10 * 145_000, warmup=283), optim=Optim(lr=5e-6, betas=(0.9, 0.98), weight_decay=0.01))

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastvlp._schema import ConfigError
 from fastvlp.data.batch import Batch, take_samples
 from fastvlp.systems.system import Losses, Outputs, System
+from fastvlp.train.spans import BACKWARD, FORWARD, span
 from fastvlp_kernels.packed import Packed
 
 Parts = Sequence[Tensor]  # int64 rows of each micro-batch
@@ -41,7 +42,7 @@ def gradients(system: System, whole: Batch, parts: Parts, *, autocast: Autocast 
     """
     # Everything at once needs no second forward, whatever the objective compares.
     if len(parts) == 1:
-        with autocast():
+        with span(FORWARD), autocast():
             out = system.encode(whole)
             losses = _terms(system, out, whole)
         _backward(losses, scale_loss)
@@ -56,7 +57,7 @@ def _accumulated(system: System, whole: Batch, parts: Parts, autocast: Autocast,
     for number, rows in enumerate(parts):
         part = whole.take(rows)
         _reduce_gradients(system, number == len(parts) - 1)
-        with autocast():
+        with span(FORWARD), autocast():
             out = system.encode(part)
             found = _terms(system, out, part)
         _backward(found, scale_loss)
@@ -96,7 +97,7 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
         What ``objective`` gave.
     """
     states, outs = [], []
-    with torch.no_grad(), autocast():
+    with span(FORWARD), torch.no_grad(), autocast():
         for encode in first:
             # The second forward has to drop the same patches and weights as the first.
             states.append(random_state())
@@ -109,7 +110,7 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
     for value in leaves.values():
         if tensor(value).is_floating_point():
             tensor(value).requires_grad_()
-    with autocast():
+    with span(FORWARD), autocast():
         losses, found = objective(leaves)
     _backward(losses, scale_loss)
 
@@ -118,11 +119,12 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
               for name, value in leaves.items() if (leaf := tensor(value)).is_floating_point()}
     for number, (encode, state) in enumerate(zip(second, states, strict=True)):
         set_random_state(state)
-        with autocast():
+        with span(FORWARD), autocast():
             out = encode()
         pairs = [(tensor(out[name]), share[number]) for name, share in shares.items() if name in out and tensor(out[name]).requires_grad]
         if pairs:
-            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+            with span(BACKWARD):
+                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
     # As if each part had been encoded once: what is drawn next does not depend on the number of micro-batches.
     set_random_state(after)
     return losses, found
@@ -144,7 +146,8 @@ def _terms(system: System, out: Outputs, batch: Batch) -> Losses:
 def _backward(losses: Losses, scale_loss: ScaleLoss) -> None:
     loss = sum(value.reshape(()) for value in losses.values())
     if isinstance(loss, Tensor) and loss.requires_grad:  # a system whose trainable parts took no part in this batch has no graph
-        scale_loss(loss).backward()
+        with span(BACKWARD):
+            scale_loss(loss).backward()
 
 
 def _reduce_gradients(system: nn.Module, now: bool) -> None:

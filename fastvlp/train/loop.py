@@ -26,6 +26,7 @@ from fastvlp.train.log import Log
 from fastvlp.train.memory import keep_freed_memory
 from fastvlp.train.parallel import World, join
 from fastvlp.train.progress import Progress, Rates
+from fastvlp.train.spans import CHECKPOINT, DATA, DEVICE, LOGGING, span
 from fastvlp.train.start import Early, headline, prepare
 from fastvlp.train.step import Pending, Trainer, TrainingError
 
@@ -142,22 +143,24 @@ class Fit:
     progress: Progress
     stop: StopRequest
     watchdog: Watchdog
+    until: int | None = None  # the step after which it ends, if that is not the recipe's last
 
     def run(self, began: float) -> tuple[dict[str, int], float]:
-        """Train to the last step; returns the samples that were skipped, by reason, and the seconds before the first step."""
+        """Train to the end; returns the samples that were skipped, by reason, and the seconds before the first step."""
         recipe, trainer, counters = self.recipe, self.trainer, self.trainer.counters
         world = trainer.world
         saver = state.Saver(trainer, self.folder / "checkpoints", self.data)
         trainer.rate = flops.MatrixRate(world.device, trainer.amp_dtype or torch.float32)
         # A device computes while the host prepares: its numbers are read a step later. The host's own are there at once.
-        late = world.device.type != "cpu"
+        late, end = world.device.type != "cpu", self.until or recipe.steps
         waiting: list[tuple[Pending, float]] = []
         startup_seconds, mark = 0.0, time.perf_counter()
         batches = self._batches()
         with contextlib.closing(batches):
-            while counters.step < recipe.steps:
+            while counters.step < end:
                 self.watchdog.doing(f"waiting for batch {counters.step}")
-                batch = self._next(batches)
+                with span(DATA):
+                    batch = self._next(batches)
                 if batch is None:  # this process alone was told to stop while it waited
                     while waiting:
                         mark = self._settle(*waiting.pop(0), counters.step - len(waiting), mark)
@@ -171,7 +174,7 @@ class Fit:
                 self.watchdog.doing(f"computing step {counters.step}")
                 waiting.append((trainer.step(batch, self.stop.signum or (BAD_DATA if self._bad_data() else 0)), waited))
                 counters.positions = list(batch.positions)
-                stopping, last = waiting[-1][0].stop, counters.step == recipe.steps
+                stopping, last = waiting[-1][0].stop, counters.step == end
                 due = recipe.train.checkpoint_every and counters.step % recipe.train.checkpoint_every == 0
                 scoring = recipe.eval.every and counters.step % recipe.eval.every == 0 and not last
                 # Loss and norm of a step are read while the next one computes; before a checkpoint, a score or the end everything is read.
@@ -246,16 +249,18 @@ class Fit:
     def _settle(self, pending: Pending, waited: float, step: int, mark: float) -> float:
         """Read and tell a step's numbers; returns the time."""
         recipe, counters = self.recipe, self.trainer.counters
-        values = self.trainer.settle(pending)
+        with span(DEVICE):
+            values = self.trainer.settle(pending)
         now = time.perf_counter()
         seconds = now - mark
         counters.seconds += seconds
         tokens, used = sum(pending.tokens.values()), pending.flops / seconds / pending.rate
-        if step % recipe.train.log_every == 0 or step == recipe.steps:
-            self.log.write(step, **values, samples_per_second=pending.samples / seconds, tokens_per_second=tokens / seconds, mfu=used,
-                           waiting_for_data=waited / seconds, seconds=counters.seconds)
-        note = f"  {counters.nonfinite} skipped" if counters.nonfinite else ""
-        self.progress.update(step, Rates(seconds, pending.samples, tokens, waited, used), values, note)
+        with span(LOGGING):
+            if step % recipe.train.log_every == 0 or step == recipe.steps:
+                self.log.write(step, **values, samples_per_second=pending.samples / seconds, tokens_per_second=tokens / seconds, mfu=used,
+                               waiting_for_data=waited / seconds, seconds=counters.seconds)
+            note = f"  {counters.nonfinite} skipped" if counters.nonfinite else ""
+            self.progress.update(step, Rates(seconds, pending.samples, tokens, waited, used), values, note)
         return now
 
     def _episode(self) -> None:
@@ -269,7 +274,8 @@ class Fit:
         step = self.trainer.counters.step
         self.watchdog.doing(f"saving step {step}")
         try:
-            saver.save(wait)
+            with span(CHECKPOINT):
+                saver.save(wait)
         except OSError as error:
             raise TrainingError(f"no checkpoint at step {step}: {error.filename or self.folder}: {error.strerror or error}; "
                                 f"{STAYS}") from error

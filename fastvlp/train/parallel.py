@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastvlp._schema import ConfigError
 from fastvlp.systems.system import System
+from fastvlp.train.spans import PROCESSES, span
 
 FORWARDS = ("encode", "objective", "after_step", "before_episode", "embed_image", "embed_text", "score", "caption_nll", "caption_hits",
             "generate")
@@ -224,7 +225,10 @@ def _checkpoint(block: nn.Module, selective: bool) -> None:
 
 def whole_tensor(value: Tensor) -> Tensor:
     """All of a tensor whose parts lie on several processes (a collective call)."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    with span(PROCESSES):
+        return value.full_tensor()
 
 
 def local_tensor(value: Tensor) -> Tensor:
