@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch import distributed as dist
 from transformers import CLIPModel, Siglip2Model, SiglipModel
 from transformers.models.clip.modeling_clip import CLIPOutput
 from transformers.models.siglip.modeling_siglip import SiglipOutput
 from transformers.models.siglip2.modeling_siglip2 import Siglip2Output
 from transformers.utils import ModelOutput
 
-from fastvlp.losses import ClipLoss, SigLipLoss
+from fastvlp.losses import ALONE, ClipLoss, SigLipLoss
+from fastvlp.losses.across.group import Group
 from fastvlp.losses.inputs import align, check
 from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid
 from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
@@ -35,7 +35,7 @@ LOGITS = ("logits_per_image", "logits_per_text")
 class Options:
     """What ``fastvlp.accelerate`` was asked for, kept on the model."""
 
-    group: dist.ProcessGroup | None
+    group: Group
     logits: bool | None
 
     # A process group cannot be copied, and a copy of the model belongs to the same one.
@@ -108,16 +108,16 @@ class Siglip2LogitsOnDemand(LogitsOnDemand, Siglip2Output):
     logit_bias: Tensor | None = None
 
 
-def _softmax(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> Any:
-    if group is not None:
+def _softmax(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: Group) -> Any:
+    if group != ALONE:
         return ClipLoss(group=group)(image, text, scale)
     # Per-row differences before the mean: log-sum-exp and positive are both large where they nearly cancel.
     row, column, positive = similarity_logsumexp(image, text, scale, offset=0)
     return ((row - positive) + (column - positive)).mean() / 2
 
 
-def _sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> Any:
-    if group is not None:
+def _sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: Group) -> Any:
+    if group != ALONE:
         return SigLipLoss(group=group)(image, text, scale, bias)
     assert bias is not None
     return pairwise_sigmoid(image, text, scale, bias, offset=0, factor=1 / len(image))
@@ -153,7 +153,7 @@ def find_all(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Mod
     return found
 
 
-def replace(loss: tuple[str, nn.Module, Kind], group: dist.ProcessGroup | None, logits: bool | None) -> Replacement:
+def replace(loss: tuple[str, nn.Module, Kind], group: Group, logits: bool | None) -> Replacement:
     """Give a model that :func:`find_all` found the class that computes its loss without logits."""
     path, module, kind = loss
     expected = "the B x B logits of a batch of B pairs are not stored, forward or backward"

@@ -46,6 +46,11 @@ class Counters:
     nonfinite_in_a_row: int = 0
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        counts = [self.step, self.samples, *self.positions, *self.tokens.values(), self.nonfinite, self.nonfinite_in_a_row, self.seconds]
+        if not all(isinstance(count, int | float) and count >= 0 for count in counts):  # of a checkpoint that strangers wrote
+            raise TypeError(f"counters are numbers, not {counts}")
+
 
 @dataclasses.dataclass
 class Pending:
