@@ -258,8 +258,15 @@ def residual_norm(dice: Dice) -> Drawn:
     return Drawn(f"residual_norm {_sizes(T=T, C=C, kind=kind)} {' '.join(leaves)}", leaves, call)
 
 
+def bias_activation(dice: Dice) -> Drawn:
+    T, H, kind = dice.count(1, 300), 2 * dice.count(1, 300), dice.plain.choice(("gelu", "geglu", "relu2"))
+    leaves = {"x": dice.normal(T, H)} | ({"bias": dice.normal(H)} if dice.plain.random() < 0.7 else {})
+    return Drawn(f"bias_activation {_sizes(T=T, H=H, kind=kind)} {' '.join(leaves)}", leaves,
+                 lambda given, impl: kernels.bias_activation(given["x"], given.get("bias"), kind, impl=impl))
+
+
 OPERATORS = (similarity_logsumexp, pairwise_sigmoid, similarity_attend, maxsim, packed_attention, patch_embed, merge_plan, token_select,
-             segment_pool, linear_cross_entropy, similarity_topk, residual_norm)  # fmt: skip
+             segment_pool, linear_cross_entropy, similarity_topk, residual_norm, bias_activation)  # fmt: skip
 # What a dtype is drawn for; scalars, biases and sizes stay in float32.
 _FEATURES = ("x", "y", "v", "q", "k", "weight", "rows", "cols", "grid")
 
