@@ -81,12 +81,19 @@ def test_without_gradients_the_same_is_counted(name):
 def test_visible_pairs_are_those_of_a_mask(seed):
     generator = torch.Generator().manual_seed(seed)
     lengths, keys, prefix = (torch.randint(0, 7, (6,), generator=generator) for _ in range(3))
-    causal = full = given = 0
+    types = [torch.randint(0, 3, (int(side.sum()),), generator=generator) for side in (lengths, keys)]
+    sees = torch.randint(0, 2, (3, 3), generator=generator).bool()
+    causal = full = given = typed = typed_all = first_q = first_k = 0
     for n, m, p in zip(lengths.tolist(), keys.tolist(), prefix.tolist(), strict=True):
         for query in range(n):
             for key in range(m):
                 full += 1
                 causal += key <= query + m - n
                 given += key <= query + m - n or key < p
+                pair = bool(sees[types[0][first_q + query], types[1][first_k + key]])
+                typed, typed_all = typed + (pair and (key <= query + m - n or key < p)), typed_all + pair
+        first_q, first_k = first_q + n, first_k + m
     assert visible_pairs(lengths, keys, False) == full and visible_pairs(lengths, keys, True) == causal
     assert visible_pairs(lengths, keys, True, prefix) == given
+    assert visible_pairs(lengths, keys, True, prefix, *types, sees) == typed
+    assert visible_pairs(lengths, keys, False, None, *types, sees) == typed_all
