@@ -141,6 +141,10 @@ def packed_attention(dice: Dice) -> Drawn:
     if options["causal"]:
         options["prefix_len"] = dice.maybe(lambda: torch.minimum(dice.whole(30, len(keys)), torch.tensor(keys).to(dice.device)))
     cu_q, cu_k = dice.starts(queries), dice.starts(keys)
+    if dice.plain.random() < 0.3:
+        types = dice.count(1, 5)
+        options |= {"token_type": dice.whole(types, sum(queries)), "token_type_k": dice.whole(types, T)}
+        options["sees"] = dice.whole(2, types, types).bool()
 
     drawn = [name for name, value in options.items() if value is not None and value is not False]
     return Drawn(f"packed_attention {_sizes(q=queries, k=keys, H=heads, Hkv=heads_k, d=width)} {' '.join(drawn)}", leaves,
@@ -253,7 +257,8 @@ def residual_norm(dice: Dice) -> Drawn:
     kind = dice.plain.choice(("layer", "rms"))
 
     def call(given: Given, impl: str | None) -> Results:
-        return kernels.residual_norm(given["x"], given["v"], given["weight"], given.get("bias"), gamma=given.get("gamma"), kind=kind, impl=impl)
+        vectors = (given["weight"], given.get("bias"))
+        return kernels.residual_norm(given["x"], given["v"], *vectors, gamma=given.get("gamma"), kind=kind, impl=impl)
 
     return Drawn(f"residual_norm {_sizes(T=T, C=C, kind=kind)} {' '.join(leaves)}", leaves, call)
 

@@ -30,14 +30,15 @@ def _read(x_ptr, bias_ptr, stride, rows, cols, inside, in_col):
 
 
 @triton.jit
-def _normal_below(x):
-    """The chance that a normal number is below x."""
-    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+def _normal(x):
+    """The chance that a normal number is below x, within 7.5e-8 (Abramowitz and Stegun 1964, 26.2.17), and its density there.
 
-
-@triton.jit
-def _gelu_slope(x):
-    return _normal_below(x) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    CUDA's error function and the exponential beside it would take twice the instructions, and more time than reading memory does.
+    """
+    density = tl.exp2(x * x * -0.7213475204444817) * 0.3989422804014327
+    t = 1.0 / (1.0 + 0.2316419 * tl.abs(x))
+    tail = density * t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
+    return tl.where(x < 0, tail, 1.0 - tail), density
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -53,9 +54,9 @@ def _forward_kernel(x_ptr, bias_ptr, out_ptr, T, H, stride, KIND: tl.constexpr, 
         out *= out
     elif KIND == "geglu":
         gate = _read(x_ptr + H, bias_ptr if bias_ptr is None else bias_ptr + H, stride, rows, cols, inside, in_col)
-        out = hidden * gate * _normal_below(gate)
+        out = hidden * gate * _normal(gate)[0]
     else:
-        out = hidden * _normal_below(hidden)
+        out = hidden * _normal(hidden)[0]
     tl.store(out_ptr + rows[:, None] * H + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -80,15 +81,17 @@ def _backward_kernel(
         at = rows[:, None] * width + cols[None, :]
         if KIND == "geglu":
             gate = _read(x_ptr + H, bias_ptr if bias_ptr is None else bias_ptr + H, stride, rows, cols, inside, in_col)
-            slope = g * hidden * _gelu_slope(gate)
+            below, density = _normal(gate)
+            slope = g * hidden * (below + gate * density)
             gate_sums += slope
             if dx_ptr is not None:
                 tl.store(dx_ptr + at + H, slope.to(dx_ptr.dtype.element_ty), mask=inside)
-            slope = g * gate * _normal_below(gate)
+            slope = g * gate * below
         elif KIND == "relu2":
             slope = 2.0 * g * tl.where(hidden < 0, 0.0, hidden)
         else:
-            slope = g * _gelu_slope(hidden)
+            below, density = _normal(hidden)
+            slope = g * (below + hidden * density)
         sums += slope
         if dx_ptr is not None:
             tl.store(dx_ptr + at, slope.to(dx_ptr.dtype.element_ty), mask=inside)
