@@ -270,8 +270,18 @@ def bias_activation(dice: Dice) -> Drawn:
                  lambda given, impl: kernels.bias_activation(given["x"], given.get("bias"), kind, impl=impl))
 
 
+def grouped_linear(dice: Dice) -> Drawn:
+    T, width, out, types = dice.count(1, 300), dice.count(1, 64), dice.count(1, 64), dice.count(1, 5)
+    leaves = {"x": dice.normal(T, width), "weight": dice.normal(types, out, width) * width**-0.5}
+    leaves |= {"bias": dice.normal(types, out)} if dice.plain.random() < 0.5 else {}
+    kinds = dice.whole(types, T)
+    return Drawn(f"grouped_linear {_sizes(T=T, width=width, out=out, types=types)} {' '.join(leaves)}", leaves,
+                 lambda given, impl: kernels.grouped_linear(**given, types=kinds, impl=impl))
+
+
 OPERATORS = (similarity_logsumexp, pairwise_sigmoid, similarity_attend, maxsim, packed_attention, patch_embed, merge_plan, token_select,
-             segment_pool, linear_cross_entropy, similarity_topk, residual_norm, bias_activation)  # fmt: skip
+             segment_pool, linear_cross_entropy, similarity_topk, residual_norm, bias_activation,
+             grouped_linear)  # fmt: skip
 # What a dtype is drawn for; scalars, biases and sizes stay in float32.
 _FEATURES = ("x", "y", "v", "q", "k", "weight", "rows", "cols", "grid")
 

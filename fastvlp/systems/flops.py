@@ -65,11 +65,15 @@ def _attended(x: Tensor, y: Tensor, v: Tensor, *rest: Any, **options: Any) -> in
     return 2 * len(x) * (y.numel() + v.numel())
 
 
+def _by_type(x: Tensor, types: Any, weight: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * len(x) * weight[0].numel()
+
+
 # The formula of each operator with products, and which of its arguments are their operands.
 _OURS: dict[str, tuple[Callable[..., int], tuple[int, ...]]] = {
     "packed_attention": (_attention, (0, 1, 2)), "patch_embed": (_embedding, (0, 3)), "maxsim": (_similarities, (0, 1)),
     "similarity_logsumexp": (_similarities, (0, 1)), "pairwise_sigmoid": (_similarities, (0, 1)),
-    "similarity_attend": (_attended, (0, 1, 2)),
+    "similarity_attend": (_attended, (0, 1, 2)), "grouped_linear": (_by_type, (0, 2)),
 }
 _OPERANDS: dict[Any, tuple[int, ...]] = {}
 for _name, (_formula, _operands) in _OURS.items():

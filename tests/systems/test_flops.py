@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastvlp.ops import grouped_linear
 from fastvlp.systems.flops import FlopCount, visible_pairs
 from fastvlp.systems.system import freeze
 from fastvlp.towers import padded
@@ -59,6 +60,17 @@ def test_pytorch_s_own_counter_sees_our_operators():
     with FlopCounterMode(display=False) as counter:
         tower(packed)
     assert counter.get_total_flops() == plain(tower, packed)
+
+
+def test_a_linear_layer_by_types_counts_as_one():
+    layer = torch.nn.Linear(4, 5)
+    weight, x = torch.stack([layer.weight] * 3), torch.randn(7, 4)
+    found = []
+    for call in (lambda: grouped_linear(x, torch.arange(7) % 3, weight), lambda: layer(x)):
+        with FlopCounterMode(display=False) as counter, FlopCount() as counted:
+            call()
+        found.append((counter.get_total_flops(), counted.needed))
+    assert found[0] == found[1] == (2 * 7 * 4 * 5, 2 * 2 * 7 * 4 * 5)
 
 
 @pytest.mark.parametrize("name", ["dlip", "brivl", "blip2"])
