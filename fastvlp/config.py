@@ -232,7 +232,7 @@ def spec(values: Any, path: str) -> fdl.Config:
     if not (isinstance(make, type) and issubclass(make, nn.Module)) and not getattr(make, "makes_module", False):
         raise ConfigError(f"{path}: {values['make']} makes no module")
     signature = inspect.signature(make)
-    hints = typing.get_type_hints(make.__init__ if isinstance(make, type) else make)  # type: ignore[misc]
+    hints = typing.get_type_hints(make.__init__ if isinstance(make, type) else make)  # type: ignore[misc]  # a subclass's may differ; this is the class itself
     arguments = {}
     for name, value in values.items():
         if name == "make":

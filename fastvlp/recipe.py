@@ -19,7 +19,8 @@ class Run:
         name, dir: results go to ``dir/name``. seed: of initialisation, data order and augmentation.
         device: "auto" is CUDA where there is one, else the CPU.
         resume: "auto" continues from the run's last checkpoint if there is one, "none" starts over, a path continues from there.
-        start: a run or model folder whose weights are taken, as far as they fit, before the first step; nothing else of it is.
+        start: a run or model folder whose weights are taken, as far as they fit, before the first step; nothing else of it is. Or folders
+            by part of the system: {image: runs/clip, lm: runs/simvlm}.
         log: loggers besides log.jsonl: tensorboard, wandb.
         timeout: seconds that a process may keep the others waiting before all of them stop.
     """
@@ -29,7 +30,7 @@ class Run:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: str = "auto"
-    start: str | None = None
+    start: str | dict[str, str] | None = None
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     timeout: float = 1800.0
 

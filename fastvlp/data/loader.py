@@ -23,6 +23,7 @@ from fastvlp.data.order import Picks
 from fastvlp.data.patches import mix
 from fastvlp.data.samples import Labels, Reader
 from fastvlp.data.shards import Index
+from fastvlp.data.workers import Guard
 from fastvlp_kernels.packed import Packed
 
 NEAR, TRIES = 16, 256
@@ -193,6 +194,7 @@ class Loader(Dataset[Flat]):
     def __init__(self, sources: Sequence[tuple[list[str], Mapping[str, Field]]], max_pixels: int, cache_bytes: int) -> None:
         self.fields = [fields for _, fields in sources]
         self.skips: list[tuple[str, str]] = []
+        self.guard = Guard()
         self.readers = [Reader(Index(paths, self._skip), max_pixels) for paths, _ in sources]
         self.cache = Cache(cache_bytes)
         self.bad: set[tuple[bool, tuple[int, int, int]]] = set()  # for a place of its own, or as the other of one
@@ -239,9 +241,10 @@ class Loader(Dataset[Flat]):
             sample = Sample(self, source, shard, member)
             prepare(sample)
             try:
-                labels = sample.labels
-                for one in fields:
-                    one.check(sample, stage)
+                with self.guard.reading(source, shard, member):
+                    labels = sample.labels
+                    for one in fields:
+                        one.check(sample, stage)
             except Unusable as reason:
                 self.bad.add(role)
                 self._skip(str(reason), self.readers[source].name(shard, member))

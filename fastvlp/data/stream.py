@@ -44,7 +44,8 @@ class Stream:
 
     Samples without a usable header entry are no places at all. A sample that turns out unusable when it is read keeps its place, which
     is filled by another sample chosen by the place's random word: from the same shard, and after 16 bad ones from any shard. After 256
-    bad ones in a row the stream ends with an error.
+    bad ones in a row the stream ends with an error. A sample that a worker decodes for more than a minute of its processor, or on which its
+    decoder crashes, is such a one: another worker takes over.
 
     Args:
         sources: a ``Source``, several, or shards alone (see ``expand``).
@@ -115,7 +116,8 @@ class Stream:
     def _read(self) -> Iterator[Flat]:
         if self.workers == 0:
             return map(self._load, self._requests())
-        return from_workers(self._loader, self._requests(), self.workers, self.pin_memory, self.timeout)
+        return from_workers(self._loader, self._requests(), self.workers, self._loader.guard, pin_memory=self.pin_memory,
+                            timeout=self.timeout)
 
     def _load(self, request: Request) -> Flat:
         flat = self._loader[request]

@@ -24,17 +24,21 @@ PLAIN = Stage(keep=1.0, augment=0.0)
 
 @torch.no_grad()
 def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ranks | None = None,
-               beat: Callable[[], object] = lambda: None, workers: int = 0) -> Outputs:
+               beat: Callable[[], object] = lambda: None, workers: int = 0, timeout: float = 0) -> Outputs:
     """The outputs of ``encode`` for all samples in the order of the files, on the CPU; with several processes a collective call.
 
     Fields are called without augmentation and with all patches, as far as they leave that open, and with the same random words every
     time. A sample that cannot be used is replaced by another, as in training, so that there is a row for each. Losses (``*_loss``) are
     left out.
 
+    Args:
+        timeout: seconds to wait for a worker, 0 for ever.
+
     Raises:
-        FileNotFoundError: the shard list matches nothing. ValueError: it holds no sample. RuntimeError: hardly any can be used.
+        FileNotFoundError: the shard list matches nothing. ValueError: it holds no sample. RuntimeError: hardly any can be used, a worker
+        died, or did not answer within ``timeout``.
     """
-    how = How(batch_size, world or Alone(), workers, beat)
+    how = How(batch_size, world or Alone(), workers, beat, timeout)
     loader = Loader([(expand(shards), system.fields)], MAX_PIXELS, cache_bytes=0)
     index = loader.readers[0].index
     places = np.array([(shard, member) for shard in range(len(index.paths)) for member in range(index.count(shard))], dtype=np.int64)
@@ -48,7 +52,7 @@ def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ran
     for number, rows in how.share(np.array_split(np.arange(len(places)), range(batch_size, len(places), batch_size))):
         picks = Picks(places[rows, 0], places[rows, 1], words[rows], places[others[rows]])
         requests.append((number, Request(max(0, number), PLAIN, 0, picks, ())))
-    for number, flat in how.loaded(loader, requests):
+    for number, flat in how.loaded(loader, requests, loader.guard):
         batch = flat.batch((), 0)
         batch = dataclasses.replace(batch, counts=system.counts(batch)).to(device)
         mine[number] = {name: value.to("cpu") for name, value in system.encode(batch).items() if not name.endswith("_loss")}

@@ -16,7 +16,7 @@ from fastvlp.data.fields import Pages
 from fastvlp.data.images import MAX_PIXELS, Unusable
 from fastvlp.data.samples import Labels, Reader
 from fastvlp.data.shards import Index, Shards, expand
-from fastvlp.data.workers import from_workers
+from fastvlp.data.workers import Guard, from_workers
 from fastvlp.systems.system import System
 
 T = TypeVar("T")
@@ -53,12 +53,14 @@ class How:
     Attributes:
         batch_size: samples encoded (and decoded pictures held) at a time. world: who shares the work; all call together.
         workers: loading processes per process; 0 loads in this one. beat: called at every batch.
+        timeout: seconds to wait for a worker before a RuntimeError, 0 for ever.
     """
 
     batch_size: int = 256
     world: Ranks = field(default_factory=Alone)
     workers: int = 0
     beat: Callable[[], object] = lambda: None
+    timeout: float = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
@@ -71,12 +73,12 @@ class How:
         for number in range(world.rank, -(-len(items) // world.size) * world.size, world.size):
             yield (number, items[number]) if number < len(items) else (-1, items[0])
 
-    def loaded(self, data: Dataset[T], numbered: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, T]]:
-        """(number, ``data[key]``) of some (number, key) in their order, read by the workers."""
+    def loaded(self, data: Dataset[T], numbered: Sequence[tuple[int, Any]], guard: Guard | None = None) -> Iterator[tuple[int, T]]:
+        """(number, ``data[key]``) of some (number, key) in their order, read by the workers; ``guard`` as in ``from_workers``."""
         keys = [key for _, key in numbered]
         found: Iterable[T] = map(data.__getitem__, keys)
         if self.workers and len(keys) > 1:
-            found = from_workers(data, keys, min(self.workers, len(keys)))
+            found = from_workers(data, keys, min(self.workers, len(keys)), guard, timeout=self.timeout)
         for (number, _), one in zip(numbered, found, strict=True):
             self.beat()
             yield number, one
@@ -116,6 +118,7 @@ class Reading(Dataset[Read]):
     def __init__(self, paths: Sequence[str], places: np.ndarray, prepare: Prepare, batch_size: int, others: bool, pad: bool) -> None:
         self.places, self.prepare, self.batch_size, self.others, self.pad = places, prepare, batch_size, others, pad
         self.reader = Reader(Index(paths, _known), MAX_PIXELS)
+        self.guard = Guard()
 
     def __len__(self) -> int:
         return -(-len(self.places) // self.batch_size)
@@ -126,7 +129,8 @@ class Reading(Dataset[Read]):
         for place in range(first, min(first + self.batch_size, len(self.places))):
             shard, member = self.places[place].tolist()
             try:
-                label, picture = reader.labels(shard, member), reader.image(shard, member)
+                with self.guard.reading(0, shard, member):
+                    label, picture = reader.labels(shard, member), reader.image(shard, member)
             except Unusable as reason:
                 skips.append((str(reason), reader.name(shard, member)))
                 continue
@@ -169,7 +173,7 @@ class Samples:
         self.reading = Reading(paths, table, prepare, how.batch_size, others, pad=how.world.size > 1)
 
     def __iter__(self) -> Iterator[tuple[int, Read]]:
-        for number, read in self.how.loaded(self.reading, list(self.how.share(range(len(self.reading))))):
+        for number, read in self.how.loaded(self.reading, list(self.how.share(range(len(self.reading)))), self.reading.guard):
             if number >= 0:
                 self.skips += read.skips
             if read.pictures is not None:

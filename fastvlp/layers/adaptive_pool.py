@@ -1,5 +1,6 @@
-"""Average pooling of ragged pictures and videos to one grid."""
+"""Average pooling of ragged pictures and videos to one grid, or to several."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -64,3 +65,25 @@ class AdaptiveAveragePool(nn.Module):
         place = torch.cartesian_prod(*(torch.arange(n, dtype=torch.int32) for n in self.out))
         per_video = len(place)
         return Packed.of(pooled, [per_video] * len(packed), pos=place.repeat(len(packed), 1).to(pooled.device, non_blocking=True))
+
+
+class PyramidPool(nn.Module):
+    """Each picture's tokens pooled to grids of several sizes, the tokens of one behind those of the other (ADEM-VL, arXiv:2410.17779).
+
+    Args:
+        sides: of the square grids.
+    """
+
+    def __init__(self, sides: Sequence[int]) -> None:
+        super().__init__()
+        self.pools = nn.ModuleList(AdaptiveAveragePool((1, side, side)) for side in sides)
+        self.places = sum(side**2 for side in sides)
+
+    def forward(self, tokens: Packed) -> Packed:
+        """Tokens [T, C] of whole pictures, with ``pos``, in reading order -> [S * places, C]."""
+        if tokens.pos is None:
+            raise ValueError("PyramidPool: the tokens carry no positions (pos is None), which say the shape of each picture")
+        last = [pos.amax(0) for pos in tokens.pos.split(tokens.lengths.tolist())]
+        sizes = torch.stack(last).long().cpu() + 1
+        first, *others = (pool(tokens, sizes) for pool in self.pools)
+        return first.join(*others)

@@ -33,6 +33,16 @@ def word_nll(hidden: Packed, head: Head, targets: Tensor) -> Tensor:
     return segment_sum(linear_cross_entropy(hidden.x, weight, targets.long(), bias, ignore_index=IGNORE, reduction="none"), hidden)
 
 
+def hidden_words(text: Packed, masked: Packed) -> Tensor:
+    """Which tokens of ``text`` another id stands for in ``masked``, the same captions with words hidden: bool [T]."""
+    return masked.x != text.x
+
+
+def masked_word_nll(hidden: Packed, head: Head, text: Packed, masked: Packed) -> Tensor:
+    """-log p of the words that ``masked`` hides (BERT), summed over each segment: [S]; ``hidden``: the states at its tokens."""
+    return word_nll(hidden, head, text.x.masked_fill(~hidden_words(text, masked), IGNORE))
+
+
 def segment_sum(values: Tensor, packed: Packed) -> Tensor:
     """The sum of ``values`` [T] over each segment of ``packed``: [S]."""
     counts = packed.lengths.to(values.device, non_blocking=True)

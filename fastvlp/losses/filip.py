@@ -11,6 +11,7 @@ from fastvlp_kernels import _inputs
 from fastvlp_kernels.maxsim import maxsim
 from fastvlp_kernels.packed import Packed, check_packed
 from fastvlp_kernels.segment_pool import segment_pool
+from fastvlp_kernels.token_select import token_select
 
 from .inputs import align
 from .softmax_terms import softplus
@@ -62,6 +63,17 @@ def filip_loss(
     with torch.autocast(x.device.type, enabled=False):
         found = _direction(factor * of_images, images, texts) + _direction(factor * of_texts.T, texts, images)
     return found / 2
+
+
+def nearest_tokens(tokens: Packed, others: Packed, keep: float) -> Packed:
+    """The share ``keep`` (rounded up) of each segment's tokens whose largest product with a token of the same segment of ``others`` is
+    highest: what FILIP compares and sends to other processes (its section 3.1). No gradient goes through the choice."""
+    mine, own = tokens.to_padded()
+    theirs, real = others.to_padded()
+    # Products of unit features are at least -1, so that padding at -2 is never the nearest.
+    best = (mine @ theirs.transpose(1, 2)).masked_fill(~real[:, None], -2.0).amax(2)
+    counts = (tokens.lengths * keep).ceil().long()
+    return token_select(best[own].detach(), tokens.cu_seqlens, counts, lengths=tokens.lengths).apply(tokens)
 
 
 def _weighed(x: Tensor, packed: Packed) -> Tensor:

@@ -61,6 +61,11 @@ class MaskedCaptioner(Captioner):
     A subclass says what the states are, and has ``words`` and ``mask_id``, which stands for a hidden word.
     """
 
+    def hide_ends(self, masked: Packed, which: Tensor) -> Packed:
+        """The masked captions with their last token hidden, too, where ``which``, bool [S]: so writing learns when to stop."""
+        ends = masked.cu_seqlens[1:].long() - 1
+        return masked.replace(x=masked.x.index_copy(0, ends, torch.where(which, self.mask_id, masked.x[ends])))
+
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
         rows, states, words = self._each_word(images, texts)
         nll = word_nll(states, self.words, words)

@@ -14,7 +14,7 @@ from fastvlp.layers import Pool
 from fastvlp.recipe import Data, Optim, Recipe, Schedule, Train
 from fastvlp.systems import shipped
 from fastvlp.systems.system import Losses, Outputs, Part, Scale, System
-from fastvlp.towers import Text, Vit
+from fastvlp.towers import Joint, Text, Vit
 from fastvlp_kernels.packed import Packed
 
 
@@ -73,3 +73,8 @@ def text_b(**changes: Any) -> fdl.Config:
     """CLIP's text tower: 12 causal blocks of width 512 over 77 of 49,408 tokens."""
     return fdl.Config(Text, **{"width": 512, "depth": 12, "heads": 8, "vocab_size": 49408, "context_length": 77, "causal": True,
                                "activation": "gelu", **changes})
+
+
+def joint_b(**changes: Any) -> fdl.Config:
+    """A transformer over patches and words of BERT-base's size."""
+    return fdl.Config(Joint, **{"width": 768, "depth": 12, "heads": 12, "activation": "gelu", **changes})

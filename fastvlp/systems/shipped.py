@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import fiddle as fdl
@@ -9,7 +10,7 @@ import fiddle as fdl
 from fastvlp.data.batch import Stage
 from fastvlp.data.fields import Caption, Image
 from fastvlp.recipe import Data, Eval, Optim, Schedule
-from fastvlp.towers import Text, Vit
+from fastvlp.towers import Joint, Text, Vit
 
 VOCABULARY = 4096  # of the shipped tokenizer
 MASK = VOCABULARY  # the id after it, for towers that see hidden words
@@ -27,6 +28,11 @@ def captions(part: str = "text", **image: Any) -> Data:
     return Data(fields={"image": Image(**image), "text": Caption(max_captions=2, part=part, ends=ENDS)}, batch_size=128)
 
 
+def masked(caption: Caption, mask_id: int = MASK) -> dict[str, Caption]:
+    """The streams ``text`` and ``masked``: captions, and the same with 0.15 of their words hidden (BERT)."""
+    return {"text": caption, "masked": replace(caption, mask=0.15, mask_id=mask_id)}
+
+
 def image(**changes: Any) -> fdl.Config:
     """A ViT of 64 pixels in patches of 16."""
     return fdl.Config(Vit, **{"width": 192, "depth": 6, "heads": 3, "patch_size": 16, "image_size": 64, **changes})
@@ -35,6 +41,11 @@ def image(**changes: Any) -> fdl.Config:
 def text(**changes: Any) -> fdl.Config:
     """A text tower for the shipped tokenizer's captions."""
     return fdl.Config(Text, **{"width": 192, "depth": 4, "heads": 3, "vocab_size": VOCABULARY, "context_length": 24, **changes})
+
+
+def joint(**changes: Any) -> fdl.Config:
+    """A transformer over patches and words."""
+    return fdl.Config(Joint, **{"width": 192, "depth": 6, "heads": 3, **changes})
 
 
 def schedule(steps: int = 840, keep: float = 0.5) -> Schedule:

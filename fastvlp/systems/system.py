@@ -57,6 +57,10 @@ class System(nn.Module):
     def before_episode(self, features: Outputs) -> None:
         """Every ``train.episode`` steps: what ``episode`` gave for the whole training set (prototypes, mined negatives)."""
 
+    def weights_from(self, theirs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Another system's weights (``run.start``) under the names that they have here; one that takes parts of another apart says so."""
+        return theirs
+
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
 

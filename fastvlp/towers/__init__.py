@@ -2,6 +2,7 @@
 
 from fastvlp.towers.adapters import lora as lora
 from fastvlp.towers.decoder import Decoder as Decoder
+from fastvlp.towers.facets import facet_features as facet_features
 from fastvlp.towers.joint import Joint as Joint
 from fastvlp.towers.rwkv import RwkvImage as RwkvImage
 from fastvlp.towers.rwkv import RwkvText as RwkvText

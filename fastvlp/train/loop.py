@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -140,15 +139,13 @@ class Fit:
     progress: Progress
     stop: StopRequest
     watchdog: Watchdog
-    rate: float = math.inf  # operations per second of all devices
 
     def run(self, began: float) -> tuple[dict[str, int], float]:
         """Train to the last step; returns the samples that were skipped, by reason, and the seconds before the first step."""
         recipe, trainer, counters = self.recipe, self.trainer, self.trainer.counters
         world = trainer.world
         saver = state.Saver(trainer, self.folder / "checkpoints", self.data)
-        if self.progress.enabled:
-            self.rate = world.size * flops.matrix_rate(world.device, trainer.amp_dtype or torch.float32)
+        trainer.rate = flops.MatrixRate(world.device, trainer.amp_dtype or torch.float32)
         # A device computes while the host prepares: its numbers are read a step later. The host's own are there at once.
         late = world.device.type != "cpu"
         waiting: list[tuple[Pending, float]] = []
@@ -182,7 +179,8 @@ class Fit:
                     self._save(saver, wait=not recipe.train.asynchronous or last)
                 if scoring:
                     self._score(saver)
-                if due or scoring:
+                if due or scoring or not late:  # nothing is being computed now
+                    trainer.rate.again()
                     mark = time.perf_counter()
         return self._skipped(), startup_seconds
 
@@ -247,7 +245,7 @@ class Fit:
         now = time.perf_counter()
         seconds = now - mark
         counters.seconds += seconds
-        tokens, used = sum(pending.tokens.values()), pending.flops / seconds / self.rate
+        tokens, used = sum(pending.tokens.values()), pending.flops / seconds / pending.rate
         if step % recipe.train.log_every == 0 or step == recipe.steps:
             self.log.write(step, **values, samples_per_second=pending.samples / seconds, tokens_per_second=tokens / seconds, mfu=used,
                            waiting_for_data=waited / seconds, seconds=counters.seconds)

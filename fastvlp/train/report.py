@@ -37,7 +37,7 @@ def score(recipe: Recipe, trainer: Trainer, step: int, log: Log, progress: Progr
     training = system.training
     system.eval()
     with trainer.evaluation_weights():
-        scores = evaluate.measure(system, recipe.eval, trainer.world, beat)
+        scores = evaluate.measure(system, recipe.eval, trainer.world, beat, recipe.run.timeout)
     system.train(training)
     if scores:
         log.write(step, **{f"{measure}_{name}": value for measure, values in scores.items() for name, value in values.items()
@@ -53,7 +53,7 @@ def episode(recipe: Recipe, trainer: Trainer, beat: Callable[[], object] = lambd
     training = system.training
     system.eval()
     features = evaluate.encode_all(system, recipe.data.sources[0].shards, recipe.eval.batch_size, trainer.world, beat,
-                                   workers=recipe.data.workers)
+                                   workers=recipe.data.workers, timeout=recipe.run.timeout)
     system.train(training)
     with torch.no_grad():
         system.before_episode(features)

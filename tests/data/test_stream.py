@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import re
 import signal
 import subprocess
 import tarfile
@@ -17,6 +18,7 @@ from tar_files import encoded, metadata, picture, small_tokenizer, sound, write_
 
 from fastvlp.data import Batch, Caption, Image, Other, Source, Stage, Stream
 from fastvlp.data.fields import bind
+from fastvlp.data.headers import Unusable
 from fastvlp.data.samples import Reader
 from fastvlp_kernels.packed import Packed
 
@@ -206,6 +208,31 @@ def test_broken_samples_are_counted_and_named_once(damaged, workers):
     assert ("broken tar header", f"{folder}/5.tar") in named and ("not an image", f"{folder}/3.tar: page3") in named
     assert ("shard cannot be opened", f"{folder}/6.tar: No such file or directory") in named
     assert len(set(named)) == len(named)
+
+
+def test_a_decoder_that_does_not_return_costs_a_sample_and_no_batch(good, monkeypatch):
+    """The stream is the one of a shard in which the sample is broken: every batch, in its order, and the name once."""
+    image = Reader.image
+
+    def with_one_bad(bad):
+        def read(self, shard, member, **options):
+            return bad() if self.name(shard, member).endswith("sample0004") else image(self, shard, member, **options)
+
+        return read
+
+    def refuse():
+        raise Unusable("takes too long to decode")
+
+    monkeypatch.setattr(Reader, "image", with_one_bad(refuse))
+    expected = _take(_stream(good), 12)
+    monkeypatch.setattr(Reader, "image", with_one_bad(lambda: re.match("(a|a)+$", "a" * 60 + "b")))
+    named = []
+    stream = _stream(good, workers=2, on_skip=lambda *skip: named.append(skip))
+    stream._loader.guard.seconds = 1.0
+    for one, other in zip(_take(stream, 12), expected, strict=True):
+        _assert_same(one, other)
+    assert [(reason, name.rpartition(": ")[2]) for reason, name in named] == [("takes too long to decode", "sample0004")]
+    assert stream.skipped == {"takes too long to decode": 1}
 
 
 def test_ranks_together_name_each_bad_sample(damaged):
