@@ -7,11 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlp.layers.activation import SquaredReLU
-from fastvlp_kernels import merge_plan, packed_attention, residual_norm
+from fastvlp_kernels import bias_activation, merge_plan, packed_attention, residual_norm
 from fastvlp_kernels.packed import Packed
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2 (So et al., Primer, 2021); any shape [..., C], any floating-point dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_activation(x, activation="relu2")
+
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu2": SquaredReLU}
 
@@ -92,7 +99,14 @@ class Block(nn.Module):
         else:
             x = x + attended if between is None else between(x + attended)
             normed = self.norm2(x)
-        return x + self.down(self.activation(self.up(normed)))
+        return x + self.down(self._hidden(normed))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """activation(up(x)), the bias and the activation in one pass."""
+        kind = next((name for name, kind in ACTIVATIONS.items() if bare(self.activation, kind)), None)
+        if kind is None or not bare(self.up, nn.Linear) or getattr(self.activation, "approximate", "none") != "none":
+            return self.activation(self.up(x))
+        return bias_activation(F.linear(x, self.up.weight), self.up.bias, kind)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., C] -> what its attention compares and mixes, three times [..., H, d]."""

@@ -31,6 +31,21 @@ def span(cu_ptr, segment, T):
 
 
 @triton.jit
+def tile_of(cu_ptr, tile, S, blocks, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
+    """The segment of a tile and the tile's place in it."""
+    if SEARCH:
+        low = tile * 0
+        high = low + S
+        while high - low > 1:
+            middle = (low + high) // 2
+            before = tl.load(cu_ptr + middle).to(tl.int32) // BLOCK + middle <= tile
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        return low, tl.maximum(tile - tl.load(cu_ptr + low).to(tl.int32) // BLOCK - low, 0)
+    return tile // blocks, tile % blocks
+
+
+@triton.jit
 def dot_tile(
     x_ptr, stride_x, y_ptr, stride_y, first_m, first_n, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,

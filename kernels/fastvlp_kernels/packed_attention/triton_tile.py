@@ -56,21 +56,6 @@ def rows_of(longest: int, most: int) -> int:
 
 
 @triton.jit
-def tile_of(cu_ptr, tile, S, blocks, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
-    """The segment of a tile and the tile's place in it."""
-    if SEARCH:
-        low = tile * 0
-        high = low + S
-        while high - low > 1:
-            middle = (low + high) // 2
-            before = tl.load(cu_ptr + middle).to(tl.int32) // BLOCK + middle <= tile
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle)
-        return low, tl.maximum(tile - tl.load(cu_ptr + low).to(tl.int32) // BLOCK - low, 0)
-    return tile // blocks, tile % blocks
-
-
-@triton.jit
 def tile(ptr, first, offs, inside, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
     """[rows, BLOCK] of the tokens first + offs, 0 outside. Only ``first`` is a 64-bit number: those of elements would fill registers."""
     cols = tl.arange(0, BLOCK)
@@ -107,6 +92,12 @@ def key_terms(size_ptr, bias_ptr, first, offs, inside):
         size = tl.load(size_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
     # Not size > 0: a NaN has to come out as one.
     return tl.where(inside & ~(size <= 0), term, float("-inf")), size
+
+
+@triton.jit
+def types_of(ptr, first, offs, inside):
+    """The bits of the types of tokens; 0, which none shares, outside."""
+    return tl.load(ptr + first + offs, mask=inside, other=0)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check, _op
 from .._inputs import sum_dtype
-from . import cpu, reference
+from . import reference
 from .arguments import Inputs, Needs
 
 OP = "residual_norm"
@@ -128,7 +128,8 @@ def residual_norm(
     _check.plain_tensors(OP, 3, x=x, branch=branch, weight=weight, bias=bias, gamma=gamma)
     for name, tensor in (("x", x), ("branch", branch)):
         if tensor.ndim < 1 or tensor.dtype not in _check.FLOATS or tensor.shape[-1] == 0:
-            raise ValueError(f"{OP}: {name} is {tensor.dtype} {tuple(tensor.shape)}; it must be [..., C], floating point, with C at least 1")
+            got = f"{name} is {tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{OP}: {got}; it must be [..., C], floating point, with C at least 1")
     if x.shape != branch.shape:
         raise ValueError(f"{OP}: x has shape {tuple(x.shape)} and branch has shape {tuple(branch.shape)}; they must be equal")
     C = x.shape[-1]

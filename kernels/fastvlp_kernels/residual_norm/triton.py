@@ -11,7 +11,7 @@ from torch import Tensor
 from .._triton import processors
 from .arguments import Inputs, Needs
 
-PROGRAMS = 4  # of backward, for each processor
+PROGRAMS = 6  # of backward, for each processor: what its registers hold at 768 features
 
 
 def config(width: int, tensors: int) -> dict[str, int]:
