@@ -15,8 +15,8 @@ from fastvlp.data.batch import Batch, Stage
 from fastvlp.recipe import Recipe
 from fastvlp.systems.flops import FlopCount
 from fastvlp.systems.system import System
-from fastvlp.train.loop import prepare
 from fastvlp.train.parallel import World
+from fastvlp.train.start import counted, prepare
 from fastvlp.train.step import named_part
 from fastvlp_kernels.packed import Packed
 
@@ -51,7 +51,7 @@ class Stream:
 
 def command(options: argparse.Namespace) -> int:
     """Print the table of a recipe."""
-    recipe = from_arguments(options.arguments)
+    recipe = counted(from_arguments(options.arguments), World(0, 1, torch.device("cpu")))
     print(table(*profile(recipe), recipe))
     return 0
 
