@@ -12,6 +12,7 @@ from fastvlp import __version__
 
 EPILOG = """examples:
   fastvlp train                                     the default recipe on the data that ships, about 5 minutes on 2 cores
+  fastvlp train clip-vit-b-32 data=SHARDS           your own pictures and captions; --dry-run looks before anything runs
   fastvlp train coca run.name=first optim.lr=1e-3   a recipe with changes
   torchrun --nproc-per-node 8 -m fastvlp train mine.py:small
   fastvlp eval runs/clip --data mini:val-openclipart
@@ -31,7 +32,8 @@ TRAIN_EPILOG = """examples:
   fastvlp train
   fastvlp train coca --help                         every key of this recipe with its value
   fastvlp train clip run.name=long schedule.steps=5000 eval.every=500
-  fastvlp train clip data.train='shards/{0000..0099}.tar' data.batch_size=4096 train.tokens='{image: 65536}'
+  fastvlp train clip-vit-b-32 data='shards/{0000..0099}.tar' epochs=10 data.batch_size=4096 --dry-run
+  fastvlp train clip-vit-b-16 data=pairs.csv eval.retrieval=val.csv samples=10000000
   fastvlp train clip --resume none                  start over
   fastvlp train clip --resume runs/first/checkpoints/step-00000400 run.name=second
   torchrun --nproc-per-node 2 -m fastvlp train clip train.shard=2
@@ -91,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help=CHANGES)
     train.add_argument("--resume", metavar="auto|PATH|none",
                        help="continue from the run's last checkpoint (auto, the default), from PATH, or start over")
+    train.add_argument("--dry-run", action="store_true", help="train nothing: print the recipe, the first batch's shapes, memory and "
+                       "operations, and write a page with the first batch as the model sees it")
     train.add_argument("-h", "--help", action="store_true", help="show this, and, where a recipe is named, all of its keys")
     train.set_defaults(parser=train)
 
@@ -161,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.arguments:
                 return 0
         # Imported here, so that --help and --version do not wait for torch.
-        return importlib.import_module(f"fastvlp.commands.{options.command}").command(options)
+        name = "first_batch" if getattr(options, "dry_run", False) and not options.help else options.command
+        return importlib.import_module(f"fastvlp.commands.{name}").command(options)
     except KeyboardInterrupt:
         return 130
     # As in ``fastvlp recipes | head``: closed, or Python would complain again when it flushes at exit.

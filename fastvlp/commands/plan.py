@@ -22,7 +22,9 @@ from fastvlp.commands.train import from_arguments
 from fastvlp.data.batch import Stage
 from fastvlp.recipe import Recipe
 from fastvlp.systems.system import System
+from fastvlp.train.parallel import World
 from fastvlp.train.progress import clock
+from fastvlp.train.start import counted
 from fastvlp.train.step import amp_dtype, named_part
 
 GB = 1e9
@@ -106,7 +108,7 @@ class Plan:
 
 def command(options: argparse.Namespace) -> int:
     """Print the plan of a recipe."""
-    recipe = from_arguments(options.arguments)
+    recipe = counted(from_arguments(options.arguments), World(0, 1, torch.device("cpu")))
     cluster = Cluster(options.devices, options.per_node, options.intra, options.inter, options.tflops, options.latency)
     if not options.memory > 0:
         raise ValueError(f"--memory is {options.memory:g}; it is a positive number of GB")

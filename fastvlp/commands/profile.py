@@ -21,7 +21,7 @@ from fastvlp.systems.flops import FlopCount
 from fastvlp.systems.system import System
 from fastvlp.train import Interrupted
 from fastvlp.train.parallel import World
-from fastvlp.train.start import prepare
+from fastvlp.train.start import counted, prepare
 from fastvlp.train.step import named_part
 from fastvlp_kernels.packed import Packed
 
@@ -56,7 +56,7 @@ class Stream:
 
 def command(options: argparse.Namespace) -> int:
     """Print the table of a recipe: what its parts compute, or with ``--steps`` what the training thread waits for."""
-    recipe = from_arguments(options.arguments)
+    recipe = counted(from_arguments(options.arguments), World(0, 1, torch.device("cpu")))
     if options.steps is None and options.trace is not None:
         raise ValueError("--trace is for steps; give --steps N too")
     if options.steps is None:

@@ -21,7 +21,7 @@ ELSEWHERE = {
     "learning_rate": "optim.lr", "wd": "optim.weight_decay", "beta1": "optim.betas.0", "beta2": "optim.betas.1",
     "grad_clip_norm": "optim.grad_clip", "max_grad_norm": "optim.grad_clip", "train_batch_size": "data.batch_size",
     "per_device_train_batch_size": "data.batch_size", "train_data": "data.train", "dataset": "data.train", "num_workers": "data.workers",
-    "max_steps": "schedule.steps", "epochs": "schedule.samples=SAMPLES", "num_train_epochs": "schedule.samples=SAMPLES",
+    "max_steps": "schedule.steps", "num_train_epochs": "schedule.epochs", "train_num_samples": "schedule.samples",
     "warmup_steps": "schedule.warmup", "lr_scheduler": "schedule.shape", "precision": "train.amp", "bf16": "train.amp=bf16",
     "fp16": "train.amp=fp16", "torchcompile": "train.compile=true", "grad_checkpointing": "train.checkpointing=blocks",
     "gradient_checkpointing": "train.checkpointing=blocks", "accum_freq": "train.tokens={STREAM: TOKENS}",
@@ -49,6 +49,9 @@ def listing() -> Iterator[str]:
         yield f"    {(module.__doc__ or '').splitlines()[0]}"
         yield f"    {' '.join((recipe.__doc__ or '').split())}"
         yield f"    {measured(found[name]) if name in found else 'not measured'}"
+    yield "for your own pictures and captions: fastvlp train RECIPE data=SHARDS"
+    for name, recipe in config.for_own_data().items():
+        yield f"{name}\n    {' '.join((recipe.__doc__ or '').split())}"
 
 
 def measured(entry: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from fastvlp.train.memory import keep_freed_memory
 from fastvlp.train.parallel import World, join
 from fastvlp.train.progress import Progress, Rates
 from fastvlp.train.spans import CHECKPOINT, DATA, DEVICE, LOGGING, span
-from fastvlp.train.start import Early, headline, prepare
+from fastvlp.train.start import Early, counted, headline, prepare
 from fastvlp.train.step import Pending, Trainer, TrainingError
 
 BAD_DATA = 1 << 10  # what a process asks for as it asks for the end on a signal, whose numbers are below
@@ -57,6 +57,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 
 def _run(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog, began: float) -> dict[str, Any]:
+    recipe = counted(recipe, world)
     folder = Path(recipe.run.dir) / recipe.run.name
     progress = Progress(recipe.steps, recipe.train.print_every, enabled=world.rank == 0)
     # Before anything is read or written: processes that were started differently never get to a collective of different sizes.
