@@ -134,6 +134,14 @@ def test_import_is_light():
     assert not {"torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes"} & set(modules)
 
 
+def test_a_system_reads_like_its_paper():
+    """A file that holds a recipe is a system; what it needs beyond 80 lines belongs in layers, losses, towers or data."""
+    files = list((ROOT / "fastvlp/systems").glob("*.py"))
+    sizes = {file.stem: len(text.splitlines()) for file in files if "\ndef recipe(" in (text := file.read_text(encoding="utf-8"))}
+    assert len(sizes) > 30
+    assert not {name: lines for name, lines in sizes.items() if not 15 <= lines <= 80}
+
+
 def test_no_file_does_two_jobs():
     long = {str(f.relative_to(ROOT)): n for d in ("fastvlp", "kernels", "benchmarks", "tests") for f in (ROOT / d).rglob("*.py")
             if (n := len(f.read_text(encoding="utf-8").splitlines())) > 400}

@@ -74,6 +74,49 @@ def pack_texts(texts: Sequence[Tensor]) -> Packed:
     return Packed.of(x, lengths, pos=pos)
 
 
+def kept_and_left(kept: Packed, whole: Packed, columns: int) -> tuple[Tensor, Tensor]:
+    """Where the patches of ``kept`` lie among those of ``whole``, and where all others do: int64 [T'] and [T - T'].
+
+    Args:
+        kept: some patches of each picture of ``whole``, both in reading order, with ``pos``. columns: no row has more patches.
+    """
+    keys = [_rising(packed, columns) for packed in (kept, whole)]
+    seen = torch.searchsorted(keys[1], keys[0])
+    left = torch.ones(whole.total, dtype=torch.bool, device=seen.device).index_fill(0, seen, False)
+    return seen, left.nonzero().squeeze(1)
+
+
+def _rising(packed: Packed, columns: int) -> Tensor:
+    """A number of each patch that rises along the batch: of its picture, row and column."""
+    numbers, counts = torch.arange(len(packed), device=packed.x.device), packed.cu_seqlens.diff().long()
+    owner = numbers.repeat_interleave(counts, output_size=packed.total)
+    assert packed.pos is not None  # a tower saw to it
+    pos = packed.pos.long()
+    return (owner * columns + pos[:, 1]) * columns + pos[:, 2]
+
+
+def with_row_marks(images: Packed) -> tuple[Tensor, Tensor]:
+    """The order of patches with a mark before the first row, one between rows, and one at the end, as SOLO's decoder reads pictures.
+
+    Returns:
+        int64 [T'] on the CPU: numbers of patches, 0 to T - 1, and T, T + 1 and T + 2 for the marks; and the new lengths [S].
+    """
+    assert images.pos is not None  # a tower refuses patches without
+    owner, row = torch.arange(len(images)).repeat_interleave(images.lengths), images.pos[:, 1].cpu()
+    first = torch.ones(images.total, dtype=torch.bool)
+    first[1:] = owner[1:] != owner[:-1]
+    # Where patches were dropped, a row may be missing: a mark stands wherever the row changes, as many as there are rows left.
+    begins = first | (row != row.roll(1))
+    rows = torch.zeros(len(images), dtype=torch.int64).index_add(0, owner, begins.long())
+    lengths = images.lengths + rows + 1
+    # Before a patch stand all patches before it, a mark for each row so far, and the last marks of the pictures before its own.
+    place = torch.arange(images.total) + begins.long().cumsum(0) + owner
+    order = torch.full((int(lengths.sum()),), images.total + 2)
+    order[place] = torch.arange(images.total)
+    order[place[begins] - 1] = images.total + (~first[begins]).long()
+    return order, lengths
+
+
 def _scores(patches: np.ndarray, starts: np.ndarray, random: np.ndarray | torch.Generator | np.random.Generator | None) -> np.ndarray:
     """One random number in [0, 1) for every patch of every picture: float64 [sum of patches]."""
     total = int(starts[-1])

@@ -48,7 +48,7 @@ class Tokenizer:
         """Token ids of one caption; ``context_length`` overrides the tokenizer's own."""
         limit = self.context_length if context_length is None else context_length
         if limit is None:
-            return [*self.start, *self._body(text), *self.end] or [0]
+            return [*self.start, *self.words(text), *self.end] or [0]
         room = limit - len(self.start) - len(self.end)
         if room < 1:
             raise ValueError(f"context_length is {limit}; start, end and one token need at least {limit - room + 1}")
@@ -59,13 +59,14 @@ class Tokenizer:
         tokenizers split text into words, so that what comes later cannot change them."""
         reach = 64 * room + 1024
         while reach < len(text):
-            body = self._body(text[:reach])
+            body = self.words(text[:reach])
             if len(body) >= room + MARGIN:
                 return body[:room]
             reach *= 4  # white space
-        return self._body(text)[:room]
+        return self.words(text)[:room]
 
-    def _body(self, text: str) -> tuple[int, ...]:
+    def words(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text without start and end, however long."""
         found = self._known.get(text)
         if found is None:
             found = tuple(self.core.encode(text, add_special_tokens=False).ids)

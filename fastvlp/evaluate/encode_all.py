@@ -24,23 +24,29 @@ PLAIN = Stage(keep=1.0, augment=0.0)
 
 @torch.no_grad()
 def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ranks | None = None,
-               beat: Callable[[], object] = lambda: None, workers: int = 0) -> Outputs:
+               beat: Callable[[], object] = lambda: None, workers: int = 0, timeout: float = 0) -> Outputs:
     """The outputs of ``encode`` for all samples in the order of the files, on the CPU; with several processes a collective call.
 
     Fields are called without augmentation and with all patches, as far as they leave that open, and with the same random words every
     time. A sample that cannot be used is replaced by another, as in training, so that there is a row for each. Losses (``*_loss``) are
     left out.
 
+    Args:
+        timeout: seconds to wait for a worker, 0 for ever.
+
     Raises:
-        FileNotFoundError: the shard list matches nothing. ValueError: it holds no sample. RuntimeError: hardly any can be used.
+        FileNotFoundError: the shard list matches nothing. ValueError: it holds no sample. RuntimeError: hardly any can be used, a worker
+        died, or did not answer within ``timeout``.
     """
-    how = How(batch_size, world or Alone(), workers, beat)
+    how = How(batch_size, world or Alone(), workers, beat, timeout)
     loader = Loader([(expand(shards), system.fields)], MAX_PIXELS, cache_bytes=0)
     index = loader.readers[0].index
     places = np.array([(shard, member) for shard in range(len(index.paths)) for member in range(index.count(shard))], dtype=np.int64)
     if not len(places):
         raise ValueError(f"no shard of {shards!r} holds a sample with a picture and a caption")
+    # Random words are a function of the sample's place alone, so that an episode gives the same on any number of processes.
     words = mix(np.zeros(len(places), dtype=np.uint64), np.arange(len(places)))
+    # Another sample, never the sample itself.
     others = (np.arange(len(places)) + 1 + (words % np.uint64(max(1, len(places) - 1))).astype(np.int64)) % len(places)
     device = next(system.parameters()).device
     mine = {}
@@ -50,6 +56,7 @@ def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ran
         requests.append((number, Request(max(0, number), PLAIN, 0, picks, ())))
     for number, flat in how.loaded(loader, requests, loader.guard):
         batch = flat.batch((), 0)
+        # encode may divide by them, though its losses are not asked for here.
         batch = dataclasses.replace(batch, counts=system.counts(batch)).to(device)
         mine[number] = {name: value.to("cpu") for name, value in system.encode(batch).items() if not name.endswith("_loss")}
     parts = how.together(mine)

@@ -33,21 +33,24 @@ def embeds_both(system: System) -> bool:
     return can(system, "embed_image", "embed_text")
 
 
-def measure(system: System, config: Eval, world: Ranks | None = None, beat: Callable[[], object] = lambda: None) -> Scores:
+def measure(system: System, config: Eval, world: Ranks | None = None, beat: Callable[[], object] = lambda: None,
+            timeout: float = 0) -> Scores:
     """The scores by measure (the keys of ``NEEDS``), of all processes together; each set of shards is encoded once.
 
     A measure of what the system cannot do is {"left_out": why}.
 
     Args:
         system: in evaluation mode. world: the processes, which all call this. beat: called at every batch.
+        timeout: seconds to wait for a worker, 0 for ever.
 
     Raises:
-        FileNotFoundError, ValueError: as the measures do.
+        FileNotFoundError, ValueError: as the measures do. RuntimeError: a worker died, or did not answer within ``timeout``.
     """
-    how = How(config.batch_size, world or Alone(), config.workers, beat)
+    how = How(config.batch_size, world or Alone(), config.workers, beat, timeout)
     held: dict[tuple[Any, ...], Features] = {}
 
     def encoded(shards: Shards) -> Features:
+        # Several measures may name the same shards, and encoding takes nearly all of the time.
         key = tuple(shards)  # type: ignore[arg-type]
         if key not in held:
             held[key] = features(system, shards, how, texts=embeds_both(system) and key == config.retrieval)
@@ -65,6 +68,7 @@ def measure(system: System, config: Eval, world: Ranks | None = None, beat: Call
     for name, act in measures.items():
         if getattr(config, name):
             lacking = [need for need in NEEDS[name] if not can(system, need)]
+            # fully_shard renames the class.
             kind = type(system).__name__.removeprefix("FSDP")
             scores[name] = {"left_out": f"{kind} has no {' and no '.join(lacking)}"} if lacking else act()
     return scores

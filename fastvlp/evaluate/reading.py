@@ -53,12 +53,14 @@ class How:
     Attributes:
         batch_size: samples encoded (and decoded pictures held) at a time. world: who shares the work; all call together.
         workers: loading processes per process; 0 loads in this one. beat: called at every batch.
+        timeout: seconds to wait for a worker before a RuntimeError, 0 for ever.
     """
 
     batch_size: int = 256
     world: Ranks = field(default_factory=Alone)
     workers: int = 0
     beat: Callable[[], object] = lambda: None
+    timeout: float = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
@@ -68,6 +70,7 @@ class How:
     def share(self, items: Sequence[T]) -> Iterator[tuple[int, T]]:
         """This process's part of some items, numbered; as many on every process: who has fewer gets the first again, with number -1."""
         world = self.world
+        # Sharded parameters are gathered by all processes at once, so that each has to make as many batches as the others.
         for number in range(world.rank, -(-len(items) // world.size) * world.size, world.size):
             yield (number, items[number]) if number < len(items) else (-1, items[0])
 
@@ -76,7 +79,7 @@ class How:
         keys = [key for _, key in numbered]
         found: Iterable[T] = map(data.__getitem__, keys)
         if self.workers and len(keys) > 1:
-            found = from_workers(data, keys, min(self.workers, len(keys)), guard)
+            found = from_workers(data, keys, min(self.workers, len(keys)), guard, timeout=self.timeout)
         for (number, _), one in zip(numbered, found, strict=True):
             self.beat()
             yield number, one
@@ -138,12 +141,14 @@ class Reading(Dataset[Read]):
             if self.others:
                 others.append(self._other(place, label))
         captions = [label.captions[0] for label in labels]
+        # For the same reason a batch without a usable picture is still a forward pass.
         if not pictures and self.pad:
             pictures, captions = [_blank()], [""]
         return Read(self.prepare(pictures, captions) if pictures else None, keys, labels, others, skips)
 
     def _other(self, place: int, own: Labels) -> str:
         """The first caption of the next sample in the order of the files that shows something else; its own where there is none."""
+        # By class or caption, not by place: neighbours in a shard often show the same thing.
         for step in range(1, len(self.places)):
             try:
                 found = self.reader.labels(*self.places[(place + step) % len(self.places)].tolist())

@@ -79,6 +79,7 @@ def accelerate(
     if unknown and (not found and switches.on):
         raise TypeError(f"fastvlp.accelerate: {unknown[0]}; leave merge, drop, attention and pack out for this model")
     plans = towers.plan(model, switches, found) if switches.on else []
+    # transformers is imported only where a part of the model comes from it: the import takes seconds.
     losses: list[tuple[str, nn.Module, Any]] = []
     if named := [(path, module) for path, module in model.named_modules() if _of_transformers(module)]:
         from . import transformers

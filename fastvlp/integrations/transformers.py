@@ -38,6 +38,7 @@ class Options:
     group: Group
     logits: bool | None
 
+    # A process group cannot be copied, and a copy of the model belongs to the same one.
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         return self
 
@@ -110,6 +111,7 @@ class Siglip2LogitsOnDemand(LogitsOnDemand, Siglip2Output):
 def _softmax(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: Group) -> Any:
     if group != ALONE:
         return ClipLoss(group=group)(image, text, scale)
+    # Per-row differences before the mean: log-sum-exp and positive are both large where they nearly cancel.
     row, column, positive = similarity_logsumexp(image, text, scale, offset=0)
     return ((row - positive) + (column - positive)).mean() / 2
 
@@ -178,14 +180,17 @@ def loss_forward(cls: Any) -> Callable[..., Any]:
         options: Options | None = getattr(self, OPTIONS, None)
         if options is None or exported.exporting():
             return original(self, *args, **kwargs)
+        # return_dict is taken out, since with our output the tuple is made at the end.
         tuples = not (self.config.return_dict if (wanted := kwargs.pop("return_dict", None)) is None else wanted)
         given = signature.bind(self, *args, **kwargs).arguments
         del given["self"]
+        # Without a loss to compute, the logits are the answer: the model's own way.
         if not given.pop("return_loss", None):
             return original(self, *args, **kwargs, return_dict=not tuples)
         result = _with_loss(self, kind, given.pop("kwargs", {}), given)
         if tuples:
             return result.to_tuple()
+        # In evaluation logits are what is asked for; in training nobody reads them.
         if options.logits or (options.logits is None and not torch.is_grad_enabled()):
             return kind.output(**{field.name: getattr(result, field.name) for field in fields(kind.output)})
         return result
@@ -200,6 +205,7 @@ def _with_loss(model: Any, kind: Kind, shared: dict[str, Any], given: dict[str, 
     vision = model.get_image_features(**images, **shared, return_dict=True)
     text = model.get_text_features(**texts, **shared, return_dict=True)
     image_embeds, text_embeds = (tower.pooler_output / tower.pooler_output.norm(dim=-1, keepdim=True) for tower in (vision, text))
+    # Towers may lie on different devices (device_map); transformers compares them where the texts are.
     image_embeds = image_embeds.to(text_embeds.device)
     scale = model.logit_scale.exp().to(text_embeds.device)
     bias = None if (bias := getattr(model, "logit_bias", None)) is None else bias.to(text_embeds.device)

@@ -3,10 +3,11 @@
 from importlib import import_module
 from typing import Any
 
-from fastvlp.layers.activation import SquaredReLU as SquaredReLU
 from fastvlp.layers.adaptive_pool import AdaptiveAveragePool as AdaptiveAveragePool
+from fastvlp.layers.adaptive_pool import PyramidPool as PyramidPool
 from fastvlp.layers.attention import AttentionPool as AttentionPool
 from fastvlp.layers.attention import PackedAttention as PackedAttention
+from fastvlp.layers.attention_drop import drop_least_read as drop_least_read
 from fastvlp.layers.cosine_attention import CosineAttention as CosineAttention
 from fastvlp.layers.cosine_attention import RelativePositions as RelativePositions
 from fastvlp.layers.cross_attention import CrossAttention as CrossAttention
@@ -24,12 +25,14 @@ from fastvlp.layers.q_shift import previous_and_next as previous_and_next
 from fastvlp.layers.q_shift import q_shift as q_shift
 from fastvlp.layers.q_shift import shift as shift
 from fastvlp.layers.qformer import QFormer as QFormer
+from fastvlp.layers.residual_mlp import ResidualMlp as ResidualMlp
 from fastvlp.layers.routed import RoutedBlock as RoutedBlock
 from fastvlp.layers.rwkv import RwkvBlock as RwkvBlock
 from fastvlp.layers.token_learner import TokenLearner as TokenLearner
 from fastvlp.layers.token_merger import TokenMerger as TokenMerger
 from fastvlp.layers.transformer import Attend as Attend
 from fastvlp.layers.transformer import Block as Block
+from fastvlp.layers.transformer import SquaredReLU as SquaredReLU
 from fastvlp.layers.transformer import packed_attend as packed_attend
 from fastvlp.layers.transformer import packed_blocks as packed_blocks
 from fastvlp.layers.transformer import padded_attend as padded_attend

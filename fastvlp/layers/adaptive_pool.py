@@ -1,5 +1,6 @@
-"""Average pooling of ragged pictures and videos to one grid."""
+"""Average pooling of ragged pictures and videos to one grid, or to several."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -57,6 +58,7 @@ class AdaptiveAveragePool(nn.Module):
                              "each needs positive frames, rows and columns whose product is its length")  # fmt: skip
         starts = torch.cat((packed.lengths.new_zeros(1), packed.lengths.cumsum(0))).tolist()
         parts = [_cells(tuple(size), self.out) for size in sizes.tolist()]
+        # Cells overlap where the grid does not divide the picture: a token is copied into each of its cells, and each cell is a segment.
         tokens = torch.cat([torch.empty(0, dtype=torch.int64), *(part[0] + start for part, start in zip(parts, starts, strict=False))])
         counts = torch.cat([torch.empty(0, dtype=torch.int64), *(part[1] for part in parts)])
         cells = Packed.of(packed.x.index_select(0, tokens.to(packed.x.device, non_blocking=True)), counts)
@@ -64,3 +66,25 @@ class AdaptiveAveragePool(nn.Module):
         place = torch.cartesian_prod(*(torch.arange(n, dtype=torch.int32) for n in self.out))
         per_video = len(place)
         return Packed.of(pooled, [per_video] * len(packed), pos=place.repeat(len(packed), 1).to(pooled.device, non_blocking=True))
+
+
+class PyramidPool(nn.Module):
+    """Each picture's tokens pooled to grids of several sizes, the tokens of one behind those of the other (ADEM-VL, arXiv:2410.17779).
+
+    Args:
+        sides: of the square grids.
+    """
+
+    def __init__(self, sides: Sequence[int]) -> None:
+        super().__init__()
+        self.pools = nn.ModuleList(AdaptiveAveragePool((1, side, side)) for side in sides)
+        self.places = sum(side**2 for side in sides)
+
+    def forward(self, tokens: Packed) -> Packed:
+        """Tokens [T, C] of whole pictures, with ``pos``, in reading order -> [S * places, C]."""
+        if tokens.pos is None:
+            raise ValueError("PyramidPool: the tokens carry no positions (pos is None), which say the shape of each picture")
+        last = [pos.amax(0) for pos in tokens.pos.split(tokens.lengths.tolist())]
+        sizes = torch.stack(last).long().cpu() + 1
+        first, *others = (pool(tokens, sizes) for pool in self.pools)
+        return first.join(*others)

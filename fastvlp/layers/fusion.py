@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvlp.layers.cross_attention import CrossAttention
-from fastvlp.layers.transformer import packed_attend
+from fastvlp.layers.transformer import packed_attend, packed_blocks
 from fastvlp_kernels.packed import Packed
 
 
@@ -41,6 +42,7 @@ class FusedBlocks(nn.Module):
 
     def __init__(self, image_width: int, text_width: int, heads: int, depth: int) -> None:
         super().__init__()
+        # What a head on the fused pair gets: both sides' means, side by side.
         self.width = image_width + text_width
         self.image_reads = nn.ModuleList(GatedReading(image_width, heads, text_width, depth) for _ in range(depth))
         self.text_reads = nn.ModuleList(GatedReading(text_width, heads, image_width, depth) for _ in range(depth))
@@ -51,6 +53,23 @@ class FusedBlocks(nn.Module):
         for image, text, of_image, of_text in zip(image_blocks, text_blocks, self.image_reads, self.text_reads, strict=True):
             patches, words = _fused(image, of_image, patches, words), _fused(text, of_text, words, patches)
         return patches, words
+
+    def below(self, tower: Any, tokens: Packed) -> Packed:
+        """A tower's input -> its tokens before the blocks that can read: the same with and without fusion."""
+        depth = len(self.image_reads)
+        return packed_blocks(tower.blocks[:-depth], tower.embed(tokens).replace(pos=None), False, tower.merge[:-depth])
+
+    def alone(self, tower: Any, tokens: Packed) -> Packed:
+        """What :meth:`below` gave -> the tower's tokens, normalised, when it reads nothing."""
+        depth = len(self.image_reads)
+        tokens = packed_blocks(tower.blocks[-depth:], tokens, False, tower.merge[-depth:])
+        return tokens.replace(x=tower.norm_out(tokens.x))
+
+    def together(self, image: Any, text: Any, patches: Packed, words: Packed) -> tuple[Packed, Packed]:
+        """What :meth:`below` gave for both towers -> the tokens of both, normalised, when each reads the other."""
+        depth = len(self.image_reads)
+        patches, words = self(patches, words, image.blocks[-depth:], text.blocks[-depth:])
+        return patches.replace(x=image.norm_out(patches.x)), words.replace(x=text.norm_out(words.x))
 
 
 def _fused(block: nn.Module, reading: nn.Module, x: Packed, y: Packed) -> Packed:

@@ -2,8 +2,11 @@
 
 from .across.gather_batch import gather_batch as gather_batch
 from .across.group import ALONE as ALONE
+from .captions import hidden_words as hidden_words
+from .captions import masked_word_nll as masked_word_nll
 from .captions import next_token_hits as next_token_hits
 from .captions import next_token_nll as next_token_nll
+from .captions import segment_sum as segment_sum
 from .captions import word_kl as word_kl
 from .captions import word_nll as word_nll
 from .clip import ClipLoss as ClipLoss
@@ -13,6 +16,7 @@ from .distill import DistillClipLoss as DistillClipLoss
 from .dynamic_distill import dcd_loss as dcd_loss
 from .dynamic_distill import hard_candidates as hard_candidates
 from .filip import filip_loss as filip_loss
+from .filip import nearest_tokens as nearest_tokens
 from .focal import focal_sigmoid_loss as focal_sigmoid_loss
 from .grouping import group_patches as group_patches
 from .grouping import grouping_loss as grouping_loss
@@ -25,6 +29,7 @@ from .momentum import MomentumEncoder as MomentumEncoder
 from .momentum import queue_contrastive_loss as queue_contrastive_loss
 from .objective import contrastive_loss as contrastive_loss
 from .objective import multi_caption_loss as multi_caption_loss
+from .pixels import pixel_error as pixel_error
 from .prolip import gaussian_kl as gaussian_kl
 from .prolip import inclusion_loss as inclusion_loss
 from .prolip import log_inclusion as log_inclusion

@@ -11,6 +11,7 @@ from fastvlp_kernels import _inputs
 from fastvlp_kernels.maxsim import maxsim
 from fastvlp_kernels.packed import Packed, check_packed
 from fastvlp_kernels.segment_pool import segment_pool
+from fastvlp_kernels.token_select import token_select
 
 from .inputs import align
 from .softmax_terms import softplus
@@ -28,20 +29,16 @@ def filip_loss(
 ) -> Tensor:
     """The symmetric softmax loss over late interactions of image tokens and text tokens (FILIP, Yao et al. 2021, arXiv:2111.07783).
 
-    s_ij is the mean over the tokens of image i of the largest product with a token of text j, t_ij the same of the tokens of text j. The
-    loss is the mean of the cross-entropies of the rows of scale * s and of the columns of scale * t. s and t, [N, N], are stored, products
-    of tokens are not.
+    s_ij is the mean over the tokens of image i of the largest product with a token of text j, t_ij that of the tokens of text j. The loss
+    is the mean of the cross-entropies of rows of scale * s and columns of scale * t, [N, N]; products of tokens are not stored.
 
     Args:
-        image: N segments of tokens [Tx, D]. text: N segments of tokens [Ty, D]; segments i of both are a pair. float32, bfloat16 or
-            float16 (float64 on the CPU); normalised, as the paper has them. Images or texts without tokens are nobody's candidates, and
-            their pairs have no loss and do not count in the means. Where a side has sizes (merged tokens), they weigh its means, at the
-            price of a second product of all tokens.
-        scale: number, 0-d or [1] tensor.
-        compute_dtype, impl: see :func:`fastvlp.ops.maxsim`.
+        image, text: N segments of tokens [., D], i of both a pair, normalised; float32, bfloat16 or float16 (float64 on the CPU). Pairs
+            with an empty side have no loss and are no candidates. Sizes of merged tokens weigh the means, for a second product.
+        scale: number, 0-d or [1]. compute_dtype, impl: see :func:`fastvlp.ops.maxsim`.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64); 0 if no pair has tokens on both sides.
+        0-d, float32 (float64 for float64); 0 if no pair has tokens on both sides.
 
     Raises:
         TypeError, ValueError: the inputs do not fit.
@@ -62,6 +59,17 @@ def filip_loss(
     with torch.autocast(x.device.type, enabled=False):
         found = _direction(factor * of_images, images, texts) + _direction(factor * of_texts.T, texts, images)
     return found / 2
+
+
+def nearest_tokens(tokens: Packed, others: Packed, keep: float) -> Packed:
+    """The share ``keep`` (rounded up) of each segment's tokens whose largest product with a token of the same segment of ``others`` is
+    highest: what FILIP compares and sends to other processes (its section 3.1). No gradient goes through the choice."""
+    mine, own = tokens.to_padded()
+    theirs, real = others.to_padded()
+    # Products of unit features are at least -1, so that padding at -2 is never the nearest.
+    best = (mine @ theirs.transpose(1, 2)).masked_fill(~real[:, None], -2.0).amax(2)
+    counts = (tokens.lengths * keep).ceil().long()
+    return token_select(best[own].detach(), tokens.cu_seqlens, counts, lengths=tokens.lengths).apply(tokens)
 
 
 def _weighed(x: Tensor, packed: Packed) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Caption
-from fastvlp.losses import word_nll
+from fastvlp.losses import hidden_words, masked_word_nll, word_nll
 from fastvlp.losses.captions import IGNORE
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
@@ -27,16 +27,17 @@ class Bert(System):
         self.text, self.words = text, nn.Linear(text.width, text.vocab_size)
 
     def encode(self, batch: Batch) -> Outputs:
-        nll = word_nll(self.text(batch.masked), self.words, batch.text.x.masked_fill(batch.masked.x == batch.text.x, IGNORE))
+        nll = masked_word_nll(self.text(batch.masked), self.words, batch.text, batch.masked)
         return {"words_loss": batch.per_token(nll, "hidden")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"hidden": int((batch.masked.x != batch.text.x).sum())}
+        return {"hidden": int(hidden_words(batch.text, batch.masked).sum())}
 
     def caption_nll(self, images: Any, texts: Packed) -> Tensor:
         """The pseudo-likelihood, without pictures: each token but the first is hidden in turn (Salazar et al. 2020, arXiv:1910.14659)."""
         hidden = (texts.lengths - 1).clamp_min(0)
         owner = torch.arange(len(texts)).repeat_interleave(hidden)
+        # A caption of n words becomes n - 1 copies, each with another word hidden: one packed pass for all.
         copies = texts.take(owner)
         inside = torch.arange(copies.total) - (copies.lengths.cumsum(0) - copies.lengths).repeat_interleave(copies.lengths)
         which = 1 + torch.arange(len(owner)) - (hidden.cumsum(0) - hidden)[owner]
@@ -48,17 +49,15 @@ class Bert(System):
 
 def recipe() -> Recipe:
     """Eight layers on the shipped captions, 0.15 of the words hidden."""
-    made, caption = clip.recipe(), Caption(max_captions=2)
-    fields = {"text": caption, "masked": replace(caption, mask=0.15, mask_id=shipped.MASK)}
-    return replace(made, model=fdl.Config(Bert, shipped.text(depth=8, vocab_size=shipped.MASK + 1)),
-                   data=replace(made.data, fields=fields), eval=Eval(captions=("mini:val-openclipart",)))
+    return replace(clip.recipe(), model=fdl.Config(Bert, shipped.text(depth=8, vocab_size=shipped.MASK + 1)),
+                   data=replace(shipped.PAIRS, fields=shipped.masked(Caption(max_captions=2))),
+                   eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
     """BERT-base: a million steps of 256 texts of 512 tokens."""
-    made, caption = clip.paper(), Caption()
-    fields = {"text": caption, "masked": replace(caption, mask=0.15, mask_id=30522)}
+    made = clip.paper()
     text = clip.text_b(width=768, heads=12, vocab_size=30523, context_length=512, causal=False)
-    return replace(made, model=fdl.Config(Bert, text), schedule=Schedule(steps=1_000_000, warmup=10_000),
-                   data=replace(made.data, fields=fields, tokenizer="bert-base-uncased/tokenizer.json", batch_size=256),
+    data = replace(made.data, fields=shipped.masked(Caption(), 30522), tokenizer="bert-base-uncased/tokenizer.json", batch_size=256)
+    return replace(made, model=fdl.Config(Bert, text), schedule=Schedule(steps=1_000_000, warmup=10_000), data=data,
                    optim=Optim(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01))

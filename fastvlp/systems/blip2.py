@@ -12,67 +12,43 @@ from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import QFormer
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
-from fastvlp.systems.captioner import Captioner
-from fastvlp.systems.simvlm import SimVlm
-from fastvlp.systems.system import Part, freeze
-from fastvlp.towers import Joint
+from fastvlp.systems.frozen_lm import FrozenLmCaptioner, large_lm, small_lm
+from fastvlp.systems.system import Part
 from fastvlp_kernels.packed import Packed
 
 
-class Blip2(Captioner):
+class Blip2(FrozenLmCaptioner):
     """-log p(word | queries, words before it), the mean over words; image tower and language model are frozen.
 
     Args:
-        lm: a system with ``text``, ``joint`` and ``words`` (``SimVlm``, trained on captions). queries: tokens that stand for the picture.
+        queries: so many tokens stand for the picture.
     """
 
     def __init__(self, image: Part, qformer: Part, lm: Part, queries: int = 8) -> None:
-        super().__init__()
-        self.image, self.lm, self.qformer = freeze(image), freeze(lm), qformer
+        super().__init__(image, lm)
+        self.qformer = qformer
         self.queries = nn.Parameter(torch.randn(queries, qformer.hidden_size) * 0.02)
         self.to_lm = nn.Linear(qformer.hidden_size, lm.joint.width)
 
-    @property
-    def words(self) -> nn.Module:
-        """The language model's head."""
-        return self.lm.words
-
     def states(self, images: Packed, texts: Packed) -> Packed:
         prefix = Packed.from_padded(self.to_lm(self.qformer(self.queries, self.image(images).replace(pos=None))))
-        joined = prefix.join(self.lm.text.embed(texts).replace(pos=None))
+        # Queries see one another, words see all queries and the words before them: the mask of a prefix.
+        joined = prefix.join(self.embed_words(texts))
         return self.lm.joint(joined, prefix=prefix.cu_seqlens.diff()).last(texts)
 
 
 def recipe() -> Recipe:
-    """Eight queries between a frozen tower and a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(
-        SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
-    )
+    """Eight queries between a frozen tower and a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
     bridge = fdl.Config(QFormer, encoder_width=192, hidden_size=192, num_layers=4, num_heads=3, intermediate_size=768, dropout=0.0)
-    return replace(
-        clip.recipe(),
-        model=fdl.Config(Blip2, shipped.image(), bridge, lm),
-        data=shipped.captions("lm.text"),
-        eval=Eval(captions=("mini:val-openclipart",)),
-    )
+    return replace(clip.recipe(), model=fdl.Config(Blip2, shipped.image(), bridge, small_lm()), data=shipped.captions("lm.text"),
+                   eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
     """Stage 2 with ViT-g/14 and OPT-2.7B sized parts: 80,000 steps of 1,920 pairs."""
     made = clip.paper()
-    lm = fdl.Config(
-        SimVlm,
-        clip.vit_b(14, depth=1),
-        clip.text_b(width=2560, heads=32, depth=1, vocab_size=50272, context_length=32),
-        fdl.Config(Joint, width=2560, depth=32, heads=32, activation="gelu"),
-    )
     image = clip.vit_b(14, width=1408, depth=39, heads=16, mlp_ratio=4.3637)
     fields = {"image": Image(), "text": Caption(part="lm.text")}
-    return replace(
-        made,
-        model=fdl.Config(Blip2, image, fdl.Config(QFormer), lm, queries=32),
-        data=replace(made.data, fields=fields, batch_size=1920),
-        schedule=Schedule(steps=80_000, warmup=2000, final_lr=0.5),
-        optim=Optim(lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05),
-        train=Train(amp="fp16"),
-    )
+    return replace(made, model=fdl.Config(Blip2, image, fdl.Config(QFormer), large_lm(50272, 32, width=2560), queries=32),
+                   data=replace(made.data, fields=fields, batch_size=1920), schedule=Schedule(steps=80_000, warmup=2000, final_lr=0.5),
+                   optim=Optim(lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05), train=Train(amp="fp16"))

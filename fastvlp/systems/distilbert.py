@@ -9,8 +9,7 @@ import fiddle as fdl
 from torch.nn import functional as F
 
 from fastvlp.data.batch import Batch
-from fastvlp.losses import word_kl, word_nll
-from fastvlp.losses.captions import IGNORE, segment_sum
+from fastvlp.losses import masked_word_nll, segment_sum, word_kl
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import bert, clip, shipped
 from fastvlp.systems.bert import Bert
@@ -29,6 +28,7 @@ class DistilBert(Bert):
         super().__init__(text)
         self.teacher, self.weights, self.temperature = freeze(teacher), weights, temperature
         self.start()
+        # run.start fills the teacher after construction: the student then starts from what was loaded, unless it was loaded itself.
         self.register_load_state_dict_post_hook(_start_from_loaded_teacher)
 
     def start(self) -> None:
@@ -44,7 +44,7 @@ class DistilBert(Bert):
         kl = word_kl(states, self.words, taught, self.teacher.words, self.temperature)
         apart = segment_sum(1 - F.cosine_similarity(states.x, taught.x), states)
         of_words, of_truth, of_states = self.weights
-        nll = word_nll(states, self.words, batch.text.x.masked_fill(batch.masked.x == batch.text.x, IGNORE))
+        nll = masked_word_nll(states, self.words, batch.text, batch.masked)
         return {"teacher_loss": of_words * batch.per_token(kl, "tokens"), "words_loss": of_truth * batch.per_token(nll, "hidden"),
                 "states_loss": of_states * batch.per_token(apart, "tokens")}
 

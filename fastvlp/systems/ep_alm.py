@@ -12,14 +12,12 @@ from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import packed_attend, segment_mean
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule, Train
 from fastvlp.systems import clip, shipped
-from fastvlp.systems.captioner import Captioner
-from fastvlp.systems.simvlm import SimVlm
-from fastvlp.systems.system import Part, freeze
-from fastvlp.towers import Joint
+from fastvlp.systems.frozen_lm import FrozenLmCaptioner, large_lm, small_lm
+from fastvlp.systems.system import Part
 from fastvlp_kernels.packed import Packed
 
 
-class EpAlm(Captioner):
+class EpAlm(FrozenLmCaptioner):
     """-log p(word | picture, words before it). The tokens of the last ``layers`` blocks of a frozen image tower become, by one linear
     layer, the first token of as many later blocks of a frozen language model, each in the place of the one before.
 
@@ -27,35 +25,31 @@ class EpAlm(Captioner):
     token is a class token, and sees all words; here it is the mean token, and causal like all.
 
     Args:
-        lm: a system with ``text``, ``joint`` and ``words`` (``SimVlm``, trained on captions). layers: of the tower. prompt: learned tokens.
+        layers: of the tower. prompt: learned tokens.
         first, last: blocks of the language model that get a token, from 0, ``last`` not among them.
     """
 
     def __init__(self, image: Part, lm: Part, layers: int = 6, first: int = 19, last: int = 31, prompt: int = 1) -> None:
-        super().__init__()
+        super().__init__(image, lm)
         if not (0 <= first and first + layers <= last <= len(lm.joint.blocks) and 1 <= layers <= len(image.blocks)):
             raise ValueError(
                 f"EpAlm: {layers} layers of {len(image.blocks)} cannot go into blocks {first} to {last - 1} of "
                 f"{len(lm.joint.blocks)}; there must be at least as many blocks as layers"
             )
-        self.image, self.lm = freeze(image), freeze(lm)
         self.layers, self.first, self.last = layers, first, last
         self.to_lm = nn.Linear(image.width, lm.joint.width)
         self.prompt = nn.Parameter(torch.randn(prompt, lm.joint.width) * 0.02)
 
-    @property
-    def words(self) -> nn.Module:
-        """The language model's head."""
-        return self.lm.words
-
     def states(self, images: Packed, texts: Packed) -> Packed:
         seen, each = self._seen(images), (self.last - self.first) // self.layers
-        words = self.lm.text.embed(texts).replace(pos=None)
+        words = self.embed_words(texts)
+        # The prompt stands first, where the new tokens of later blocks will stand: words have one place throughout.
         tokens = Packed.from_padded(self.prompt.to(words.x.dtype).expand(len(texts), -1, -1)).join(words)
         language = tokens.lengths
         for number, block in enumerate(self.lm.joint.blocks):
             if self.first <= number < self.last:
                 one = self.to_lm(seen[min((number - self.first) // each, self.layers - 1)])
+                # The new token takes the place of the one before, so that the sequence does not grow.
                 tokens = Packed.from_padded(one[:, None].to(words.x.dtype)).join(tokens.last(language))
             tokens = tokens.replace(x=block(tokens.x, packed_attend(tokens, causal=True)))
         return tokens.replace(x=self.lm.joint.norm_out(tokens.x)).last(texts)
@@ -67,34 +61,20 @@ class EpAlm(Captioner):
         for block in self.image.blocks:
             tokens = tokens.replace(x=block(tokens.x, packed_attend(tokens, causal=False)))
             found.append(segment_mean(tokens))
-        return found[-self.layers :]
+        return found[-self.layers:]
 
 
 def recipe() -> Recipe:
-    """Two layers of a frozen tower into four blocks of a frozen captioner: give both with ``run.start``."""
-    lm = fdl.Config(
-        SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), fdl.Config(Joint, width=192, depth=6, heads=3)
-    )
-    model = fdl.Config(EpAlm, shipped.image(), lm, layers=2, first=2, last=6)
-    return replace(clip.recipe(), model=model, data=shipped.captions("lm.text"), eval=Eval(captions=("mini:val-openclipart",)))
+    """Two layers of a frozen tower into four blocks of a frozen captioner: ``run.start={image: runs/clip, lm: runs/simvlm}``."""
+    return replace(clip.recipe(), model=fdl.Config(EpAlm, shipped.image(), small_lm(), layers=2, first=2, last=6),
+                   data=shipped.captions("lm.text"), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
     """ePALM_pt_L: ViT-L/16, OPT-6.7B sized, a prompt of 10 tokens, 35 epochs of COCO's 566,747 captions; the batch, 2 a GPU, is 16 here."""
     made = clip.paper()
-    lm = fdl.Config(
-        SimVlm,
-        clip.vit_b(16, depth=1),
-        clip.text_b(width=4096, heads=32, depth=1, vocab_size=50272, context_length=64),
-        fdl.Config(Joint, width=4096, depth=32, heads=32, activation="gelu"),
-    )
-    model = fdl.Config(EpAlm, clip.vit_b(16, width=1024, depth=24, heads=16), lm, prompt=10)
+    model = fdl.Config(EpAlm, clip.vit_b(16, width=1024, depth=24, heads=16), large_lm(50272, 64), prompt=10)
     fields = {"image": Image(), "text": Caption(part="lm.text")}
-    return replace(
-        made,
-        model=model,
-        data=replace(made.data, fields=fields, batch_size=16),
-        schedule=Schedule(samples=35 * 566_747, warmup=141_687),
-        optim=Optim(lr=2e-4, weight_decay=0.02, scales={"prompt": 5.0}),
-        train=Train(amp="bf16"),
-    )
+    return replace(made, model=model, data=replace(made.data, fields=fields, batch_size=16),
+                   schedule=Schedule(samples=35 * 566_747, warmup=141_687),
+                   optim=Optim(lr=2e-4, weight_decay=0.02, scales={"prompt": 5.0}), train=Train(amp="bf16"))

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Caption, Image
-from fastvlp.layers import FusedBlocks, packed_blocks, segment_mean
-from fastvlp.losses import word_nll
-from fastvlp.losses.captions import IGNORE
+from fastvlp.layers import FusedBlocks, segment_mean
+from fastvlp.losses import hidden_words, masked_word_nll
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.albef import Albef
@@ -33,47 +32,34 @@ class Fiber(Albef):
 
     def __init__(self, image: Part, text: Part, fused: int = 2, embed_dim: int = 256) -> None:
         super().__init__(image, text, FusedBlocks(image.width, text.width, text.blocks[0].heads, fused), embed_dim)
-        self.early, self.hidden_words = -fused, nn.Linear(text.width, text.vocab_size)
+        self.hidden_words = nn.Linear(text.width, text.vocab_size)
 
     def encode(self, batch: Batch) -> Outputs:
-        patches, words = self._before(self.image, batch.image), self._before(self.text, batch.text)
-        read = self._fuse(patches, self._before(self.text, batch.masked))[1]
-        hidden = batch.masked.x != batch.text.x
-        nll = word_nll(read, self.hidden_words, batch.text.x.masked_fill(~hidden, IGNORE))
-        alone = {"image": self.image_head(self._behind(self.image, patches)), "text": self.text_head(self._behind(self.text, words))}
-        return {**alone, "patches": patches, "words": words, "words_loss": batch.per_token(nll, "hidden")}
+        # Up to here a tower is the same with and without fusion: computed once, used by all three losses.
+        patches, words = self.fusion.below(self.image, batch.image), self.fusion.below(self.text, batch.text)
+        _, read = self.fusion.together(self.image, self.text, patches, self.fusion.below(self.text, batch.masked))
+        nll = masked_word_nll(read, self.hidden_words, batch.text, batch.masked)
+        image, text = self.fusion.alone(self.image, patches), self.fusion.alone(self.text, words)
+        return {"image": self.image_head(image), "text": self.text_head(text), "patches": patches, "words": words,
+                "words_loss": batch.per_token(nll, "hidden")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"hidden": int((batch.masked.x != batch.text.x).sum())}
+        return {"hidden": int(hidden_words(batch.text, batch.masked).sum())}
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         return {**super().objective(out, batch), **self.means(out, batch)}
 
     def fused(self, patches: Packed, words: Packed) -> Tensor:
-        return torch.cat([segment_mean(side) for side in self._fuse(patches, words)], 1)
+        return torch.cat([segment_mean(side) for side in self.fusion.together(self.image, self.text, patches, words)], 1)
 
     def score(self, images: Packed, texts: Packed) -> Tensor:
-        return self.match(self.fused(self._before(self.image, images), self._before(self.text, texts))).log_softmax(-1)[:, 1]
-
-    def _before(self, tower: Part, tokens: Packed) -> Packed:
-        """Tokens before the blocks that can read: the same with and without fusion."""
-        return packed_blocks(tower.blocks[:self.early], tower.embed(tokens).replace(pos=None), False, tower.merge[:self.early])
-
-    def _behind(self, tower: Part, tokens: Packed) -> Packed:
-        tokens = packed_blocks(tower.blocks[self.early:], tokens, False, tower.merge[self.early:])
-        return tokens.replace(x=tower.norm_out(tokens.x))
-
-    def _fuse(self, patches: Packed, words: Packed) -> tuple[Packed, Packed]:
-        sides = self.fusion(patches, words, self.image.blocks[self.early:], self.text.blocks[self.early:])
-        image, text = (side.replace(x=tower.norm_out(side.x)) for tower, side in zip((self.image, self.text), sides, strict=True))
-        return image, text
+        return self.match(self.fused(self.fusion.below(self.image, images), self.fusion.below(self.text, texts))).log_softmax(-1)[:, 1]
 
 
 def recipe() -> Recipe:
     """The last two blocks of each tower read the other."""
     made = clip.recipe()
-    caption = Caption(max_captions=2)
-    fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=shipped.MASK)}
+    fields = {"image": Image(), **shipped.masked(Caption(max_captions=2))}
     model = fdl.Config(Fiber, shipped.image(), shipped.text(vocab_size=shipped.VOCABULARY + 1))
     return replace(made, model=model, data=replace(made.data, fields=fields), eval=replace(made.eval, pairs=("mini:val-openclipart",)))
 
@@ -81,8 +67,7 @@ def recipe() -> Recipe:
 def paper() -> Recipe:
     """The coarse stage: 100,000 steps of 4,096 pairs at 384 pixels, six fused layers; a ViT-B/16 stands for the Swin-B."""
     made = clip.paper()
-    caption = Caption(length=40)
-    fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=50264)}
+    fields = {"image": Image(), **shipped.masked(Caption(length=40), 50264)}
     model = fdl.Config(Fiber, clip.vit_b(16, image_size=384, grid=24),
                        clip.text_b(width=768, heads=12, vocab_size=50265, context_length=40, causal=False), fused=6, embed_dim=768)
     return replace(made, model=model, data=replace(made.data, batch_size=4096, fields=fields, tokenizer="roberta-base/tokenizer.json"),

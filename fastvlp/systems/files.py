@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from fastvlp.systems.system import System
 
 LARGEST, DEEPEST = 1 << 24, 1 << 10  # number, and number of layers, in a description
 WEIGHTS, DESCRIPTION, TOKENIZER = "model.safetensors", "model.json", "tokenizer.json"
-TEACHER = "teacher."  # how the weights of a system's teacher begin
+# Parts that are whole systems, and how names in such a system begin: a teacher may be any, a language model is a captioner.
+HELD = {"teacher": "", "lm": "joint."}
 
 
 def build_system(recipe: Recipe, tokenizer: str | os.PathLike[str] | None = None) -> System:
@@ -145,6 +146,7 @@ def _described(file: Path, described: Any, tokenizer: Path | None, room: int) ->
                             "data": {key: described["data"][key] for key in ("fields", "tokenizer") if key in described["data"]}})
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no description of a model: {type(error).__name__} {error}") from error
+    # Counted before anything is allocated: a hostile description of a few bytes could ask for all the memory there is.
     with contextlib.suppress(NotImplementedError), torch.device("meta"):  # a part that reads its own weights needs a real device
         try:
             size = sum(parameter.numel() for parameter in fdl.build(recipe.model).parameters())
@@ -183,34 +185,62 @@ def _from_checkpoint(folder: Path) -> System:
         read_state(state, folder / "state", alone=True)
     except CheckpointException as error:
         raise ValueError(f"{folder} does not fit its own description: {' '.join(str(error).split())[-300:]}") from error
+    # Averages of weights are what training wrote them for, so they win.
     system.load_state_dict({**state["model"], **state.get("ema", {})})
     return system
 
 
-def take_weights(system: System, path: str | os.PathLike[str]) -> str:
-    """Take the weights of another run or model folder as far as names and shapes fit; returns a sentence that says what was taken.
+def take_weights(system: System, start: str | os.PathLike[str] | Mapping[str, str]) -> str:
+    """Take the weights of other runs or model folders as far as names and shapes fit; returns a sentence that says what was taken.
 
-    A system with a ``teacher`` takes them for that, unless they come from a system with a teacher themselves.
+    Args:
+        start: a folder for the whole system; what that holds may be the system's ``teacher`` or ``lm`` (see ``HELD``). Or folders by part
+            ({"image": "runs/clip", "lm": "runs/simvlm"}): each takes the part of that name, or else all of what is there.
 
     Raises:
-        ConfigError: none fits, or there is no such model.
+        ConfigError: nothing in a folder fits, it holds no such model, or there is no such part.
     """
+    mine, taken, said = system.state_dict(), dict[str, Tensor](), []
+    for part, place in start.items() if isinstance(start, Mapping) else [("", start)]:
+        own = [name for name in mine if not part or name.startswith(f"{part}.")]
+        if not own:
+            parts = ", ".join(sorted({name.partition(".")[0] for name in mine}))
+            raise ConfigError(f"run.start names {part}, which is no part of this model with weights; its parts are {parts}")
+        folder, weights = _weights_of(place)
+        theirs = weights if part else system.weights_from(weights)
+        held = part or _held(mine, theirs)
+        if not any(name.startswith(f"{held}.") for name in theirs):
+            theirs = {f"{held}.{name}" if held else name: tensor for name, tensor in theirs.items()}
+        elif part:
+            theirs = {name: tensor for name, tensor in theirs.items() if name.startswith(f"{part}.")}
+        # A layer with an adapter keeps its weights one level down, which a run without adapters does not know.
+        named = {name.replace(".base_layer.", "."): name for name in own}
+        found = {named[name]: tensor for name, tensor in theirs.items() if name in named and mine[named[name]].shape == tensor.shape}
+        if not found:
+            raise ConfigError(f"run.start: nothing in {folder / WEIGHTS} has the name and the shape of a part of this model")
+        left = sorted({name.removeprefix(f"{held}.").partition(".")[0] for name in theirs if named.get(name) not in found})
+        said.append(f"took {len(found)} of {len(own)} tensors{' of ' + part if part else ''} from {folder}"
+                    + (f"; not used of theirs: {', '.join(left)}" if left else ""))
+        taken |= found
+    system.load_state_dict(taken, strict=False)
+    fresh = sorted({name.partition(".")[0] for name in mine if name not in taken})
+    return "; ".join([*said, *([f"fresh in {', '.join(fresh)}"] if fresh else [])])
+
+
+def _weights_of(place: str | os.PathLike[str]) -> tuple[Path, Mapping[str, Tensor]]:
     from safetensors.torch import load_file
 
-    folder = Path(path)
+    folder = Path(place)
     folder = folder / "model" if (folder / "model" / WEIGHTS).is_file() else folder
     if not (folder / WEIGHTS).is_file():
         raise ConfigError(f"run.start: {folder} holds no {WEIGHTS}; name a finished run or a model folder")
-    theirs, mine = load_file(str(folder / WEIGHTS)), system.state_dict()
-    # A layer with an adapter keeps its weights one level down, which a run without adapters does not know.
-    named = {name.replace(".base_layer.", "."): name for name in mine}
-    if not any(name.startswith(TEACHER) for name in theirs):
-        named = {name.removeprefix(TEACHER): whole for name, whole in named.items() if name.startswith(TEACHER)} or named
-    taken = {named[name]: tensor for name, tensor in theirs.items() if name in named and mine[named[name]].shape == tensor.shape}
-    if not taken:
-        raise ConfigError(f"run.start: nothing in {folder / WEIGHTS} has the name and the shape of a part of this model")
-    system.load_state_dict(taken, strict=False)
-    fresh = sorted({name.partition(".")[0] for name in mine if name not in taken})
-    left = sorted({name.partition(".")[0] for name in theirs if named.get(name) not in taken})
-    return (f"took {len(taken)} of {len(mine)} tensors from {folder}" + (f"; fresh in {', '.join(fresh)}" if fresh else "")
-            + (f"; not used of theirs: {', '.join(left)}" if left else ""))
+    return folder, load_file(str(folder / WEIGHTS))
+
+
+def _held(mine: Iterable[str], theirs: Iterable[str]) -> str:
+    """The part that stands for another system's whole, as far as names say; "" where there is none, or where they have it, too."""
+    for part, inside in HELD.items():
+        if any(name.startswith(f"{part}.{inside}") for name in mine) and any(name.startswith(inside) for name in theirs) \
+                and not any(name.startswith(f"{part}.") for name in theirs):
+            return part
+    return ""

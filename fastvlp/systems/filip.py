@@ -15,7 +15,6 @@ from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.system import Losses, Outputs, Part
-from fastvlp_kernels import token_select
 from fastvlp_kernels.packed import Packed
 
 
@@ -36,8 +35,9 @@ class Filip(Clip):
 
     def encode(self, batch: Batch) -> Outputs:
         image, text = self.image_tokens(batch.image), self.text_tokens(batch.text)
+        # Chosen within the pair, before anything travels: other processes get a quarter of the tokens.
         if self.keep < 1:
-            image, text = _nearest(image, text, self.keep), _nearest(text, image, self.keep)
+            image, text = losses.nearest_tokens(image, text, self.keep), losses.nearest_tokens(text, image, self.keep)
         return {"image": image, "text": text}
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
@@ -60,15 +60,6 @@ class Filip(Clip):
 
 def _unit(tokens: Packed, head: nn.Module) -> Packed:
     return tokens.replace(x=F.normalize(head(tokens.x), dim=-1), pos=None)
-
-
-def _nearest(tokens: Packed, others: Packed, keep: float) -> Packed:
-    """The tokens of each segment that are most similar to any token of the same segment of ``others``; at least one."""
-    padded, real = others.to_padded()
-    mine, own = tokens.to_padded()
-    best = (mine @ padded.transpose(1, 2)).masked_fill(~real[:, None], -2.0).amax(2)
-    counts = (tokens.lengths * keep).ceil().long()
-    return token_select(best[own].detach(), tokens.cu_seqlens, counts, lengths=tokens.lengths).apply(tokens)
 
 
 def recipe() -> Recipe:

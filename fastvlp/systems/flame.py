@@ -6,45 +6,35 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import fiddle as fdl
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Caption, Image, Vector
 from fastvlp.data.tokenizer import load_tokenizer
-from fastvlp.layers import facet_mask, segment_mean
+from fastvlp.layers import segment_mean
 from fastvlp.losses import multi_caption_loss
 from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
-from fastvlp.systems.simvlm import SimVlm
+from fastvlp.systems.frozen_lm import small_lm
 from fastvlp.systems.system import Losses, Outputs, Part, Scale, System, freeze
-from fastvlp.towers import Joint
+from fastvlp.towers import facet_features
 from fastvlp_kernels.packed import Packed
 
 
 class Flame(System):
     """An image tower and two linear layers against K features of each caption: the mean of K softmaxes over the batch in each direction.
 
-    The features are what the frozen language model has at the end of each of K prompts behind the caption (without its end), which do not
-    see one another, in one pass; or, without a model, the stream ``facets``, K * ``width`` numbers a sample that were computed before.
-    Mask, projector and loss (MultiPositiveNCELoss) are those of github.com/MIV-XJTU/FLAME; its README trains with the sigmoid of the same
-    pairs, and it numbers the prompts' tokens through, where here each prompt follows the caption.
+    The features are a frozen language model's (``facet_features``), or the stream ``facets``, K * ``width`` numbers computed before.
+    Projector and loss are those of github.com/MIV-XJTU/FLAME (MultiPositiveNCELoss; its README takes the sigmoid of the same pairs).
 
     Args:
         lm: a system with ``text`` and ``joint`` (``SimVlm``), or None. prompts: token ids. layer: the block whose tokens are taken.
         width: of the features, where there is no model. hidden: width between the linear layers.
     """
 
-    def __init__(
-        self,
-        image: Part,
-        lm: Part | None = None,
-        prompts: Sequence[Sequence[int]] = (),
-        layer: int = -2,
-        width: int | None = None,
-        hidden: int = 4096,
-    ) -> None:
+    def __init__(self, image: Part, lm: Part | None = None, prompts: Sequence[Sequence[int]] = (), layer: int = -2,
+                 width: int | None = None, hidden: int = 4096) -> None:
         super().__init__()
         if (lm is None) != (not prompts) or (lm is None) != (width is not None):
             raise ValueError("Flame: give a language model and prompts, or neither and the width of the stream facets")
@@ -65,45 +55,26 @@ class Flame(System):
     def embed_text(self, texts: Packed) -> Tensor:
         return F.normalize(self.facets(texts).mean(1), dim=-1)
 
-    @torch.no_grad()
     def facets(self, texts: Packed) -> Tensor:
         """[n, K, width] of captions."""
         if self.lm is None:
             raise ValueError("Flame: it has no language model, only features that were computed before; give lm and prompts")
-        mask = facet_mask((texts.lengths - 1).tolist(), [len(prompt) for prompt in self.prompts], texts.x.device)
-        behind = torch.tensor([sum(self.prompts, [])] * len(texts), dtype=texts.x.dtype)
-        ids = texts.first(texts.lengths - 1).replace(pos=None).join(Packed.from_padded(behind.to(texts.x.device)))
-        place = torch.stack([mask.position, *[torch.full_like(mask.position, -1)] * 2], 1).int()
-        x, blocks = self.lm.text.embed(ids.replace(pos=place)).x, self.lm.joint.blocks
-        for block in blocks[: len(blocks) + self.layer + 1 if self.layer < 0 else self.layer + 1]:
-            x = block(x, mask.attend)
-        return x[mask.last].unflatten(0, (len(texts), -1))
+        blocks = self.lm.joint.blocks
+        return facet_features(self.lm.text, blocks[:self.layer % len(blocks) + 1], texts, self.prompts)
 
 
 def recipe() -> Recipe:
-    """Three prompts behind each caption of a frozen captioner of captions up to 32 tokens: give it with ``run.start``."""
-    made, tokenizer = clip.recipe(), load_tokenizer(shipped.PAIRS.tokenizer)
-    ends = slice(len(tokenizer.start), -len(tokenizer.end) or None)
-    prompts = tuple(tuple(tokenizer.encode(text)[ends]) for text in ("it is a", "its colour is", "it is used for"))
-    lm = fdl.Config(
-        SimVlm,
-        shipped.image(depth=1),
-        shipped.text(depth=1, context_length=32, vocab_size=shipped.CAPTIONER),
-        fdl.Config(Joint, width=192, depth=6, heads=3),
-    )
+    """Three prompts behind each caption of a frozen captioner: ``run.start`` of a ``simvlm`` run with model.text.context_length=32."""
+    prompts = tuple(load_tokenizer(shipped.PAIRS.tokenizer).words(text) for text in ("it is a", "its colour is", "it is used for"))
     fields = {"image": Image(), "text": Caption(length=24, max_captions=2, part="lm.text", ends=shipped.ENDS)}
-    return replace(made, model=fdl.Config(Flame, shipped.image(), lm, prompts, hidden=384), data=replace(made.data, fields=fields))
+    return replace(clip.recipe(), model=fdl.Config(Flame, shipped.image(), small_lm(context_length=32), prompts, hidden=384),
+                   data=replace(shipped.PAIRS, fields=fields))
 
 
 def paper() -> Recipe:
     """ViT-B/16 on CC3M, against ten features of 5,120 numbers that Mistral Nemo gave before: 32 epochs of batches of 3,072."""
     made = clip.paper()
     fields = {"image": Image(), "facets": Vector("facets", 10 * 5120)}
-    model = fdl.Config(Flame, clip.vit_b(16), width=5120, hidden=5120)
-    return replace(
-        made,
-        model=model,
-        data=replace(made.data, fields=fields, batch_size=3072),
-        schedule=Schedule(samples=32 * 2_905_954, warmup=2000),
-        optim=Optim(lr=5e-4, betas=(0.9, 0.95), weight_decay=0.5),
-    )
+    return replace(made, model=fdl.Config(Flame, clip.vit_b(16), width=5120, hidden=5120),
+                   data=replace(made.data, fields=fields, batch_size=3072), schedule=Schedule(samples=32 * 2_905_954, warmup=2000),
+                   optim=Optim(lr=5e-4, betas=(0.9, 0.95), weight_decay=0.5))

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Image
+from fastvlp.data.patches import kept_and_left
 from fastvlp.layers import segment_mean
+from fastvlp.losses import pixel_error, segment_sum
 from fastvlp.recipe import Data, Eval, Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.system import Outputs, Part, System
@@ -36,42 +38,20 @@ class Mae(System):
 
     def encode(self, batch: Batch) -> Outputs:
         kept, whole = batch.kept, batch.image
-        seen, left = self._left_out(kept, whole)
+        seen, left = kept_and_left(kept, whole, self.image.grid)
         tokens = self.narrow(self.image(kept).x)
         places = self.rows[whole.pos[:, 1].long()] + self.columns[whole.pos[:, 2].long()]
+        # The mask token everywhere, then the seen tokens over it; places are added to both.
         x = places + self.mask.expand_as(places).index_copy(0, seen, tokens.to(places.dtype))
-        made = self.pixels(self.decoder(whole.replace(x=x, pos=None)).x[left])
-        target = normalised(whole.x[left].to(made.dtype))
-        owner = torch.arange(len(batch), device=made.device).repeat_interleave((whole.lengths - kept.lengths).to(made.device))
-        error = (made - target).square().mean(1)
-        return {"pixels_loss": batch.per_token(error.new_zeros(len(batch)).index_add(0, owner, error), "left")}
+        error = pixel_error(self.pixels(self.decoder(whole.replace(x=x, pos=None)).x[left]), whole.x[left])
+        of_each = segment_sum(error, Packed.of(error, whole.lengths - kept.lengths))
+        return {"pixels_loss": batch.per_token(of_each, "left")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"left": batch.image.total - batch.kept.total}
 
-    def _left_out(self, kept: Packed, whole: Packed) -> tuple[Tensor, Tensor]:
-        """Where the kept patches and the others lie among all."""
-        keys = [self._place(packed) for packed in (kept, whole)]
-        seen = torch.searchsorted(keys[1], keys[0])
-        left = torch.ones(whole.total, dtype=torch.bool, device=seen.device).index_fill(0, seen, False)
-        return seen, left.nonzero().squeeze(1)
-
-    def _place(self, packed: Packed) -> Tensor:
-        """A number of each patch that rises along the batch: segment, row, column."""
-        numbers, counts = torch.arange(len(packed), device=packed.x.device), packed.cu_seqlens.diff().long()
-        owner = numbers.repeat_interleave(counts, output_size=packed.total)
-        assert packed.pos is not None  # the tower saw to it
-        pos = packed.pos.long()
-        return (owner * self.image.grid + pos[:, 1]) * self.image.grid + pos[:, 2]
-
     def embed_image(self, images: Packed) -> Tensor:
         return F.normalize(segment_mean(self.image(images)), dim=-1)
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """Each patch with mean 0 and variance 1 (the authors' norm_pix_loss: unbiased variance, 1e-6 on pixels in 0..1)."""
-    pixels = pixels / 255
-    return (pixels - pixels.mean(1, keepdim=True)) / (pixels.var(1, keepdim=True) + 1e-6).sqrt()
 
 
 def recipe() -> Recipe:

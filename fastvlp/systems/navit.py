@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import fiddle as fdl
 
-from fastvlp.data.fields import Resolutions
-from fastvlp.recipe import Recipe
+from fastvlp.data.fields import Caption, Resolutions
+from fastvlp.recipe import Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.clip import Clip
 from fastvlp.systems.system import Part
@@ -17,7 +17,8 @@ class NaVit(Clip):
     """CLIP whose image tokens are pooled by attention. What NaViT proposes is in its parts: packed patches at their own aspect ratio with
     factorised positions (``Vit``), sizes and shares drawn for each picture (``Resolutions``). The same weights serve any size afterwards.
 
-    The authors' code is not public. Their tower normalises queries and keys, which ours does not; the distribution of shares is ours.
+    The authors' code is not public. Their towers normalise queries and keys and have no biases, ours do neither; the authors draw shares
+    from a beta distribution or by size (appendix B.6), which here are uniform.
     """
 
     def __init__(self, image: Part, text: Part, embed_dim: int = 256, pool_image: str = "attention", pool_text: str = "mean") -> None:
@@ -33,8 +34,15 @@ def recipe() -> Recipe:
 
 
 def paper() -> Recipe:
-    """ViT-B/16 with sides from 64 to 256 pixels; batch, length and optimizer are CLIP's."""
+    """ViT-B/16, sides from 64 to 256 pixels, half of the patches left out, captions of 24 of T5's 32,000 words: appendix B.2, checked.
+
+    It gives no length for pairs: batch, steps and cooldown are those of table 2 (230,000 steps for labels), warm-up and text tower are
+    ours, "wsd" stands for the reciprocal square root, and the longest side for that of a square of equal area.
+    """
     made = clip.paper()
-    fields = {"image": Resolutions(size=256, smallest=64, least=0.15), "text": made.data.fields["text"]}
-    model = fdl.Config(NaVit, clip.vit_b(16, image_size=256, grid=16), clip.text_b(width=768, heads=12), embed_dim=768, pool_text="last")
-    return replace(made, model=model, data=replace(made.data, fields=fields))
+    fields = {"image": Resolutions(size=256, smallest=64, least=0.15, keep=0.85), "text": Caption()}
+    text = clip.text_b(width=768, heads=12, vocab_size=32000, context_length=24, causal=False)
+    return replace(made, model=fdl.Config(NaVit, clip.vit_b(16, image_size=256, grid=16), text, embed_dim=768, pool_text="attention"),
+                   data=replace(made.data, fields=fields, batch_size=19_968, tokenizer="t5/tokenizer.json"),
+                   schedule=Schedule(steps=230_000, warmup=10_000, shape="wsd", cooldown=50 / 230),
+                   optim=Optim(lr=3e-3, betas=(0.9, 0.999), weight_decay=1e-6))

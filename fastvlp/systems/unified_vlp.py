@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Caption, Image, Uniform
-from fastvlp.losses import word_nll
-from fastvlp.losses.captions import IGNORE
+from fastvlp.losses import hidden_words, masked_word_nll
 from fastvlp.recipe import Eval, Optim, Recipe, Schedule
 from fastvlp.systems import clip, shipped
 from fastvlp.systems.captioner import MaskedCaptioner
 from fastvlp.systems.system import Outputs, Part
-from fastvlp.towers import Joint
 from fastvlp_kernels.packed import Packed
 
 
@@ -40,20 +38,15 @@ class UnifiedVlp(MaskedCaptioner):
 
     def encode(self, batch: Batch) -> Outputs:
         one_way = batch.draw < self.seq2seq
-        masked, hidden = self._hidden(batch, one_way)
-        nll = word_nll(self._states(batch.image, masked, one_way), self.words, batch.text.x.masked_fill(~hidden, IGNORE))
+        masked = self.hide_ends(batch.masked, one_way)
+        nll = masked_word_nll(self._states(batch.image, masked, one_way), self.words, batch.text, masked)
         return {"words_loss": batch.per_token(nll, "hidden")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"hidden": int(self._hidden(batch, batch.draw < self.seq2seq)[1].sum())}
-
-    def _hidden(self, batch: Batch, one_way: Tensor) -> tuple[Packed, Tensor]:
-        """The masked captions, with the end hidden where words see one way, and which tokens are hidden: bool [T]."""
-        ends = batch.masked.cu_seqlens[1:].long() - 1
-        x = batch.masked.x.index_copy(0, ends, torch.where(one_way, self.mask_id, batch.masked.x[ends]))
-        return batch.masked.replace(x=x), x != batch.text.x
+        return {"hidden": int(hidden_words(batch.text, self.hide_ends(batch.masked, batch.draw < self.seq2seq)).sum())}
 
     def _states(self, images: Packed, texts: Packed, one_way: Tensor) -> Packed:
+        # Segment embeddings tell pictures from words, and say which task it is.
         parts = []
         for side, part in enumerate((self.image.embed(images), self.text.embed(texts))):
             kind = self.kinds[one_way.long(), side].repeat_interleave(part.cu_seqlens.diff(), 0, output_size=part.total)
@@ -68,35 +61,17 @@ class UnifiedVlp(MaskedCaptioner):
 
 def recipe() -> Recipe:
     """Three of four samples one way, the others both ways."""
-    made = clip.recipe()
-    caption = Caption(max_captions=2, ends=shipped.ENDS)
-    fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=shipped.MASK), "draw": Uniform()}
-    model = fdl.Config(
-        UnifiedVlp,
-        shipped.image(depth=1),
-        shipped.text(depth=1, vocab_size=shipped.CAPTIONER),
-        fdl.Config(Joint, width=192, depth=6, heads=3),
-        shipped.MASK,
-    )
-    return replace(made, model=model, data=replace(made.data, fields=fields), eval=Eval(captions=("mini:val-openclipart",)))
+    fields = {"image": Image(), **shipped.masked(Caption(max_captions=2, ends=shipped.ENDS)), "draw": Uniform()}
+    return replace(clip.recipe(), model=fdl.Config(UnifiedVlp, shipped.patches(), shipped.words(), shipped.joint(), shipped.MASK),
+                   data=replace(shipped.PAIRS, fields=fields), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
     """BERT-base on Conceptual Captions, 30 epochs of 8 x 64 (the README's table); 10 x 10 patches stand for its 100 regions."""
     made = clip.paper()
-    caption = Caption(length=20)
-    fields = {"image": Image(), "text": caption, "masked": replace(caption, mask=0.15, mask_id=30522), "draw": Uniform()}
-    model = fdl.Config(
-        UnifiedVlp,
-        clip.vit_b(32, depth=1, image_size=320, grid=10),
-        clip.text_b(width=768, heads=12, depth=1, vocab_size=30523, context_length=20),
-        fdl.Config(Joint, width=768, depth=12, heads=12, activation="gelu"),
-        30522,
-    )
-    return replace(
-        made,
-        model=model,
-        data=replace(made.data, batch_size=512, fields=fields, tokenizer="bert-base-uncased/tokenizer.json"),
-        schedule=Schedule(samples=30 * 3_000_000, warmup=17_500),
-        optim=Optim(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01),
-    )
+    fields = {"image": Image(), **shipped.masked(Caption(length=20), 30522), "draw": Uniform()}
+    image, text = clip.vit_b(32, image_size=320, grid=10), clip.text_b(width=768, vocab_size=30523, context_length=20)
+    model = fdl.Config(UnifiedVlp, shipped.embedding(image), shipped.embedding(text), clip.joint_b(), 30522)
+    return replace(made, model=model, data=replace(made.data, batch_size=512, fields=fields, tokenizer="bert-base-uncased/tokenizer.json"),
+                   schedule=Schedule(samples=30 * 3_000_000, warmup=17_500),
+                   optim=Optim(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01))

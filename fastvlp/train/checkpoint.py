@@ -49,9 +49,11 @@ def finish(temporary: Path, trainer: dict[str, Any], random: list[Any], keep: in
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     sums = {str(path.relative_to(temporary)): [path.stat().st_size, _sha256(path)] for path in files}
     (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": sums}), encoding="utf-8")
+    # To the disk before the rename: else a crash of the machine may leave the new name on files that were never written.
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
     final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".partial"))
+    # A folder of the same step is of another past, which resuming has left.
     if final.exists():
         set_aside(final)
     temporary.rename(final)
@@ -134,6 +136,7 @@ def verify(path: Path) -> dict[str, Any]:
                                   "that wrote it")
         for name, (size, digest) in manifest["files"].items():
             file = path / name
+            # A manifest is a stranger's file, too: it must not make us read outside of its folder.
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise Damaged(f"{path / MANIFEST} is damaged: it names {name}")
             if not _exists(file):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import math
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from time import perf_counter
 
 import torch
 
@@ -15,11 +16,12 @@ from fastvlp.train.gradients import random_state, set_random_state
 from fastvlp.train.parallel import World
 
 SAMPLES = 8  # of each process, whose operations are counted
-SECONDS = 0.1  # of measuring the rate
+FIRST, MOMENT = 0.1, 0.01  # seconds of products, at the start and later
+SHARE = 0.005  # of the time that may go to measuring again
 
 
 def needed_per_cost(system: System, batch: Batch, cost: float, world: World, autocast: AbstractContextManager) -> float:
-    """Operations that training on these samples needs, forward and backward, over ``cost``; a collective call.
+    """Operations that training on these samples of all processes needs, forward and backward, over their ``cost``; a collective call.
 
     What is computed twice to save memory counts once, frozen parts count forward only. Of the loss between samples, which grows with the
     square of the batch, only that of these few is in it.
@@ -36,23 +38,42 @@ def needed_per_cost(system: System, batch: Batch, cost: float, world: World, aut
         for buffer, before in buffers:  # running statistics
             buffer.copy_(before)
     set_random_state(generators)
-    return counted.needed / cost if cost else 0.0
+    needed, costs = (sum(column) for column in zip(*world.numbers([int(counted.needed), int(cost)]), strict=True))
+    return needed / costs if costs else 0.0
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second that products of large square matrices reach here: the best of those that fit into a tenth of a second."""
-    side = 8192 if device.type == "cuda" else 512
-    own = torch.Generator(device).manual_seed(0)  # a run that is continued must find the generators where it left them
-    one, other = (torch.randn(side, side, device=device, dtype=torch.float32, generator=own).to(dtype) for _ in range(2))
-    best, began = 0.0, time.perf_counter()
-    for number in range(1000):
-        start = time.perf_counter()
-        one @ other
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        if number:  # the first one loads libraries
-            best = max(best, 2 * side**3 / (now - start))
-        if number and now - began > SECONDS:
-            break
-    return best
+class MatrixRate:
+    """The operations per second that products of large square matrices reach on this process's device, or threads.
+
+    ``best`` is that of several short moments: any of them may fall on a time when something else runs on the machine.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.best = device, dtype, 0.0
+        # More threads need larger products to be busy, each as long as before.
+        self.side = 8192 if device.type == "cuda" else 512 * math.ceil(torch.get_num_threads() ** (1 / 3))
+        self._measure(FIRST)
+        self._began, self._spent = perf_counter(), 0.0
+
+    def again(self) -> None:
+        """Measure once more, as long as that is a small part of the time; waits for the device."""
+        began = perf_counter()
+        if self._spent <= SHARE * (began - self._began):
+            self._measure(MOMENT)
+            self._spent += perf_counter() - began
+
+    def _measure(self, seconds: float) -> None:
+        own = torch.Generator(self.device).manual_seed(0)  # a run that is continued must find the generators where it left them
+        one, other = (torch.randn(self.side, self.side, device=self.device, generator=own).to(self.dtype) for _ in range(2))
+        one @ other  # the first one loads libraries, or finds cold caches
+        self._finished()
+        began = start = perf_counter()
+        while start - began < seconds:
+            one @ other
+            self._finished()
+            now = perf_counter()
+            self.best, start = max(self.best, 2 * self.side**3 / (now - start)), now
+
+    def _finished(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -27,6 +27,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, start: int) -> None:
+        # Steps that are trained again are written again: what a run wrote after its checkpoint is cut off.
         kept = [line for line in lines(path) if line["step"] <= start] if start else []
         temporary = path.with_suffix(".partial")
         try:
@@ -34,6 +35,7 @@ class JsonLines:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        # Flushed at every line: a killed run leaves all but the last one whole.
         self.file = path.open("a", buffering=1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -62,13 +64,18 @@ class TensorBoard:
 
 
 class WandB:
-    """A run on Weights & Biases, named and resumed by the run's name."""
+    """A run on Weights & Biases of the run's name. One that goes on keeps its id, which lies in its folder; one that starts over gets
+    another, since there no step is taken twice.
+    """
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, start: int) -> None:
         import wandb
 
-        self.run = wandb.init(project="fastvlp", name=recipe.run.name, id=recipe.run.name, resume="allow", dir=str(folder),
-                              config=to_dict(recipe))
+        place = folder / "wandb" / "id"
+        known = place.read_text(encoding="utf-8") if start and place.exists() else None
+        self.run = wandb.init(project="fastvlp", name=recipe.run.name, id=known, resume="allow", dir=str(folder), config=to_dict(recipe))
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(self.run.id, encoding="utf-8")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         self.run.log({name: value for name, value in values.items() if isinstance(value, int | float)}, step=step)
@@ -88,7 +95,8 @@ class Log:
         self.writers: list[Writer] = []
         if enabled:
             self.writers.append(JsonLines(folder / "log.jsonl", start))
-            self.writers += [TensorBoard(folder, start) if name == "tensorboard" else WandB(folder, recipe) for name in recipe.run.log]
+            self.writers += [TensorBoard(folder, start) if name == "tensorboard" else WandB(folder, recipe, start)
+                             for name in recipe.run.log]
 
     def write(self, step: int, **values: Any) -> None:
         """One line about the state after ``step`` steps."""

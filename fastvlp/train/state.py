@@ -63,6 +63,7 @@ class Saver:
         if present:
             return
         temporary = self._temporary = self._together(lambda: checkpoint.begin(self.folder, step))
+        # Taken now: an asynchronous save must not see the numbers of a later step.
         trainer, generators = {**describe(self.trainer), "data": self.data}, world.gather(random_state(world.device))
         target, planner = str(temporary / checkpoint.STATE), DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         values = _values(self.trainer)
@@ -112,6 +113,7 @@ class Saver:
                 found = act()
             except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
                 failed = _as_os_error(error, self._temporary or self.folder)
+        # Its error, too: who waits for the first process's result would wait for ever.
         found, failed = world.told((found, failed))
         if failed is not None:
             raise failed

@@ -20,6 +20,7 @@ from fastvlp.train.ema import Ema
 from fastvlp.train.gradients import gradients
 from fastvlp.train.optim import build_optimizer
 from fastvlp.train.parallel import World, parallelize, whole_tensor
+from fastvlp.train.spans import COPY, UPDATE, span
 from fastvlp_kernels.packed import Packed
 
 
@@ -57,7 +58,7 @@ class Pending:
 
     Attributes:
         numbers: the gradient's norm, whether all is finite, then the loss terms of ``names``, on the device.
-        samples, tokens: over all processes. flops: that these samples need, over all processes.
+        samples, tokens: over all processes. flops: that these samples need, over all processes. rate: operations per second of all of them.
         stop: the largest signal that any process was sent, or 0.
     """
 
@@ -66,6 +67,7 @@ class Pending:
     samples: int
     tokens: dict[str, int]
     flops: float
+    rate: float
     stop: int
     lr: float
 
@@ -76,6 +78,9 @@ class Trainer:
     Args:
         system: on ``world.device``, with the same weights on every process; not wrapped yet.
         sources: how many sources the data has.
+
+    Attributes:
+        rate: of this process's device, if that is measured.
     """
 
     def __init__(self, recipe: Recipe, system: System, world: World, sources: int = 1) -> None:
@@ -89,6 +94,7 @@ class Trainer:
         self.ema = Ema(self.system, options.ema) if options.ema is not None else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp_dtype == torch.float16)
         self.counters = Counters(positions=[0] * sources)
+        self.rate: flops.MatrixRate | None = None
         self._frozen: tuple[str, ...] = ()
         self._counted: tuple[Stage | None, float] = (None, 0.0)
         self._after_step = type(system).after_step is not System.after_step
@@ -108,8 +114,9 @@ class Trainer:
         counters, step = self.counters, self.counters.step
         stage = schedule.stage_at(self.recipe, step)
         self._freeze(stage.frozen)
-        batch, parts, stop, tokens, cost = self._agree(batch, stop)
-        batch = batch.to(self.world.device, non_blocking=True)
+        batch, parts, stop, tokens, cost, rate = self._agree(batch, stop)
+        with span(COPY):
+            batch = batch.to(self.world.device, non_blocking=True)
         if self._counted[0] is not stage:
             few = batch.take(range(min(flops.SAMPLES, *batch.sizes)))
             self._counted = stage, flops.needed_per_cost(self.system, few, few.cost(self.widths), self.world, self.autocast())
@@ -117,23 +124,25 @@ class Trainer:
         lr = schedule.learning_rate(self.recipe, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        self.scaler.unscale_(self.optimizer)
-        norm = self._gradient_norm()
+        with span(UPDATE):
+            self.scaler.unscale_(self.optimizer)
+            norm = self._gradient_norm()
         terms = torch.stack([value.float() for value in losses.values()])
         mean = self.world.sum(terms) / self.world.size
         finite = torch.isfinite(norm) & torch.isfinite(mean).all()
-        self._update(finite)
-        if self.ema is not None:
-            self.ema.update(finite)
-        if not self._after_step or bool(finite):  # a queue must not take features that are no numbers
-            with torch.no_grad():
-                self._follow(out, batch)
+        with span(UPDATE):
+            self._update(finite)
+            if self.ema is not None:
+                self.ema.update(finite)
+            if not self._after_step or bool(finite):  # a queue must not take features that are no numbers
+                with torch.no_grad():
+                    self._follow(out, batch)
         counters.step += 1
         counters.samples += batch.total
         for name, count in tokens.items():
             counters.tokens[name] = counters.tokens.get(name, 0) + count
         numbers = torch.cat([torch.stack([norm.float(), finite.float()]), mean])
-        return Pending(numbers, list(losses), batch.total, tokens, self._counted[1] * cost, stop, lr)
+        return Pending(numbers, list(losses), batch.total, tokens, self._counted[1] * cost, rate, stop, lr)
 
     def settle(self, pending: Pending) -> dict[str, float]:
         """Read a step's numbers; the first thing that waits for the device.
@@ -163,7 +172,7 @@ class Trainer:
         """The averaged weights, where there are any, inside this context."""
         return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
 
-    def _agree(self, batch: Batch, stop: int) -> tuple[Batch, list[Tensor], int, dict[str, int], int]:
+    def _agree(self, batch: Batch, stop: int) -> tuple[Batch, list[Tensor], int, dict[str, int], int, int]:
         """What the processes have to know of one another before a step, in one exchange of a few integers between the hosts."""
         counts = self.system.counts(batch)
         packed = {name: stream.total for name, stream in batch.streams.items() if isinstance(stream, Packed)}
@@ -171,15 +180,16 @@ class Trainer:
             needed = batch.microbatches(self.recipe.train.tokens, self.widths)
         except ValueError as error:
             raise ConfigError(f"train.tokens: {error}") from error
-        everyone = self.world.numbers([len(batch), needed, stop, int(batch.cost(self.widths)), *counts.values(), *packed.values()])
-        sizes, parts, stops, costs, *sums = zip(*everyone, strict=True)
+        everyone = self.world.numbers([len(batch), needed, stop, int(batch.cost(self.widths)), int(self.rate.best) if self.rate else 0,
+                                       *counts.values(), *packed.values()])
+        sizes, parts, stops, costs, rates, *sums = zip(*everyone, strict=True)
         totals = [sum(column) for column in sums]
         known = dict(zip(counts, totals, strict=False))
         tokens = dict(zip(packed, totals[len(counts):], strict=True))
         batch = dataclasses.replace(batch, sizes=sizes, counts=known)
         # A process with fewer samples than another needs micro-batches would have an empty one: then all make fewer.
         agreed = min(max(parts), min(sizes))
-        return batch, batch.split(agreed, self.widths), max(stops), tokens, sum(costs)
+        return batch, batch.split(agreed, self.widths), max(stops), tokens, sum(costs), sum(rates)
 
     def _gradient_norm(self) -> Tensor:
         """Norm of the whole gradient before clipping, 0-d."""

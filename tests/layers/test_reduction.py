@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastvlp.layers import AdaptiveAveragePool, LearnedCentres, ParameterFreeAttention, TemporalContext, TokenLearner, VideoMerger
+from fastvlp.layers import (
+    AdaptiveAveragePool,
+    LearnedCentres,
+    ParameterFreeAttention,
+    PyramidPool,
+    TemporalContext,
+    TokenLearner,
+    VideoMerger,
+)
 from fastvlp_kernels import Packed
 
 WIDTH = 12
@@ -46,6 +54,8 @@ def test_adaptive_pooling_refuses_other_grids():
         AdaptiveAveragePool((1, 1, 1))(video(), torch.tensor([(4, 2, 2), *GRIDS[1:]]))
     with pytest.raises(ValueError, match="three positive numbers"):
         AdaptiveAveragePool((1, 0, 1))
+    with pytest.raises(ValueError, match="PyramidPool: the tokens carry no positions"):
+        PyramidPool((2, 1))(video().replace(pos=None))
     none = AdaptiveAveragePool((1, 2, 1))(Packed.of(torch.zeros(0, 3), []), torch.zeros(0, 3, dtype=torch.int64))
     assert none.total == len(none) == 0
 

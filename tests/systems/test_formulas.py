@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastvlp.layers import FusedBlocks
 from fastvlp.losses import kmeans
+from fastvlp.systems.filip import Filip
 from fastvlp.systems.llama_fusion import LlamaFusion
 from fastvlp.systems.pyramid_drop import PyramidDrop
 from fastvlp.systems.solo import Solo
@@ -51,6 +52,36 @@ def test_unified_vlp():
         terms += [F.cross_entropy(logits[n], words[n]) for n in range(len(words)) if ids[n] != words[n]]
     assert {bool(draw < system.seq2seq) for draw in given.draw} == {True, False}
     torch.testing.assert_close(loss_of(system, given), torch.stack(terms).mean())
+
+
+def test_mae():
+    """Picture by picture: mask tokens stand at the places that were left out, and their pixels alone count."""
+    system, given = make("mae"), batch()
+    terms = []
+    for image, kept in zip(alone(given.image), alone(given.kept), strict=True):
+        seen, x = system.narrow(system.image(kept).x), []
+        places = [tuple(place) for place in kept.pos[:, 1:].tolist()]
+        for row, column in image.pos[:, 1:].tolist():
+            token = seen[places.index((row, column))] if (row, column) in places else system.mask
+            x.append(token + system.rows[row] + system.columns[column])
+        decoded = plain.norm(system.decoder.norm_out, through(system.decoder.blocks, torch.stack(x), plain.all_seen(len(x))))
+        for patch, place, told in zip(image.x / 255, image.pos[:, 1:].tolist(), system.pixels(decoded), strict=True):
+            if tuple(place) not in places:
+                target = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+                terms.append((told - target).square().mean())
+    torch.testing.assert_close(loss_of(system, given), torch.stack(terms).mean())
+
+
+def test_filip_sends_the_tokens_that_are_nearest_to_their_pair():
+    torch.manual_seed(0)
+    system, given = Filip(vit(), text(), 16, keep=0.4).double(), batch()
+    with torch.no_grad():
+        image, words, out = system.image_tokens(given.image), system.text_tokens(given.text), system.encode(given)
+    for mine, other, found in ((image, words, out["image"]), (words, image, out["text"])):
+        for x, y, kept in zip(mine.segments(), other.segments(), found.segments(), strict=True):
+            count = -(-4 * len(x) // 10)
+            best = sorted(range(len(x)), key=lambda i, x=x, y=y: -max(float(x[i] @ token) for token in y))[:count]
+            torch.testing.assert_close(kept, x[sorted(best)])
 
 
 def test_aim():

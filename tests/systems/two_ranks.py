@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import torch
-from torch import distributed as dist
 from torch import nn
 
 import fastvlp.losses  # noqa: F401  # before the group: see docs/distributed.md
 from fastvlp.data.batch import Batch
 from fastvlp.systems.system import Momentum, Scale, System
 from fastvlp.train.gradients import gradients
-from fastvlp.train.parallel import World, parallelize, whole_tensor
+from fastvlp.train.parallel import World, join, parallelize, whole_tensor
 from tests.systems.small import make, whole
 
 RUNS = {"replicated": (1, 1), "replicated, micro-batches": (1, 2), "sharded": (2, 1), "sharded, micro-batches": (2, 2)}
@@ -51,20 +51,26 @@ def follow(system: System, out, batch: Batch) -> None:
 
 def main(target: str, names: list[str]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    with join("cpu") as world:
+        found = trained(world, names)
+        if world.rank == 0:
+            torch.save(found, target)
+        world.wait()
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), f"something keeps a destroyed group alive: {threads}"
+
+
+def trained(world: World, names: list[str]) -> dict[tuple[str, str], tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """What each system ends with, by its name and way."""
     batch, found = whole(), {}
-    first = sum(SIZES[:rank])
+    first = sum(SIZES[:world.rank])
     for name in names:
         counts = make(name).counts(batch)
-        mine = dataclasses.replace(batch.take(range(first, first + SIZES[rank])), sizes=SIZES, first=first, counts=counts)
+        mine = dataclasses.replace(batch.take(range(first, first + SIZES[world.rank])), sizes=SIZES, first=first, counts=counts)
         for run in runs_of(name):
             shard, parts = RUNS[run]
-            system = parallelize(make(name), shard, world=World(rank, world, torch.device("cpu")))
-            found[name, run] = train(system, mine, parts)
-    if rank == 0:
-        torch.save(found, target)
-    dist.destroy_process_group()
+            found[name, run] = train(parallelize(make(name), shard, world=world), mine, parts)
+    return found
 
 
 if __name__ == "__main__":

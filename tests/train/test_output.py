@@ -112,7 +112,7 @@ def test_loggers_by_name_get_the_numbers(tmp_path, monkeypatch):
         close=lambda: heard.append(f"board closed, cut at {purge_step}"))
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **options: types.SimpleNamespace(
-        log=lambda values, step: heard.append(("wandb", values, step)), finish=lambda: heard.append(options["name"]))
+        id="new", log=lambda values, step: heard.append(("wandb", values, step)), finish=lambda: heard.append(options["name"]))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     made = config.load("clip", ["run.name=n", "run.log=[tensorboard, wandb]"])
@@ -122,6 +122,19 @@ def test_loggers_by_name_get_the_numbers(tmp_path, monkeypatch):
     assert heard == [("board", "loss", 0.5, 2), ("wandb", {"loss": 0.5}, 2), "board closed, cut at 2", "n"]
     Log(tmp_path / "nowhere", made, 0, enabled=False).write(1, loss=1.0)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_that_goes_on_keeps_its_id_and_one_that_starts_over_gets_another(tmp_path, monkeypatch):
+    asked, fresh = [], iter(("first", "second", "third"))
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **options: asked.append(options["id"]) or types.SimpleNamespace(
+        id=options["id"] or next(fresh), log=lambda values, step: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    made = config.load("clip", ["run.name=n", "run.log=[wandb]"])
+    for start, folder in ((0, "n"), (4, "n"), (0, "n"), (9, "n"), (4, "other")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Log(tmp_path / folder, made, start, enabled=True).close()
+    assert asked == [None, "first", None, "second", None]  # the last goes on from a run that another folder holds
 
 
 def test_a_log_without_some_quantities_is_drawn(tmp_path):

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fastvlp.data.loader import Loader
+from fastvlp.evaluate.reading import Reading
 from fastvlp.train import Interrupted, Trainer, TrainingError, checkpoint, failures, plots, report, train
+from fastvlp.train.interrupt import Watchdog
 from tests.train.conftest import log_lines, recipe_of, weights, write_shard
 
 
@@ -85,6 +87,16 @@ def test_a_loading_process_that_ends(settings, monkeypatch, end, sentence):
             train(recipe_of(settings))
     assert saved(settings)[0] == "step-00000004"
     assert train(recipe_of(settings))["steps"] == 10
+
+
+def test_a_reader_that_hangs_in_an_evaluation_is_waited_for_as_in_training(settings, shard, monkeypatch):
+    settings["eval"] = {"retrieval": [str(shard)], "workers": 1}
+    settings["run"]["timeout"] = 2
+    settings["schedule"] = {"steps": 1}
+    monkeypatch.setattr(Watchdog, "_watch", lambda self: None)  # else it may be the first to end, and would end this process
+    monkeypatch.setattr(Reading, "__getitem__", lambda self, number: time.sleep(600))
+    with pytest.raises(TrainingError, match="timed out after 2.0 seconds: the data cannot be read any more"):
+        train(recipe_of(settings))
 
 
 @pytest.mark.parametrize("place, number, owner, name, left", [

@@ -1,0 +1,1 @@
+from .op import residual_norm as residual_norm

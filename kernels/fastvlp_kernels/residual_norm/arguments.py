@@ -1,0 +1,38 @@
+"""The inputs of ``residual_norm`` as its implementations take them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """Tokens and what is added to them, [T, C] each, and vectors [C]."""
+
+    x: Tensor
+    branch: Tensor
+    gamma: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    rms: bool
+    dtype: torch.dtype  # of the norm
+
+    @property
+    def total_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.x.dtype, self.branch.dtype)
+
+    @property
+    def shared(self) -> bool:
+        """Whether x and branch have one gradient."""
+        return self.gamma is None and self.x.dtype == self.branch.dtype
+
+
+class Needs(NamedTuple):
+    """What needs a gradient."""
+
+    x: bool
+    branch: bool
+    gamma: bool
+    weight: bool
+    bias: bool
