@@ -279,7 +279,7 @@ def systems(results: Results) -> str:
 def soak(results: Results) -> str:
     """What the last soak on each device tried, and what it lost."""
     parts = [(device, part) for device, content in results.items() for part in content.get("soak", {}).get("parts", ())]
-    lines = [[device, part["part"], part["about"], f"{part['cases']:,}", f"{part['faults']:,}", part["failure"].partition("\n")[0] or "none"]
+    lines = [[device, part["part"], part["about"], f"{part['cases']:,}", f"{part['faults']:,}", (part["failure"] or "none").splitlines()[0]]
              for device, part in parts]
     return _table(("device", "part", "what", "cases", "faults survived", "lost"), lines or [[UNMEASURED, *[""] * 5]])
 
