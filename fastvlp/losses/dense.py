@@ -1,6 +1,6 @@
 """The losses of CLIP and SigLIP for a small batch on the CPU: S is stored, where visiting tiles would take longer than the arithmetic.
 
-S of ``PAIRS`` pairs takes 1 MiB, as much as one tile of the operators. Loss and gradients come from the same formulas, and are made together:
+S of ``PAIRS`` pairs takes 2 MiB. Loss and gradients come from the same formulas, and are made together:
 three products, and one function of S each.
 """
 
@@ -19,7 +19,7 @@ from fastvlp_kernels.pairwise_sigmoid.cpu import LIMIT, LN2, sum_log1p
 
 from .autograd import apply, no_second_derivatives
 
-PAIRS = 1 << 18
+PAIRS = 1 << 19
 
 
 def pays(image: Tensor) -> bool:
