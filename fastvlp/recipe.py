@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import fiddle as fdl
+
 from fastvlp.data.batch import Stage
 from fastvlp.data.stream import Source
 
@@ -264,6 +266,14 @@ class Recipe:
     optim: Optim = Optim()
     train: Train = Train()
     eval: Eval = Eval()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, fdl.Buildable):
+            name = self.model.__name__ if isinstance(self.model, type) else type(self.model).__name__
+            raise ValueError(f"model is a {name}; write the call that makes it, which is not made yet: fdl.Config({name}, ...)")
+        for name, kind in (("schedule", Schedule), ("data", Data), ("run", Run), ("optim", Optim), ("train", Train), ("eval", Eval)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} is a {type(getattr(self, name)).__name__}; fastvlp.recipe.{kind.__name__}(...) is needed")
 
     @property
     def steps(self) -> int:

@@ -177,7 +177,8 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
     world = world or World(0, 1, next(system.parameters()).device)
     split = world.size if shard == "world" else int(shard)
     if world.size % split:
-        raise ConfigError(f"train.shard is {shard} on {world.size} processes; it must divide their number, or be world")
+        number = f"{world.size} process{'es' * (world.size > 1)}"
+        raise ConfigError(f"train.shard is {shard} on {number}; it must divide their number, or be world")
     if offload and world.size == 1:
         raise ConfigError("train.offload is for several processes; a run of one has nothing to gather from the CPU")
     blocks = [block for module in system.modules() if isinstance(module, nn.ModuleList) for block in module if _is_block(block)]
