@@ -315,7 +315,7 @@ def _find(make: Any, path: str, packages: Sequence[str]) -> Any:
     module, _, name = str(make).partition(":")
     if not any(module == package or module.startswith(f"{package}.") for package in packages) and module not in _own_files:
         raise ConfigError(f"{path}: {make} is outside of {', '.join(packages)}; name the file that it is from: fastvlp train FILE.py, "
-                          "fastvlp eval --recipe FILE.py, fastvlp.load(..., recipe='FILE.py')")
+                          "fastvlp eval or show --recipe FILE.py, fastvlp.load(..., recipe='FILE.py')")
     try:
         found = importlib.import_module(module)
         for part in name.split("."):
