@@ -213,6 +213,8 @@ class Train:
             raise ValueError(f"episode is {self.episode}; it is a number of steps, or null for never")
         if self.checkpoint_every < 0:
             raise ValueError(f"checkpoint_every is {self.checkpoint_every}; a number of steps is needed, 0 for only at the end")
+        if not self.print_every >= 0:
+            raise ValueError(f"print_every is {self.print_every}; seconds between lines are needed, 0 for a line a step")
         for name in ("keep", "max_nonfinite", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -136,7 +136,7 @@ def encoded(system: System, batch: Batch) -> Outputs:
     Raises:
         ConfigError: it has not.
     """
-    out, name = system.encode(batch), type(system).__name__
+    out, name = system.encode(batch), _class_name(system)
     if not isinstance(out, Mapping):
         raise ConfigError(f"{name}.encode returns {type(out).__name__}; outputs have names: return {{'image': ..., 'colour_loss': ...}}")
     for key, value in out.items():
@@ -154,7 +154,7 @@ def terms(system: System, out: Outputs, batch: Batch) -> Losses:
     Raises:
         ConfigError: there are none, or they are something else.
     """
-    losses, name = system.objective(out, batch), type(system).__name__
+    losses, name = system.objective(out, batch), _class_name(system)
     if not isinstance(losses, Mapping):
         raise ConfigError(f"{name}.objective returns {type(losses).__name__}; terms have names: return {{'contrastive': ...}}")
     for key, value in losses.items():
@@ -165,6 +165,10 @@ def terms(system: System, out: Outputs, batch: Batch) -> Losses:
         raise ConfigError(f"{name} has nothing to train on: encode gives {', '.join(out) or 'nothing'}; name an output "
                           "*_loss (one number a sample), or write an objective")
     return losses
+
+
+def _class_name(system: System) -> str:
+    return type(system).__name__.removeprefix("FSDP")  # which wrapping puts before it
 
 
 def _backward(losses: Losses, scale_loss: ScaleLoss) -> None:

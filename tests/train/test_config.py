@@ -242,6 +242,7 @@ def test_what_differs_is_named(recipe):
     ("train.shard=0", r"shard is 0; it is a number of processes, at least 1, or world"),
     ("train.shard=word", r"train.shard is 'word'; a whole number is needed, or world"),
     ("=3", r"'=3' is no change; write key=value"),
+    ("train.print_every=-1", r"print_every is -1.0; seconds between lines"),
     ("train.keep=0", r"keep is 0; it must be at least 1"),
     ("eval={zero_shot: [x.tar]}", r"classes is not"),
     ("eval={knn: [x.tar]}", r"knn or probe is set and probe_train is not"),
