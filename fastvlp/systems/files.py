@@ -108,7 +108,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", recip
         return _from_checkpoint(folder).to(device).eval()
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}; pass the folder of a finished run, or one that fastvlp.systems.files.save wrote")
+            raise FileNotFoundError(f"{folder} holds no {name}; pass the folder of a finished run, or one that systems.files.save wrote")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -271,7 +271,7 @@ class Fit:
                 self.log.write(step, **values, samples_per_second=pending.samples / seconds, tokens_per_second=tokens / seconds, mfu=used,
                                waiting_for_data=waited / seconds, seconds=counters.seconds)
             if step == 1 and values["grad_norm"] == 0:
-                self.progress.say("note: the first step has no gradient; a loss that is detached, or whose parts are frozen, trains nothing")
+                self.progress.say("note: the first step has no gradient; a loss that is detached, or of frozen parts, trains nothing")
             note = f"  {counters.nonfinite} skipped" if counters.nonfinite else ""
             self.progress.update(step, Rates(seconds, pending.samples, tokens, waited, used), values, note)
         return now
