@@ -17,7 +17,8 @@ ELEMENTS = 2**18  # of a block: 1 MiB in float32
 def forward(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [T, C], total [T, C], mean and reciprocal standard deviation [T] in the dtype of sums; no mean ([0]) of RMS."""
     (T, C), acc = a.x.shape, sum_dtype(a.total_dtype)
-    gamma, weight, bias = (None if v is None else v.to(acc) for v in (a.gamma, a.weight, a.bias))
+    weight = a.weight.to(acc)
+    gamma, bias = (None if v is None else v.to(acc) for v in (a.gamma, a.bias))
     total, out = a.x.new_empty(T, C, dtype=a.total_dtype), a.x.new_empty(T, C, dtype=a.dtype)
     mean, rstd = a.x.new_empty(0 if a.rms else T, dtype=acc), a.x.new_empty(T, dtype=acc)
     for rows in _blocks(T, C):
