@@ -12,6 +12,7 @@ from fastvlp import __version__
 
 EPILOG = """examples:
   fastvlp train                                     the default recipe on the data that ships, about 5 minutes on 2 cores
+  fastvlp train clip-vit-b-32 data=SHARDS           your own pictures and captions; --dry-run looks before anything runs
   fastvlp train coca run.name=first optim.lr=1e-3   a recipe with changes
   torchrun --nproc-per-node 8 -m fastvlp train mine.py:small
   fastvlp eval runs/clip --data mini:val-openclipart
@@ -31,7 +32,8 @@ TRAIN_EPILOG = """examples:
   fastvlp train
   fastvlp train coca --help                         every key of this recipe with its value
   fastvlp train clip run.name=long schedule.steps=5000 eval.every=500
-  fastvlp train clip data.train='shards/{0000..0099}.tar' data.batch_size=4096 train.tokens='{image: 65536}'
+  fastvlp train clip-vit-b-32 data='shards/{0000..0099}.tar' epochs=10 data.batch_size=4096 --dry-run
+  fastvlp train clip-vit-b-16 data=pairs.csv eval.retrieval=val.csv samples=10000000
   fastvlp train clip --resume none                  start over
   fastvlp train clip --resume runs/first/checkpoints/step-00000400 run.name=second
   torchrun --nproc-per-node 2 -m fastvlp train clip train.shard=2
@@ -49,7 +51,16 @@ the samples of --data name their class in the field "class" of their .json
 CHECKPOINT is a run, one of its checkpoints, or a model directory
 """
 RECIPES = """List the systems that ship: name, paper, and what the recipe shows. With RECIPE: every key of it with its value."""
-PROFILE = """Count the tokens of the first samples of a recipe's data, in each of its stages, and the operations of every part for them."""
+PROFILE = """Count the tokens of the first samples of a recipe's data, in each of its stages, and the operations of every part for them.
+With --steps: train so many steps, and say where the time of the training thread goes."""
+PROFILE_EPILOG = """examples:
+  fastvlp profile slip
+  fastvlp profile clip --steps 50 --trace trace.json
+  torchrun --nproc-per-node 2 -m fastvlp profile clip train.shard=2 --steps 50
+
+nothing waits for a device that training would not wait for; a step on a GPU shows as the time in which work is given to it, and the rest as
+waiting for the device
+"""
 PLAN = """Say, before anything runs, what a step of a recipe costs on a cluster: operations and memory of a device, whether they fit, bytes
 over fast and slow links, seconds, and for contrastive losses which way of crossing devices (strategy) wins."""
 PLAN_EPILOG = """examples:
@@ -82,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help=CHANGES)
     train.add_argument("--resume", metavar="auto|PATH|none",
                        help="continue from the run's last checkpoint (auto, the default), from PATH, or start over")
+    train.add_argument("--dry-run", action="store_true", help="train nothing: print the recipe, the first batch's shapes, memory and "
+                       "operations, and write a page with the first batch as the model sees it")
     train.add_argument("-h", "--help", action="store_true", help="show this, and, where a recipe is named, all of its keys")
     train.set_defaults(parser=train)
 
@@ -97,8 +110,11 @@ def parser() -> argparse.ArgumentParser:
     recipes = commands.add_parser("recipes", help="list the systems that ship, or the keys of one", description=RECIPES)
     recipes.add_argument("recipe", nargs="?", metavar="RECIPE", help="whose keys to list")
 
-    profile = commands.add_parser("profile", help="tokens and operations of every part of a recipe", description=PROFILE)
+    profile = commands.add_parser("profile", help="what every part of a recipe computes, or what training waits for", description=PROFILE,
+                                  epilog=PROFILE_EPILOG, **raw)
     profile.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help=CHANGES)
+    profile.add_argument("--steps", type=int, metavar="N", help="train N steps and show what the training thread waits for")
+    profile.add_argument("--trace", metavar="FILE", help="with --steps: a Chrome trace (Perfetto) of some more steps")
 
     plan = commands.add_parser("plan", help="what a step costs on a cluster", description=PLAN, epilog=PLAN_EPILOG, **raw)
     plan.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help=CHANGES)
@@ -131,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     root = parser()
+    # Known ones only: a key written as a flag (--lr 1e-3) gets a better answer than "unrecognized arguments".
     options, rest = root.parse_known_args(arguments)
     recipe = hasattr(options, "arguments")
     flags = [argument for argument in rest if argument.startswith("-")]
@@ -147,9 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.parser.print_help()
             if not options.arguments:
                 return 0
-        return importlib.import_module(f"fastvlp.commands.{options.command}").command(options)
+        # Imported here, so that --help and --version do not wait for torch.
+        name = "first_batch" if getattr(options, "dry_run", False) and not options.help else options.command
+        return importlib.import_module(f"fastvlp.commands.{name}").command(options)
     except KeyboardInterrupt:
         return 130
+    # As in ``fastvlp recipes | head``: closed, or Python would complain again when it flushes at exit.
     except BrokenPipeError:
         sys.stderr.close()
         return 1

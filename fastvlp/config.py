@@ -17,7 +17,7 @@ import pkgutil
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +27,7 @@ from torch import nn
 
 from fastvlp._schema import ConfigError, build, convert, keys, plain, unknown
 from fastvlp.data.fields import Field
-from fastvlp.recipe import Recipe
+from fastvlp.recipe import LENGTHS, NO_DATA, Recipe
 
 DEFAULT = "clip"
 ALIASES = {"mini": "clip"}  # the name of the default recipe before there were systems
@@ -47,13 +47,15 @@ def load(recipe: str | None = None, changes: Sequence[str] = ()) -> Recipe:
 
     Args:
         recipe: NAME, NAME:FUNCTION, FILE.py, FILE.py:FUNCTION (the function is ``recipe`` where it is not named), or a YAML file: changes
-            on the recipe that its key ``recipe`` names (the default one without). None is the default recipe.
+            on the recipe that its key ``recipe`` names (the default one without). None is the default recipe, on the data that ships.
         changes: such as "optim.lr=1e-3" or "schedule.stages.0.keep=0.5"; lists are written [a, b], mappings {a: b}.
 
     Raises:
         ConfigError: for a recipe that does not exist, a file that does not import, or a key or value that is not allowed.
     """
-    recipe = recipe or DEFAULT
+    if recipe is None:
+        _refuse_own_data(line.partition("=")[0] for line in changes)
+        recipe = DEFAULT
     if Path(recipe).suffix in (".yaml", ".yml"):
         return _from_yaml(Path(recipe), changes)
     make = function(recipe)
@@ -78,24 +80,56 @@ def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
         key, separator, text = line.partition("=")
         if not separator:
             raise ConfigError(f"{line!r} is no change; write key=value, for example optim.lr=1e-3")
+        key = _whole(key, text)
         _check_section(key, values)
         values = _set(values, key.split("."), _value(text, line), key)
-        other = {"schedule.steps": "samples", "schedule.samples": "steps"}.get(key)
-        if other is not None and text != "null" and not any(line.startswith(f"schedule.{other}=") for line in changes):
-            values["schedule"] = {**values["schedule"], other: None}  # whichever of the two is given counts
+        section, _, length = key.partition(".")
+        if section == "schedule" and length in LENGTHS and text != "null":  # whichever is given counts
+            for other in LENGTHS:
+                if other != length and not any(line.startswith(f"schedule.{other}=") for line in changes):
+                    values["schedule"] = {**values["schedule"], other: None}
     return from_dict(values)
 
 
 def function(recipe: str) -> Callable[[], Recipe]:
-    """The function that a name such as ``coca:paper`` or ``mine.py:small`` stands for."""
+    """The function that a name such as ``coca:paper``, ``clip-vit-b-32`` or ``mine.py:small`` stands for."""
+    if recipe in (own := variants()):
+        return own[recipe]
     place, _, name = recipe.rpartition(":") if ":" in recipe else (recipe, "", "recipe")
     module = _file(Path(place)) if place.endswith(".py") else _system(place)
     made = getattr(module, name, None)
     if not callable(made):
-        known = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not n.startswith("_")
-                 and not inspect.signature(f).parameters]
-        raise ConfigError(f"{place} has no recipe {name}; it has {', '.join(known) or 'none: write def recipe() -> Recipe'}")
+        known = ", ".join(_functions(module))
+        raise ConfigError(f"{place} has no recipe {name}; it has {known or 'none: write def recipe() -> Recipe'}")
     return typing.cast(Callable[[], Recipe], made)
+
+
+def variants() -> dict[str, Callable[[], Recipe]]:
+    """The recipes that a system's file has beside ``recipe`` and ``paper``, by name, such as clip-vit-b-32."""
+    found = {}
+    for system in names():
+        module = importlib.import_module(f"fastvlp.systems.{system}")
+        for name in _functions(module):
+            if name not in ("recipe", "paper") and vars(module)[name].__annotations__.get("return") == "Recipe":
+                found[f"{system}-{name}".replace("_", "-")] = vars(module)[name]
+    return found
+
+
+def for_own_data() -> dict[str, Callable[[], Recipe]]:
+    """Of the variants, those that leave their data to name."""
+    return {name: recipe for name, recipe in variants().items() if recipe().data.train == NO_DATA}
+
+
+def _refuse_own_data(named: Iterable[str]) -> None:
+    """The default recipe is a toy for the data that ships: 64 pixels, and a tokenizer of emoji names."""
+    if any(key == "data" or key == "data.train" or key.startswith("data.train.") for key in named):
+        raise ConfigError(f"data is named and no recipe is; say which model is trained on it: {', '.join(for_own_data())}, or another that "
+                          "fastvlp recipes lists")
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not n.startswith("_")
+            and not inspect.signature(f).parameters]
 
 
 def _system(name: str) -> ModuleType:
@@ -103,7 +137,7 @@ def _system(name: str) -> ModuleType:
     name = ALIASES.get(name, name).replace("-", "_")
     if name in known:
         return importlib.import_module(f"fastvlp.systems.{name}")
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+    near = difflib.get_close_matches(name.replace("_", "-"), variants(), n=1) or difflib.get_close_matches(name, [*known, *ALIASES], n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, or the path of a Python or YAML file"
     raise ConfigError(f"unknown recipe {name}; {hint}")
 
@@ -115,6 +149,7 @@ def _file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Before it runs: dataclasses look up their module while they are made.
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
@@ -132,9 +167,13 @@ def _from_yaml(path: Path, changes: Sequence[str]) -> Recipe:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} holds no sections; it needs keys such as {', '.join(keys(Recipe))}")
     values = dict(values)
-    merged = to_dict(load(values.pop("recipe", None)))
+    recipe = values.pop("recipe", None)
+    if recipe is None and "model" not in values:
+        _refuse_own_data(key for key, _ in _sections(values))
+    merged = to_dict(load(recipe))
     merged["run"]["name"] = path.stem
     for key, value in _sections(values):
+        key = _whole(key, value)
         _check_section(key, merged)
         merged = _set(merged, key.split("."), value, key)
     return change(from_dict(merged), changes)
@@ -180,6 +219,7 @@ def _plain(value: Any, named: bool = False) -> Any:
         return {"make": f"{make.__module__}:{make.__qualname__}", **{name: _plain(item, True) for name, item in arguments.items()}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
+        # Classes that the annotation does not tell have to be named, or ``from_dict`` could not make them again.
         named = named or isinstance(value, Field) or kind.__module__ in _own_files
         head = {"make": f"{kind.__module__}:{kind.__qualname__}"} if named else {}
         return {**head, **{field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}}
@@ -229,8 +269,10 @@ def spec(values: Any, path: str) -> fdl.Config:
     if not isinstance(values, Mapping) or "make" not in values:
         raise ConfigError(f"{path} is {values!r}; a call is needed, written {{make: 'fastvlp.systems.clip:Clip', ...}}")
     make = _find(values["make"], path, ("fastvlp.systems", "fastvlp.towers", "fastvlp.layers", "torch.nn"))
+    # A recipe file may come from a stranger: it may make modules, and may not call whatever can be imported.
     if not (isinstance(make, type) and issubclass(make, nn.Module)) and not getattr(make, "makes_module", False):
         raise ConfigError(f"{path}: {values['make']} makes no module")
+    # By the signature and the annotations, so that a class of the user's own is checked as those that ship are.
     signature = inspect.signature(make)
     hints = typing.get_type_hints(make.__init__ if isinstance(make, type) else make)  # type: ignore[misc]  # a subclass's may differ; this is the class itself
     arguments = {}
@@ -252,6 +294,7 @@ def _argument(hint: Any, value: Any, path: str) -> Any:
         return [_argument(Any, item, f"{path}.{i}") for i, item in enumerate(value)]
     if isinstance(hint, type) and issubclass(hint, nn.Module):
         raise ConfigError(f"{path} is {value!r}; a call that makes a {hint.__name__} is needed, written {{make: 'module:name', ...}}")
+    # Without an annotation the text alone says what is meant.
     return plain(value) if hint is Any else convert(hint, value, path)
 
 
@@ -304,12 +347,20 @@ def _set(values: Any, path: list[str], new: Any, key: str) -> Any:
     return values
 
 
+def _whole(key: str, value: Any) -> str:
+    """The key that a short one stands for: ``data`` (shards) and the lengths of training."""
+    if key == "data" and not isinstance(value, Mapping) and not str(value).startswith("{make"):
+        return "data.train"
+    return f"schedule.{key}" if key in LENGTHS else key
+
+
 def _check_section(key: str, values: Mapping[str, Any]) -> None:
     """Refuse a key of no section; suggests across sections, so that ``lr`` finds ``optim.lr``."""
     section = key.partition(".")[0]
     if section in keys(Recipe):
         return
     known = [path for path, _ in _leaves(dict(values))]
+    # The same last name first: whoever writes ``lr`` means ``optim.lr``, however far that is in letters.
     same_name = [path for path in known if path.rpartition(".")[2] == key.rpartition(".")[2]]
     near = same_name or difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if near:

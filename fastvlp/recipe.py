@@ -10,6 +10,9 @@ from typing import Any, Literal
 from fastvlp.data.batch import Stage
 from fastvlp.data.stream import Source
 
+LENGTHS = ("steps", "samples", "epochs")
+NO_DATA = ("SHARDS",)  # what stands where a recipe leaves its data to name
+
 
 @dataclass(frozen=True)
 class Run:
@@ -48,7 +51,7 @@ class Data:
     """What is trained on.
 
     Attributes:
-        train: shards (paths, globs, brace ranges {0000..0003}, or mini:train for the data set that ships), or sources with weights.
+        train: shards or tables or folders (see ``fastvlp.data.expand``; mini:train is the data set that ships), or sources with weights.
         fields: the streams of a batch by name (``fastvlp.data.fields``).
         tokenizer: "mini", "clip", or the path of a tokenizer.json.
         batch_size: samples of a step over all processes; this defines a contrastive objective.
@@ -122,7 +125,8 @@ class Schedule:
     """How long, and how the learning rate and the data change.
 
     Attributes:
-        steps or samples: the length of training; exactly one of the two is set. Samples are rounded up to whole batches.
+        steps, samples or epochs: the length of training; exactly one of them is set. Samples are rounded up to whole batches; an epoch
+            is as many samples as all sources with a weight hold, counted before the first step.
         shape: after ``warmup`` steps of linear rise: "cosine" falls by half a cosine to ``final_lr`` times the peak; "wsd" stays at the
             peak and falls linearly over the last ``cooldown`` of all steps (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395);
             "infinite" falls by a cosine to ``constant_lr`` times the peak over the first quarter, stays, and falls as wsd does (Ibrahim et
@@ -133,6 +137,7 @@ class Schedule:
 
     steps: int | None = None
     samples: int | None = None
+    epochs: float | None = None
     shape: Literal["cosine", "wsd", "infinite"] = "cosine"
     warmup: int = 0
     final_lr: float = 0.0
@@ -142,10 +147,13 @@ class Schedule:
     stages: tuple[Stage, ...] = (Stage(),)
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.samples is None):
-            raise ValueError(f"steps is {self.steps} and samples is {self.samples}; exactly one of them is needed (the other null)")
-        if min(x for x in (self.steps, self.samples) if x is not None) < 1:
-            raise ValueError("steps (or samples) must be at least 1")
+        lengths = {name: getattr(self, name) for name in LENGTHS if getattr(self, name) is not None}
+        if len(lengths) != 1:
+            given = " and ".join(f"{name}={value}" for name, value in lengths.items()) or "no length"
+            raise ValueError(f"{given} is given; exactly one of {', '.join(LENGTHS)} is needed (the others null)")
+        (name, value), = lengths.items()
+        if not (value >= 1 if name != "epochs" else 0 < value < math.inf):
+            raise ValueError(f"{name} is {value}; it is {'above 0' if name == 'epochs' else 'at least 1'}")
         if min(self.warmup, self.rewarm) < 0 or not 0 <= self.final_lr <= 1:
             raise ValueError(f"warmup is {self.warmup}, rewarm is {self.rewarm}, final_lr is {self.final_lr}; the first two count steps, "
                              "final_lr is a fraction of lr")
@@ -259,7 +267,9 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Length of training in steps."""
+        """Length of training in steps. Raises ValueError: it is given in epochs, and nobody has counted the samples yet."""
         if self.schedule.steps is not None:
             return self.schedule.steps
+        if self.schedule.epochs is not None:
+            raise ValueError(f"schedule.epochs is {self.schedule.epochs:g}, of data not yet counted; give samples or steps")
         return math.ceil((self.schedule.samples or 0) / self.data.batch_size)

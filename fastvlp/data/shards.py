@@ -306,6 +306,11 @@ class Index:
         """Number of samples, usable or not, in the headers that were read so far."""
         return sum(self._counts.values()) + self._problems
 
+    def estimate(self) -> tuple[float, bool]:
+        """Number of usable samples, if all shards were like those whose headers were read so far; and whether all were."""
+        read = len(self._counts)
+        return sum(self._counts.values()) * len(self.paths) / max(1, read), read == len(self.paths)
+
     def missing(self) -> list[str]:
         """The shards that are not there, fit to be shown. Asks the file system for each; reads nothing."""
         return [printable(path) for path in self.paths if not os.path.exists(path)]

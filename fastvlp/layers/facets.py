@@ -60,6 +60,7 @@ class FacetMask:
         place = torch.arange(width, device=self.facet.device)
         tokens, real = Packed.of(torch.arange(len(self.facet), device=self.facet.device), self.lengths).to_padded()
         seen = cast(Any, self.pairs.seen)(tokens[:, :, None], tokens[:, None]) & real[:, None] & real[:, :, None]
+        # A row of padding that saw nothing would be a softmax over nothing, NaN, which masking afterwards does not remove.
         return (seen | (place == place[:, None]))[:, None]
 
 
@@ -78,6 +79,7 @@ def facet_mask(prefix: Sequence[int], facets: Sequence[int] | Sequence[Sequence[
         raise ValueError(f"facet_mask: {len(prefix)} prefixes and facets of {len(per_text)} texts; every text needs both")
     sizes: list[int] = []
     kinds: list[int] = []
+    # Every facet is numbered as if it came right behind the prefix, so that its rotary or learned places are those of a pass for it alone.
     bases: list[int] = []
     for text, (shared, own) in enumerate(zip(prefix, cast(Sequence[Sequence[int]], per_text), strict=True)):
         if shared < 0 or min(own, default=1) < 1:

@@ -45,6 +45,7 @@ def packed_attend(packed: Packed, causal: bool, prefix: Tensor | None = None) ->
 
 def padded_attend(mask: Tensor, causal: bool) -> Attend:
     """Attention inside the rows of a padded batch, for q, k, v of shape [B, N, H, d]; ``mask`` [B, N] is True where a token is real."""
+    # Without a mask, scaled_dot_product_attention may take its fast kernels.
     keys = None if mask.all() else mask[:, None, None, :]
     if keys is not None and causal:
         n = mask.shape[1]
@@ -83,6 +84,7 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.activation = ACTIVATIONS[activation]()
+        # 2 * depth layers add to the residual stream; so its variance at the end does not depend on the depth.
         residual = width**-0.5 * (2 * depth) ** -0.5
         for linear, std in ((self.qkv, width**-0.5), (self.proj, residual), (self.up, (2 * width) ** -0.5), (self.down, residual)):
             nn.init.normal_(linear.weight, std=std)
@@ -151,6 +153,7 @@ def _merging(block: nn.Module, packed: Packed, share: float) -> Packed:
     inside, keys, merged = packed_attend(packed, causal=False), packed.x, packed
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # The metric of ToMe is what attention computed anyway; detached, since matching has no gradient.
         nonlocal keys
         keys = k.detach().mean(1)
         return inside(q, k, v)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import fiddle as fdl
 from torch import Tensor, nn
 
@@ -12,9 +10,11 @@ from fastvlp.data.batch import Batch
 from fastvlp.data.fields import Caption, Image
 from fastvlp.layers import Pool
 from fastvlp.recipe import Data, Optim, Recipe, Schedule, Train
-from fastvlp.systems import shipped
+from fastvlp.systems import own_data, shipped
+from fastvlp.systems.published import joint_b as joint_b
+from fastvlp.systems.published import text_b as text_b
+from fastvlp.systems.published import vit_b as vit_b
 from fastvlp.systems.system import Losses, Outputs, Part, Scale, System
-from fastvlp.towers import Joint, Text, Vit
 from fastvlp_kernels.packed import Packed
 
 
@@ -63,18 +63,17 @@ def paper() -> Recipe:
         optim=Optim(lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2), train=Train(amp="fp16"))
 
 
-def vit_b(patch: int, **changes: Any) -> fdl.Config:
-    """ViT-B at 224 pixels."""
-    return fdl.Config(Vit, **{"width": 768, "depth": 12, "heads": 12, "patch_size": patch, "image_size": 224, "grid": 224 // patch,
-                              "activation": "gelu", **changes})
+def vit_b_32() -> Recipe:
+    """One's own pairs: CLIP's ViT-B/32 (224 pixels in 49 patches, 77 tokens)."""
+    return own_data.trained(fdl.Config(Clip, vit_b(32), text_b(), embed_dim=512, pool_text="last"))
 
 
-def text_b(**changes: Any) -> fdl.Config:
-    """CLIP's text tower: 12 causal blocks of width 512 over 77 of 49,408 tokens."""
-    return fdl.Config(Text, **{"width": 512, "depth": 12, "heads": 8, "vocab_size": 49408, "context_length": 77, "causal": True,
-                               "activation": "gelu", **changes})
+def vit_b_16() -> Recipe:
+    """One's own pairs: CLIP's ViT-B/16 (224 pixels in 196 patches, 77 tokens)."""
+    return own_data.trained(fdl.Config(Clip, vit_b(16), text_b(), embed_dim=512, pool_text="last"))
 
 
-def joint_b(**changes: Any) -> fdl.Config:
-    """A transformer over patches and words of BERT-base's size."""
-    return fdl.Config(Joint, **{"width": 768, "depth": 12, "heads": 12, "activation": "gelu", **changes})
+def vit_s_16() -> Recipe:
+    """One's own pairs: a ViT-S/16 (224 pixels in 196 patches, 77 tokens), a quarter of ViT-B/16's products."""
+    small = {"width": 384, "heads": 6}
+    return own_data.trained(fdl.Config(Clip, vit_b(16, **small), text_b(**small), embed_dim=384, pool_text="last"))

@@ -28,6 +28,7 @@ def visible_pairs(
     """Pairs of query and key that see each other, over all segments: integers [S] on the CPU; see ``packed_attention`` for the rest."""
     if not causal and sees is None:
         return int((lengths.long() * lengths_k.long()).sum())
+    # Causal masks are aligned at the end: a query sees its own number of keys plus those that come before all queries.
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     starts = lengths.long().cumsum(0) - lengths
     row = torch.arange(len(owner)) - starts[owner]
@@ -139,6 +140,7 @@ class FlopCount(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         formula = flop_registry.get(packet)
+        # Under ``no_grad`` composite operators arrive whole, and the products inside them would not be seen.
         if formula is None and _is_composite(func):
             with _Again(self):
                 return func.decompose(*args, **kwargs)
@@ -146,9 +148,11 @@ class FlopCount(TorchDispatchMode):
         if formula is not None:
             operands = args if packet not in _OPERANDS else [args[place] for place in _OPERANDS[packet]]
             flops = formula(*args, **kwargs, out_val=out)
+            # A product's backward is a product for each operand that needs a gradient.
             learning = sum(1 for one in operands if isinstance(one, Tensor) and one.ndim > 1 and self._hangs(one))
             self.forward[self.inside[-1]] += flops
             self.backward[self.inside[-1]] += flops * min(2, learning)
+        # Followed by hand, since under ``no_grad`` results carry no requires_grad.
         if packet is not torch.ops.aten.detach and any(self._hangs(one) for one in _tensors((*args, *kwargs.values()))):
             for one in _tensors(out if isinstance(out, list | tuple) else (out,)):
                 self._learns[one] = True

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastvlp.config import ConfigError
-from fastvlp.data.fields import Caption, Other
+from fastvlp.data.fields import Caption, Image, Other
 from fastvlp.data.images import Unusable
 from fastvlp.data.order import Order
 from fastvlp.data.samples import Reader
 from fastvlp.data.shards import Index, Shards, expand
 from fastvlp.data.stream import Source, Stream
 from fastvlp.evaluate import load_classes
-from fastvlp.recipe import Recipe
+from fastvlp.recipe import NO_DATA, Recipe
 from fastvlp.systems.files import bind, build_system
 from fastvlp.systems.system import System
-from fastvlp.train import report, schedule
+from fastvlp.train import agreement, report, schedule
 from fastvlp.train.parallel import World
 from fastvlp.train.step import Trainer, named_part
 
@@ -53,6 +55,7 @@ def check(recipe: Recipe, world: World) -> None:
     unknown = [name for name in recipe.train.tokens if name not in streams]
     if unknown:
         raise ConfigError(f"train.tokens names {', '.join(unknown)}; the streams of this recipe are {', '.join(sorted(streams))}")
+    _named(recipe)
     for key, shards in _shards(recipe):
         _expanded(key, shards)
     if recipe.eval.classes is not None:
@@ -63,6 +66,33 @@ def check(recipe: Recipe, world: World) -> None:
     for name in recipe.run.log:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"run.log names {name}, which is not installed: pip install 'fastvlp[log]'")
+
+
+def _named(recipe: Recipe) -> None:
+    if any(source.shards == NO_DATA for source in recipe.data.sources):
+        raise ConfigError(f"{recipe.run.name} brings no data of its own; name yours: data=SHARDS (docs/data.md says what is read), or "
+                          "data=mini:train for the data that ships")
+
+
+def counted(recipe: Recipe, world: World) -> Recipe:
+    """A recipe whose length, where it is given in epochs, is a number of samples: those that all sources with a weight hold, by their
+    headers, which the first process reads.
+
+    Raises:
+        ConfigError, FileNotFoundError: no data, or none that can be used.
+    """
+    epochs = recipe.schedule.epochs
+    if epochs is None:
+        return recipe
+
+    def held() -> int:
+        _named(recipe)
+        indices = [Index(_expanded("data.train", source.shards), lambda reason, name: None)
+                   for source in recipe.data.sources if source.weight > 0]
+        return sum(index.count(number) for index in indices for number in range(len(index.paths)))
+
+    samples = max(1, math.ceil(epochs * agreement.first_decides(world, held)))
+    return replace(recipe, schedule=replace(recipe.schedule, epochs=None, samples=samples))
 
 
 def _shards(recipe: Recipe) -> Iterator[tuple[str, Shards]]:
@@ -119,6 +149,7 @@ def headline(recipe: Recipe, trainer: Trainer, stream: Stream) -> Iterator[str]:
     sharded = "" if options.shard == 1 or world.size == 1 else f", sharded over {world.size if options.shard == 'world' else options.shard}"
     yield (f"{recipe.run.name}: {type(system).__name__.removeprefix('FSDP')}, {every / 1e6:.1f}M parameters{share}, {recipe.steps} steps "
            f"of {recipe.data.batch_size} samples, {where}{sharded}, {precision}")
+    yield f"{', '.join(_inputs(recipe, system))}; {_length(recipe, stream.indices)}"
     if recipe.schedule.warmup >= recipe.steps:
         yield f"note: schedule.warmup is {recipe.schedule.warmup} of {recipe.steps} steps: the learning rate never reaches its peak"
     for name, field in system.fields.items():
@@ -130,8 +161,36 @@ def headline(recipe: Recipe, trainer: Trainer, stream: Stream) -> Iterator[str]:
         yield from _cut_captions(index, fields)
 
 
+def _inputs(recipe: Recipe, system: System) -> Iterator[str]:
+    """What a model sees of a sample, stream by stream."""
+    for name, field in system.fields.items():
+        if isinstance(field, Image):
+            sizes = [field.at(stage) for stage in recipe.schedule.stages]
+            patches = sorted({max(1, round(keep * (size // patch) ** 2)) for size, patch, keep, _ in sizes})
+            pixels = sorted({size for size, _, _, _ in sizes})
+            yield (f"{name}: {_range(pixels)} pixels, at most {_range(patches)} patches of {field.patch}"
+                   f"{f', {field.views} views' if field.views > 1 else ''}")
+        elif isinstance(field, Caption) and field.length is not None:
+            yield f"{name}: at most {field.length} tokens"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _length(recipe: Recipe, indices: Sequence[Index]) -> str:
+    """Samples and epochs; those of data too large to read all headers at every start are estimated from the shards that were read."""
+    seen = recipe.steps * recipe.data.batch_size
+    held, exact = 0.0, True
+    for index, source in zip(indices, recipe.data.sources, strict=True):
+        if source.weight > 0:
+            samples, all_read = index.estimate()
+            held, exact = held + samples, exact and all_read
+    return f"{seen:,} samples = {seen / max(1.0, held):.3g} epochs of {'' if exact else 'about '}{held:,.0f}"
+
+
 def _cut_captions(index: Index, fields: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each field that cuts many of the first captions."""
+    """A line for each field of captions: how many of the first it cuts, and what to do where these are many."""
     texts: list[str] | None = None
     for name, field in fields.items():
         caption = field.field if isinstance(field, Other) else field
@@ -143,6 +202,8 @@ def _cut_captions(index: Index, fields: Mapping[str, Any]) -> Iterator[str]:
         if share >= SAID:
             yield (f"note: {share:.0%} of the captions ({len(long)} were looked at) are longer than the {caption.length} tokens of {name}, "
                    f"and are cut; raise model.{caption.part}.context_length, or data.fields.{name}.length")
+        else:
+            yield f"{name}: {share:.1%} of {len(long)} captions that were looked at are cut"
 
 
 def _some_captions(index: Index) -> list[str]:

@@ -56,6 +56,7 @@ def dot_tile(
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     offs_k = tl.arange(0, BLOCK_K)
+    # Rows beyond the end read the last one again: no masks in the loop, and the caller drops what they give.
     rows = tl.minimum(first_m.to(tl.int64) + tl.arange(0, BLOCK_M), M - 1)
     cols = tl.minimum(first_n.to(tl.int64) + tl.arange(0, BLOCK_N), N - 1)
     p_x = x_ptr + rows[:, None] * stride_x + offs_k[None, :]
@@ -133,6 +134,7 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     missing = -x.shape[1] % WIDTH_MULTIPLE
     if missing:
         return pad(x, (0, missing))
+    # Triton loads 16 bytes at a time only where it can prove that each row starts on such a boundary.
     if x.stride(1) != 1 or x.stride(0) % 16:
         x = x.contiguous()
     return x

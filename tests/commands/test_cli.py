@@ -1,16 +1,25 @@
 """The command line as a person meets it: help, answers, exit codes."""
 
+import base64
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import fastvlp
 from fastvlp import cli, config
+from fastvlp.commands import recipes
 from tests.train.conftest import COLOURS, one_thread, recipe, recipe_of, settings, shard  # noqa: F401  (fixtures)
+
+OWN = "for your own pictures and captions: fastvlp train RECIPE data=SHARDS"
 
 
 def call(capsys, *arguments):
@@ -53,7 +62,36 @@ def test_recipes_are_listed_with_their_papers_and_what_they_show(capsys):
     place = lines.index("clip (default); clip:paper")
     assert code == 0 and lines[place + 1].startswith("    CLIP (Radford et al. 2021, arXiv:2103.00020): ")
     assert "8 % zero-shot" in lines[place + 2]
-    assert [line.split(";")[0].split(" (")[0] for line in lines[::3]] == config.names() and len(config.names()) >= 15
+    own = lines.index(OWN)
+    assert [line.split(";")[0].split(" (")[0] for line in lines[:own:4]] == config.names() and len(config.names()) >= 15
+    assert lines[own + 1::2] == ["clip-vit-b-32", "clip-vit-b-16", "clip-vit-s-16", "siglip-b-16"]
+
+
+def test_what_is_said_to_be_measured_is_of_systems_that_there_are(capsys):
+    """The shipped numbers, whoever measured them: a line for each, and the other systems are not measured."""
+    import fastvlp.systems
+
+    found = json.loads((Path(fastvlp.systems.__path__[0]) / "measured.json").read_text())
+    assert set(found) <= set(config.names())
+    lines = call(capsys, "recipes")[1].splitlines()
+    for name, line in zip(config.names(), lines[3:lines.index(OWN):4], strict=True):
+        assert (line == "    not measured") == (name not in found)
+    for entry in found.values():
+        assert entry["seeds"] >= 1 and entry["samples"] > 0 and entry["seconds"] > 0 and entry["threads"] == 1
+        assert entry["machine"] and not entry["commit"].endswith("+"), "measured on code that is in no commit"
+        for score in entry["scores"]:
+            assert score["name"] and 0 < score["value"] < 100 and score["items"] > 0 and score["of"]
+        assert entry["scores"]
+
+
+def test_a_measured_recipe_s_line():
+    entry = {"scores": [{"name": "mean reciprocal rank both ways", "value": 0.25, "items": 500, "of": "pairs"},
+                        {"name": "nats a token", "value": 3.5, "items": 500, "of": "captions"}],
+             "samples": 12800, "seconds": 60.4, "minutes": 1.0, "threads": 1, "machine": "cpu-x-2core", "torch": "2.13", "commit": "abc",
+             "timestamp": "2026", "seeds": 3, "start": {"": "simvlm a=1", "image": "clip"}}  # fmt: skip
+    assert recipes.measured(entry) == (
+        "measured: mean reciprocal rank both ways 0.250 (500 pairs); nats a token 3.500 (500 captions); 12,800 samples in 60 s, 1 thread "
+        "of cpu-x-2core, seeds: 3, commit abc; starts with all of simvlm, image of clip")
 
 
 @pytest.mark.parametrize("command", [["recipes", "clip"], ["train", "clip", "--help"]])
@@ -69,7 +107,8 @@ def test_a_recipe_s_keys_are_listed_with_their_values_and_can_be_given_back(comm
 
 @pytest.mark.parametrize("flags, key", [
     (["--batch-size", "32"], "data.batch_size=32"), (["--lr=1e-3"], "optim.lr=1e-3"), (["--lr", "1e-3", "--wd", "0.1"], "optim.lr=1e-3"),
-    (["--wd", "0.1"], "optim.weight_decay=0.1"), (["--bf16"], "train.amp=bf16"), (["--epochs", "3"], "schedule.samples=SAMPLES"),
+    (["--wd", "0.1"], "optim.weight_decay=0.1"), (["--bf16"], "train.amp=bf16"), (["--epochs", "3"], "schedule.epochs=3"),
+    (["--train-num-samples", "9"], "schedule.samples=9"),
     (["--num-workers", "4"], "data.workers=4"), (["--per_device_train_batch_size", "8"], "data.batch_size=8"),
     (["--seeed", "1"], "run.seed=1"),
     (["--grad-checkpointing"], "train.checkpointing=blocks"), (["--train-data", "x.tar"], "data.train=x.tar"),
@@ -93,6 +132,44 @@ def test_every_answer_to_a_flag_is_a_key_that_there_is():
             value = value[int(part) if part.isdigit() else part]
 
 
+@pytest.mark.parametrize("name, patch, width", [("clip-vit-b-32", 32, 768), ("clip-vit-b-16", 16, 768), ("clip-vit-s-16", 16, 384),
+                                                ("siglip-b-16", 16, 768)])
+def test_recipes_for_own_data(name, patch, width):
+    """By short keys: CLIP's tokens and pixels, any one length, nothing of the shipped data."""
+    made = config.load(name, ["data=my/{00..03}.tar", "epochs=2.5"])
+    assert made.data.train == ("my/{00..03}.tar",) and made.run.name == name and "mini" not in config.dump(made)
+    assert (made.schedule.epochs, made.schedule.samples, made.schedule.steps) == (2.5, None, None)
+    assert config.load(name, ["samples=4096"]).steps == 4 and config.load(name, ["steps=7"]).steps == 7
+    assert (made.model.image.image_size, made.model.image.patch_size, made.model.image.width) == (224, patch, width)
+    assert (made.model.text.context_length, made.model.text.vocab_size, made.data.tokenizer) == (77, 49408, "clip")
+    with pytest.raises(ValueError, match="epochs is 2.5, of data not yet counted; give samples or steps"):
+        made.steps  # noqa: B018
+
+
+def test_a_dry_run_shows_the_first_batch_and_its_price(capsys, tmp_path, shard):  # noqa: F811
+    """The page's pictures are those of the batch: red boxes are red, and a caption's tokens spell it."""
+    code, out, err = call(capsys, "train", "clip", f"data={shard}", "data.batch_size=12", "schedule.stages=[{keep: 1.0}]", "epochs=2",
+                          "data.fields.text.max_captions=1",
+                          f"run.dir={tmp_path}", "--dry-run")
+    assert code == 0 and "  samples: 96\n" in out and "  epochs: null\n" in out, err
+    shown, = re.findall(r"first batch: 12 samples\n  image: uint8 \[(\d+), 768\], 12 segments of \d+ to 16 tokens, ([\d.]+) on aver", out)
+    assert abs(int(shown[0]) / 12 - float(shown[1])) < 0.06
+    assert "memory in GB: parameters " in out and "GFLOP forward" in out and "8 steps: at least" in out
+    assert [path.name for path in tmp_path.iterdir() if path.name != shard.name] == ["clip.first-batch.html"]
+    page = (tmp_path / "clip.first-batch.html").read_text()
+    cards, patches = page.split("<figure>")[1:], 0
+    assert len(cards) == 12
+    for card in cards:
+        picture = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", card)[1])))
+        spelled = "".join(re.findall(r"<i>(.*?)</i>", card))
+        colour, = (name for name in COLOURS if name in spelled)
+        assert max(picture.size) == 64
+        patches += picture.width * picture.height // 256
+        difference = np.abs(np.asarray(picture).astype(int).reshape(-1, 3) - COLOURS[colour]).max(1)
+        assert (difference < 40).mean() > 0.1, colour
+    assert patches == int(shown[0])
+
+
 def test_env_says_what_computes_each_operator_and_why(capsys):
     code, out, _ = call(capsys, "env")
     assert code == 0
@@ -114,10 +191,14 @@ def test_env_says_what_computes_each_operator_and_why(capsys):
     (["clip", "--resume", "nowhere"], "nowhere holds no "),
     (["clip", "--resume", "none", "lr=1"], "did you mean optim.lr?"),
     (["clip", "clip"], "'clip' is no change; write key=value"),
+    (["data=x.tar"], "data is named and no recipe is; say which model is trained on it: clip-vit-b-32, clip-vit-b-16, clip-vit-s-16, "),
+    (["data.train.0.weight=2"], "data is named and no recipe is"), (["own.yaml"], "data is named and no recipe is"),
+    (["clip-vit-b32"], "did you mean clip-vit-b-32?"), (["siglip-b-16"], "siglip-b-16 brings no data of its own; name yours: data=SHARDS"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "own.yaml").write_text("data: x.tar\n")
     (tmp_path / "mine.py").write_text(
         "from dataclasses import replace\nfrom fastvlp.systems import clip\n"
         "def fails():\n    raise KeyError('image')\n"
@@ -128,7 +209,7 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     assert code == 2 and message in err
     assert err.startswith("fastvlp: error: ") and err.count("\n") == 1
     if "streamless" not in arguments[0]:
-        assert out == "" and {path.name for path in tmp_path.iterdir()} <= {"broken.py", "mine.py", "__pycache__"}
+        assert out == "" and {path.name for path in tmp_path.iterdir()} <= {"broken.py", "mine.py", "own.yaml", "__pycache__"}
 
 
 def test_a_file_of_one_s_own_trains(settings, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -102,6 +102,8 @@ BATCHES = {
 VARIANTS = {
     "plain": {}, "causal": {"causal": True}, "prefix": {"causal": True, "prefix": True}, "sizes": {"size": True}, "bias": {"bias": 1},
     "head bias": {"bias": 2}, "all": {"causal": True, "prefix": True, "size": True, "bias": 2}, "scale": {"scale": 0.7, "causal": True},
+    # which PyTorch's own attention makes NaN of: it hides before it scales
+    "no scale": {"scale": 0.0, "causal": True}, "negative scale": {"scale": -0.5, "causal": True},
     "grouped heads": {"heads": 4, "kv_heads": 2}, "one key head": {"heads": 3, "kv_heads": 1, "bias": 2, "causal": True},
     "wide values": {"value_width": 7}, "types": {"types": True, "kv_heads": 1},
     "all and types": {"causal": True, "prefix": True, "size": True, "bias": 2, "types": True},
@@ -219,11 +221,12 @@ def test_a_nan_stays_in_its_segment(variant):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("operand", ["q", "k", "v", "key_bias", "scale"])
-def test_a_nan_is_passed_on(operand, value):
-    """Also where a row of scores is nothing but NaN, which PyTorch's fused attention takes for a query without keys."""
+@pytest.mark.parametrize("operand, biased", [(operand, biased) for operand in ("q", "k", "v", "scale") for biased in (False, True)]
+                         + [("key_bias", True)])
+def test_a_nan_is_passed_on(operand, biased, value):
+    """Also where a row of scores is nothing but NaN, which PyTorch's fused attention, without a mask, takes for a query without keys."""
     inputs = {name: randn(7, 2, 4, dtype=torch.float32, seed=s) for s, name in enumerate("qkv")}
-    inputs |= {"key_bias": torch.zeros(7), "scale": 0.5}
+    inputs |= {"key_bias": torch.zeros(7) if biased else None, "scale": 0.5}
     if operand == "scale":
         inputs["scale"] = torch.nan
     else:

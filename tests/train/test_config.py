@@ -198,7 +198,7 @@ def test_what_differs_is_named(recipe):
     ("run.name=a/b", r"name is 'a/b'; a folder name without slashes"),
     ("run.seed=-1", r"seed is -1; it lies between"),
     ("model.text.causal=1", r"model.text.causal is '1'; true or false is needed"),
-    ("schedule.steps=null", r"steps is None and samples is None; exactly one"),
+    ("schedule.steps=null", r"no length is given; exactly one of steps, samples, epochs"),
     ("schedule.stages.1.until=0.5", r"the stages end at \[0.5, 0.5\]; rising fractions"),
     ("schedule.stages.4.keep=1", r"4 is no place in a list of 2"),
     ("schedule.stages.0.keep=0", r"schedule.stages.0: keep is 0.0"),

@@ -68,7 +68,26 @@ def test_captions_that_are_cut_are_said_with_their_share(two_steps, tmp_path, ca
     assert "model.text.context_length" in said
     two_steps["run"]["name"] = "short"
     train(recipe_of({**two_steps, "data": {**two_steps["data"], "train": [str(tmp_path / "short.tar")]}}))
-    assert "captions" not in said_before_the_first_step(capsys)
+    said = said_before_the_first_step(capsys)
+    assert "of the captions" not in said and "text: 0.0% of 48 captions that were looked at are cut" in said
+
+
+def test_the_headline_says_what_the_model_sees_and_for_how_long(settings, shard, capsys):
+    """Seven eighths of an epoch of 48 samples are 42, five whole batches of 9, whichever way it is given."""
+    settings["data"] |= {"train": [str(shard)], "batch_size": 9}
+    for name, length in (("e", {"epochs": 0.875}), ("s", {"samples": 42}), ("t", {"steps": 5})):
+        settings["schedule"], settings["run"]["name"] = length, name
+        assert train(recipe_of(settings))["steps"] == 5
+        assert "image: 32 pixels, at most 8 to 16 patches of 8, text: at most 12 tokens; 45 samples = 0.938 epochs of 48\n" in (
+            said_before_the_first_step(capsys))
+
+
+def test_data_that_was_not_named_is_asked_for(settings):
+    settings["data"]["train"] = ["SHARDS"]
+    for length in ({"epochs": 1}, {"steps": 1}):
+        settings["schedule"] = length
+        with pytest.raises(ConfigError, match="brings no data of its own; name yours: data=SHARDS"):
+            train(recipe_of(settings))
 
 
 @pytest.mark.parametrize(

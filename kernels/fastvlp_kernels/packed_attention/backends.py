@@ -67,6 +67,7 @@ def preferred(
     unmeasured: none has run on a GPU here.
     """
     ours = ("triton", "cpu", "reference")
+    # flash-attn's backward adds with atomics, and a compiler cannot look into it.
     free = not (torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled())
     if free and _long(q, lengths_q, max_q) and _long(k, lengths_k, max_k) and q.shape[2] <= WIDEST:
         if not unable("flash-attn", q, v, key_size, key_bias, prefix_len, causal, with_mass, sees):
@@ -77,6 +78,7 @@ def preferred(
 def _long(x: Tensor, lengths: Tensor | None, longest: int | None) -> bool:
     if lengths is None or longest is None or not 0 < LONG * len(lengths) <= x.shape[0]:
         return False
+    # And none longer than the caller says, which their kernels trust where ours checks.
     return int(lengths.min()) >= LONG and int(lengths.max()) <= longest
 
 
@@ -96,6 +98,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: i
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor, lengths_k: Tensor, causal: bool, scale: float) -> Tensor:
+    # With more queries than keys, some see none, for which their mask has no meaning.
     if causal and bool((lengths_q > lengths_k).any()):
         _refuse("xformers", "needs, where causal, no more queries than keys in every segment")
     ops, masks = importlib.import_module("xformers.ops"), importlib.import_module("xformers.ops.fmha.attn_bias")

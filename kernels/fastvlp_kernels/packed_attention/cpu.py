@@ -48,6 +48,7 @@ def forward(
             lse = out.new_zeros(out.shape[:3], dtype=sum_dtype(q.dtype))
         if fused:
             out, lse = _flash(*_operands(x, run), 0.0, causal, attn_mask=_mask(x, run), scale=scale)
+            # The fused kernel turns NaN scores into a log-sum-exp of 0; a NaN must come out as NaN.
             if lse.count_nonzero() < lse.numel() and _may_be_nan(x, run):
                 out, _ = _dense(x, run)
         outs.append(out.transpose(1, 2).flatten(0, 1))
@@ -76,6 +77,7 @@ def backward(
     parts: tuple[list[Tensor], ...] = ([], [], [], [])
     for run in runs:
         g, o = _view(grad, run.queries, run.batch), _view(out, run.queries, run.batch)
+        # The fused backward has no gradient of the mask, which is what a bias is.
         if _flashes(x, run) and not needs[3]:
             log_sums = lse[run.queries.start * heads : run.queries.stop * heads].view(run.batch, heads, run.n)
             grads = _flash_backward(g, *_operands(x, run), o, log_sums, 0.0, causal, attn_mask=_mask(x, run), scale=scale)
@@ -84,6 +86,7 @@ def backward(
         for index, part in enumerate(grads):
             if not needs[index]:
                 continue
+            # A key head was repeated for its group of query heads: its gradient is their sum.
             if index in (1, 2) and group > 1:
                 part = part.unflatten(1, (-1, group)).sum(2)
             parts[index].append(part.transpose(1, 2).flatten(0, 1) if index < 3 else part)
@@ -144,6 +147,7 @@ def _view(x: Tensor, tokens: slice, count: int) -> Tensor:
 
 def _operands(x: _Inputs, run: Run) -> tuple[Tensor, Tensor, Tensor]:
     """q [batch, H, n, d], k and v [batch, H, m, d]: a key head is repeated for its group of query heads."""
+    # Views by strides: segments of one length lie one behind the other, and nothing is copied.
     q, k, v = _view(x.q, run.queries, run.batch), _view(x.k, run.keys, run.batch), _view(x.v, run.keys, run.batch)
     group = q.shape[1] // k.shape[1]
     return (q, k, v) if group == 1 else (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
@@ -183,6 +187,7 @@ def _pieces(run: Run, heads: int, device: torch.device) -> Iterator[tuple[slice,
     if run.n == 0 or run.m == 0:
         return
     limit = SCORES.get(device.type, SCORES_ELSEWHERE)
+    # Whole segments while they fit, else rows of one: the products read scores again before they leave the cache.
     segments = max(1, limit // (heads * run.n * run.m))
     rows = run.n if segments > 1 else min(run.n, max(1, limit // (heads * run.m)))
     for first in range(0, run.batch, segments):
@@ -207,6 +212,7 @@ def _probabilities(q: Tensor, k: Tensor, x: _Inputs, run: Run, segments: slice, 
         scores.masked_fill_(~pairs(queries[segments, rows], keys[segments])[:, None], -torch.inf)
     probabilities = torch.softmax(scores, 3)
     if x.bias is not None or x.seen is not None or (x.causal and run.m < run.n):
+        # A softmax over nothing is NaN; a query without keys gives 0.
         probabilities.masked_fill_(torch.isneginf(scores).all(3, keepdim=True), 0)
     return probabilities
 

@@ -79,6 +79,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
+    # Where nobody traces, the function itself: dispatch would cost more than the attention of a few short segments.
     direct = _op.untraced(grad) and not torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.packed_attention_backward
     saved = ctx.saved_tensors  # which a checkpointed block gives once
@@ -110,6 +111,7 @@ def _known(cu_q: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> bo
 def _host(cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> tuple[Tensor, Tensor]:
     """The lengths on the CPU, read from the device where the caller did not give them."""
     host = read_lengths(NAME, "cu_seqlens_q", cu_q, "lengths", lengths)
+    # Self attention asks the device once.
     if cu_k is cu_q and (lengths_k is None or lengths_k is lengths):
         return host, host
     return host, read_lengths(NAME, "cu_seqlens_k", cu_k, "lengths_k", lengths_k)
@@ -199,11 +201,13 @@ def packed_attention(
     prefix_len = None if prefix_len is None else prefix_len.contiguous()
     max_seqlen_q, max_seqlen_k = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
     dtype = product_dtype(NAME, q, None)
+    # Here and not in the operator, so that autograd brings gradients back to the dtypes that came.
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if cu_seqlens_k is None:
         cu_seqlens_k, lengths_k = cu_seqlens_q, lengths
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    # Dropout is no kernel's: plain PyTorch over segments of known lengths.
     if dropout_p:
         if not 0 < dropout_p < 1 or impl is not None or return_key_mass:
             got = f"dropout_p={dropout_p}, impl={impl!r}, return_key_mass={return_key_mass}"

@@ -30,6 +30,7 @@ def packed_attention(
         if seen is not None and kind is not None:
             weight = torch.where(pairs(seen[q_start : q_start + n], kind[keys]), weight, 0)
         scores = torch.where(weight > 0, scores, -torch.inf)
+        # The usual maximum, but finite where a row is all -inf: -inf minus itself is NaN.
         maximum = scores.detach().amax(2, keepdim=True).clamp_min(torch.finfo(scores.dtype).min) if m else 0
         weighted = weight * torch.exp(scores - maximum)
         total = weighted.sum(2, keepdim=True)

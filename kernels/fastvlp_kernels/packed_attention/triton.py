@@ -55,6 +55,7 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [Tq, H, E] and lse [H, Tq], the logarithms to base 2 of the sums (+inf for a query without keys)."""
+    # Heads are neighbours: they read the same tokens, which lie in one row, while these are in the cache.
     head = tl.program_id(0) % H
     segment, block = tile_of(cu_q_ptr, tl.program_id(0) // H, S, blocks, SEARCH, BLOCK_M)
     first_q, n = span(cu_q_ptr, segment, Tq)
@@ -67,8 +68,10 @@ def _forward_kernel(
     lse_ptr += head.to(tl.int64) * Tq
     if bias_ptr is not None:
         bias_ptr += head.to(tl.int64) * bias_stride
+    # To base 2 from here on: exp2 is one instruction.
     scale *= LOG2E
     if not SEARCH:
+        # A segment longer than the caller promised would be cut silently: NaN tells instead.
         scale = tl.where(n > blocks * BLOCK_M, float("nan"), scale)
         fill(out_ptr, first_q, n, block, blocks, H * E, E, BLOCK_E, BLOCK_M)
         fill(lse_ptr, first_q, n, block, blocks, 1, 1, 1, BLOCK_M)
@@ -82,6 +85,7 @@ def _forward_kernel(
         last = m
         if CAUSAL:
             limit = limits(prefix_ptr, segment, rows, n, m)
+            # Tiles of keys that no query of this tile sees are never read.
             last = tl.minimum(m, tl.max(limit, 0))
         if kind_ptr is not None:
             seen = types_of(seen_ptr, first_q + row, in_m, rows < n)

@@ -64,6 +64,7 @@ def _query_kernel(
         rows = row + in_m
         g = tile(grad_ptr, first_q + row, in_m, rows < n, stride_g, E, BLOCK_E, UPCAST)
         out = tile(out_ptr, first_q + row, in_m, rows < n, H * E, E, BLOCK_E, UPCAST)
+        # sum_j P_ij dP_ij equals <dO_i, O_i>: one pass over the queries instead of one more over all pairs.
         delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
         tl.store(delta_ptr + (first_q + row) + in_m, delta, mask=rows < n)
         if dq_ptr is not None:
@@ -90,6 +91,7 @@ def _query_kernel(
                 p = tl.exp2(s - lse[:, None])
                 if size_ptr is not None:
                     p *= size[None, :]
+                # P is made again from the saved log-sum-exp: nothing of n x m was stored.
                 ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
             store(dq_ptr, acc * scale, first_q + row, in_m, rows < n, H * D, D, BLOCK_D)
@@ -127,6 +129,7 @@ def _key_kernel(
             begin = tl.maximum(key + n - m, 0) // BLOCK_M * BLOCK_M
             if prefix_ptr is not None:
                 begin = tl.where(key < tl.load(prefix_ptr + segment).to(tl.int32), 0, begin)
+        # All query heads that share this key head, in one program: their sum needs no atomics and no memory.
         for member in range(0, group):
             head = head_kv * group + member
             at = head.to(tl.int64) * Tq + first_q

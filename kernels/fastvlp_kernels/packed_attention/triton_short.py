@@ -38,6 +38,7 @@ def config(dtype: torch.dtype, width: int, queries: Side, keys: Side, causal: bo
 
 def parts(queries: Side, heads: int, rows: int) -> int:
     """How many programs of forward share the queries of a segment and head, which ``rows`` of them make a tile."""
+    # Few segments with many queries would leave processors idle; each further program reads the keys once more.
     wanted = max(triton.cdiv(PROGRAMS, queries.segments * heads), triton.cdiv(queries.typical, 512))
     return max(1, min(wanted, triton.cdiv(queries.typical, rows)))
 
@@ -72,6 +73,7 @@ def _short_kernel(
         step = BLOCK_M
     else:
         start = place % parts * BLOCK_M
+        # A program without queries reads no keys.
         m = tl.where(start < n, m, 0)
         stop = n
         step = parts * BLOCK_M

@@ -19,6 +19,7 @@ def forward(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         total = torch.add(a.x, a.branch)
     else:
         total = torch.addcmul(a.x.to(acc), a.branch.to(acc), gamma).to(a.total_dtype)
+    # The norm reads the sum as it is stored, rounded, so that a backward pass from the stored sum fits.
     wide = total.to(acc).contiguous()
     if a.rms:
         rstd = torch.linalg.vector_norm(wide, dim=1).square_().div_(C).add_(a.eps).rsqrt_()

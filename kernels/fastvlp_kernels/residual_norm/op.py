@@ -69,6 +69,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: Any)
     if given is None:
         return (None,) * 9
     needs = list(ctx.needs_input_grad[:5])
+    # A gradient of the gradient has to meet the refusal that is registered with the operator.
     direct = _op.untraced(given) and not torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.residual_norm_backward
     dx, dbranch, *vectors = run(grad, grad_total, *ctx.saved_tensors, *ctx.rest, needs)
@@ -138,6 +139,7 @@ def residual_norm(
         raise ValueError(f"{OP}: kind={kind!r} is unknown; allowed: 'layer', 'rms'")
     total_dtype = torch.promote_types(x.dtype, branch.dtype)
     device = x.device.type
+    # The sum keeps the precision of the residual stream; only what the next product reads is cast.
     cast = total_dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if cast else total_dtype
     unable = f"takes rows of at most {WIDEST_TRITON} features, not {C}" if C > WIDEST_TRITON else ""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._cpu_products import bf16_products
 from .._inputs import sum_dtype
 from .._logsumexp import LogSumExp, from_sums, merge
 from .._memory import empty, zeros
@@ -36,6 +37,7 @@ class _Tiles(Tiles):
         self.a = a
         if a.col_scale is not None:
             self.y = self.y * a.col_scale[:, None]
+        self.fast = self.fast and a.row_scale is None and a.col_scale is None
 
     def row_operand(self, i: slice) -> Tensor:
         """[rows, D]: x_i times its row scale."""
@@ -45,7 +47,7 @@ class _Tiles(Tiles):
     def similarities(self, scaled: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
         """S[i, j] and a buffer of its shape; ``scaled``: of row_operand(i)."""
         S, buffer = self.buffers(i, j)
-        torch.mm(scaled, self.y[j].T, out=S)
+        self.product(scaled, j, S)
         if self.row_bias is not None:
             S.add_(self.row_bias[i, None])
         if self.col_bias is not None:
@@ -66,6 +68,7 @@ class _Tiles(Tiles):
         place = self._stash_place(i, j)
         if place < len(stash):
             stash[place, : S.numel()].view_as(S).copy_(S)
+            # Tiles at the edge are smaller; what an operator gives has to be the same in every run, the rest of the tile too.
             stash[place, S.numel() :] = 0
 
     def _stash_place(self, i: slice, j: slice) -> int:
@@ -140,6 +143,7 @@ class _Running:
             return
         self._plain = False
         reference = torch.zeros_like(total) if reference is None else reference
+        # Where nothing was summed yet, the old reference means nothing and must not win the maximum.
         known = self.reference[where].masked_fill(self.total[where] == 0, -torch.inf)
         shift = finite(torch.maximum(known, reference))
         self.total[where] = self.total[where] * (known - shift).exp() + total * (reference - shift).exp()
@@ -155,6 +159,7 @@ def _accumulate(S: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: sl
     """Add a tile to the sums of its rows and columns; S is overwritten."""
     if not bounded:
         row_max, col_max = S.amax(1), S.amax(0)
+        # One exp serves rows and columns where no maximum is far from 0; another device would have to wait for the answer.
         plain = S.device.type == "cpu" and min(row_max.min().item(), col_max.min().item()) >= -RANGE and row_max.max().item() <= RANGE
         if not plain:
             torch.sub(S, finite(col_max), out=buffer).exp_()
@@ -170,7 +175,12 @@ def _accumulate(S: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: sl
 def forward(a: Inputs, stash: Tensor) -> Results:
     """Log-sum-exps of the rows and columns of S, and its offset diagonal. ``stash``, from ``new_stash``, is filled."""
     tiles = _Tiles(a)
-    like = tiles.y
+    with bf16_products(tiles.fast):
+        return _forward(tiles, stash)
+
+
+def _forward(tiles: _Tiles, stash: Tensor) -> Results:
+    a, like = tiles.a, tiles.y
     counted = _Running(tiles.M, like), _Running(tiles.N, like)
     alike = (_Running(tiles.M, like), _Running(tiles.N, like)) if a.both else None
     positive = like.new_zeros(0 if a.offset is None else tiles.M)
@@ -181,6 +191,7 @@ def forward(a: Inputs, stash: Tensor) -> Results:
             S, buffer = tiles.similarities(scaled, i, j)
             tiles.keep(stash, S, i, j)
             diagonal, where = tiles.positives(S, i, j)
+            # Own pairs are kept apart and join the sums at the end, see ``Own``.
             positive[where] = diagonal
             diagonal.fill_(-torch.inf)
             same = None if a.sums else tiles.same(i, j)
@@ -275,6 +286,12 @@ class _Flow:
 def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: Tensor) -> Grads:
     """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
     tiles = _Tiles(a)
+    with bf16_products(tiles.fast):
+        return _backward(g, tiles, results, needs, stash)
+
+
+def _backward(g: ResultGrads, tiles: _Tiles, results: Results, needs: Needs, stash: Tensor) -> Grads:
+    a = tiles.a
     M, N, D = tiles.M, tiles.N, a.x.shape[1]
     new = tiles.y.new_zeros
     own = own_logits(a, results.positive)
@@ -317,6 +334,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
                 diagonal, where = tiles.positives(dS, i, j)
                 diagonal.copy_(of_own[where])
             if by_x:
+                # beta = 0 in the first tile: the buffer still holds the rows before.
                 torch.addmm(A, dS, tiles.y[j], beta=min(j.start, 1), out=A)
             if by_y:
                 d_y[j].addmm_(dS.T, row_operand)
@@ -335,6 +353,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
         if needs.x:
             d_x[i] = A * (a.scale if a.row_scale is None else a.scale * a.row_scale[i, None])
     if by_y:
+        # d scale = <dS, x y^T> comes out of either product; a third one would be needed for itself alone.
         if needs.scale and not by_x:
             d_scale += torch.linalg.vecdot(tiles.y, d_y).sum()
         d_y *= a.scale
