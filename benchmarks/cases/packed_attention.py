@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def _leaves(problem: Problem) -> dict[str, Tensor]:
     return {name: problem.inputs[name].detach().requires_grad_() for name in ("q", "k", "v")}
 
 
-def _types(problem: Problem) -> dict[str, Tensor]:
+def _types(problem: Problem) -> dict[str, Any]:
     """The keywords of ``packed_attention`` about types: none where tokens have none."""
     return {name: problem.inputs[name] for name in ("token_type", "sees") if name in problem.inputs}
 
@@ -173,7 +174,7 @@ def _padded(compiled: bool) -> Callable[[Problem], Task]:
 def _loop(problem: Problem) -> Task:
     """One call of scaled_dot_product_attention per segment."""
     own, lengths = _leaves(problem), problem.inputs["lengths"].tolist()
-    masks = _visible(problem) or [None] * len(lengths)
+    masks: Sequence[Tensor | None] = _visible(problem) or [None] * len(lengths)
     causal = problem.shape.values["causal"] and masks[0] is None
 
     def forward() -> Tensor:
