@@ -1,4 +1,4 @@
-"""The command line: fastvlp train | eval | recipes | plan | profile | show | env. What they do is in ``fastvlp.commands``."""
+"""The command line: fastvlp train | eval | index | recipes | plan | profile | show | env. What they do is in ``fastvlp.commands``."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ EVAL_EPILOG = """examples:
 the samples of --data name their class in the field "class" of their .json
 CHECKPOINT is a run, one of its checkpoints, or a model directory
 """
+INDEX = """Write SHARD.index.json beside each shard: where its samples lie, so that a start reads one file instead of every header. Shards
+may lie at addresses; where nobody can write, each machine builds the index at its first start. That of another shard is not used."""
 RECIPES = """List the systems that ship: name, paper, and what the recipe shows. With RECIPE: every key of it with its value."""
 PROFILE = """Count the tokens of the first samples of a recipe's data, in each of its stages, and the operations of every part for them."""
 PLAN = """Say, before anything runs, what a step of a recipe costs on a cluster: operations and memory of a device, whether they fit, bytes
@@ -97,6 +99,9 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be repeated")
     score.add_argument("--recipe", metavar="FILE.py", help="the recipe file of a system of your own")
     score.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    index = commands.add_parser("index", help="write an index beside each shard", description=INDEX)
+    index.add_argument("data", nargs="+", metavar="SHARDS", help="paths, globs, brace ranges or addresses (s3://, gs://, hf://, https://)")
 
     recipes = commands.add_parser("recipes", help="list the systems that ship, or the keys of one", description=RECIPES)
     recipes.add_argument("recipe", nargs="?", metavar="RECIPE", help="whose keys to list")

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fastvlp.data import sources
+from fastvlp.data import remote, sources
 from fastvlp.data.sources import Piece
 from fastvlp.data.sources import printable as printable
 from fastvlp.data.sources.piece import UNOPENED as UNOPENED
@@ -55,8 +55,12 @@ def expand(shards: Shards) -> list[str]:
             found += [path for pattern in NAMED[entry] for path in sorted(glob.glob(str(MINI / pattern)))]
             continue
         matches: list[str] = []
-        if "://" in entry or entry.startswith("pipe:"):
-            raise FileNotFoundError(f"shards are read from local or mounted files, not from {entry!r}; copy or mount them first")
+        if entry.startswith("pipe:"):
+            raise ValueError(f"{entry!r} is the output of a command, of which no part can be read again, so that no run could continue "
+                             "exactly; name the files themselves: s3://, gs://, az://, hf://, https:// or a mounted path")
+        if remote.is_address(entry):
+            found += _at_address(entry)
+            continue
         path = os.path.expanduser(entry)
         for pattern in [path] if os.path.exists(path) else _braces(path):
             if os.path.isdir(pattern):
@@ -73,6 +77,24 @@ def expand(shards: Shards) -> list[str]:
     if any(path.lower().endswith("zst") for path in found):
         zstd()
     return found
+
+
+def _at_address(entry: str) -> list[str]:
+    """The shards of an address: of braces without asking, of * and of a folder (ending in /) by asking; the first is looked at."""
+    found: list[str] = []
+    for pattern in _braces(entry):
+        listed = remote.list_files(pattern) if "*" in pattern or pattern.endswith("/") else [pattern]
+        found += [one for one in listed if one == pattern or _is_shard(one.rpartition("/")[2])]
+    try:
+        if not found:
+            raise FileNotFoundError(entry)
+        if not _is_shard(found[0].partition("?")[0].rpartition("/")[2]):
+            raise ValueError(f"{found[0]!r} is no .tar; of addresses only shards are read: copy or mount tables and folders")
+        with remote.File(found[0]):
+            return found
+    except FileNotFoundError as error:
+        why = f"{found[0]!r} is not there" if found else "nothing there ends in .tar"
+        raise FileNotFoundError(f"no shard matches {entry!r}; {why}") from error
 
 
 def _is_shard(name: str) -> bool:
@@ -164,8 +186,9 @@ class Index:
         return sum(self._counts.values()) * len(self.paths) / max(1, read), read == len(self.paths)
 
     def missing(self) -> list[str]:
-        """The shards that are not there, fit to be shown. Asks the file system for each; reads nothing."""
-        return [printable(path) for path in self.paths if not os.path.exists(sources.file_of(path))]
+        """The local pieces that are not there, fit to be shown. Asks the file system for each; reads nothing."""
+        return [printable(path) for path in self.paths
+                if not remote.is_address(path) and not os.path.exists(sources.file_of(path))]
 
     def digest(self, most: int | None = None) -> str:
         """32 hexadecimal digits that name the data: file names (without folders), sizes in bytes and usable samples of all shards in order.

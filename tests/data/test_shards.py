@@ -66,12 +66,6 @@ def test_a_list_that_matches_nothing_says_what_is_there(tmp_path, pattern):
     assert "7 .tar files: train-0.tar, train-1.tar" in str(error.value)
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/{0000..0003}.tar", "https://host/x.tar", "pipe:cat x.tar"])
-def test_addresses_are_refused(address):
-    with pytest.raises(FileNotFoundError, match="local or mounted files, not from"):
-        expand(address)
-
-
 def test_empty_places(tmp_path):
     with pytest.raises(FileNotFoundError, match="list of shards is empty"):
         expand([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from fastvlp.data import remote
 from fastvlp.data.sources import arrow, columns, folders, tars, text_tables
 from fastvlp.data.sources.piece import Opened as Opened
 from fastvlp.data.sources.piece import Piece as Piece
@@ -24,6 +25,8 @@ def scan(path: str) -> Piece:
 
 
 def _kind(path: str) -> Callable[[str], Piece]:
+    if remote.is_address(path):
+        return tars.scan
     name = columns.split(path)[0].lower()
     if name.endswith(ARROW):
         return arrow.scan

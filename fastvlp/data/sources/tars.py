@@ -7,18 +7,22 @@ import os
 import sys
 from array import array
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from fastvlp.data import remote
 from fastvlp.data.headers import Unusable
 from fastvlp.data.images import MAX_IMAGE
 from fastvlp.data.labels import MAX_TEXT, Labels, json_object, parse
+from fastvlp.data.sources import index_files
 from fastvlp.data.sources.piece import IMAGES, REPLACED, UNOPENED, UNREAD, Opened, class_names, printable
 from fastvlp.data.tar import BrokenTar, Member, tar_members
-from fastvlp.data.unpack import Stamp, open_shard
+from fastvlp.data.unpack import GZIP, ZSTD, Stamp, open_shard
 
 TEXTS = ("txt", "json", "cls")
+PACKED = GZIP, ZSTD
 MAX_ARRAY = 1 << 24  # bytes
 MOST_NAMES = 1 << 8  # of arrays beside the pictures
 MOST_SAMPLES, MOST_PROBLEMS, LONGEST_NAME = 1 << 19, 1 << 14, 1 << 10  # of one shard; usual ones hold 10,000 samples
@@ -61,15 +65,25 @@ class Shard:
 
     def open(self) -> Opened:
         """Raises OSError, BrokenTar, Unusable: it is not the file that was scanned."""
-        file, stamp = open_shard(self.path)
+        file, stamp = _open(self.path)
         if stamp != self.stamp:
-            os.close(file)
+            file.close()
             raise Unusable(REPLACED)
         return _Tar(self, file)
 
 
+def _open(path: str) -> tuple[BinaryIO, Stamp]:
+    if remote.is_address(path):
+        there = remote.File(path)
+        if there.pread(4, 0).startswith(PACKED):
+            raise BrokenTar("shard is packed, which is read from local files alone")
+        return cast(BinaryIO, there), there.stamp
+    descriptor, stamp = open_shard(path)
+    return open(descriptor, "rb"), stamp
+
+
 class _Tar(Opened):
-    def __init__(self, shard: Shard, file: int) -> None:
+    def __init__(self, shard: Shard, file: BinaryIO) -> None:
         self.shard, self.file = shard, file
 
     def labels(self, member: int) -> Labels:
@@ -106,13 +120,16 @@ class _Tar(Opened):
         offset, size = int(place[0]), int(place[1])
         if size < 0:
             return None
-        data = os.pread(self.file, size, offset)
+        if isinstance(self.file, remote.File):
+            data = self.file.pread(size, offset)
+        else:
+            data = os.pread(self.file.fileno(), size, offset)
         if len(data) < size:
             raise Unusable(UNREAD)
         return data
 
     def close(self) -> None:
-        os.close(self.file)
+        self.file.close()
 
 
 class _Samples:
@@ -198,28 +215,82 @@ class _Samples:
             raise BrokenTar("shard has too many broken samples")
 
 
-def scan(path: str) -> Shard:
+def scan(path: str, index: bool = True) -> Shard:
     """Find the samples of a shard from its headers alone, without reading pictures; what is broken is left out and named.
 
+    Args:
+        index: take what an index beside it says, where there is one.
+
     Raises:
-        ImportError: it is packed with zstd, which is not installed.
+        ImportError: it is packed with zstd, or at an address, and what reads it is not installed.
     """
-    found, stamp = _Samples(path), (-1, 0)
+    found, stamp, problem = _Samples(path), (-1, 0), None
     try:
-        descriptor, stamp = open_shard(path)
-        with open(descriptor, "rb") as file:
+        file, stamp = _open(path)
+        with file:
+            known = index_files.find(path, stamp[0], lambda: _head(file)) if index else None
+            if known is not None:
+                return Shard(path, stamp=stamp, classes=_classes(path, known["members"]), **known)
             try:
+                file.seek(0)
                 for member in tar_members(file):
                     found.add(member)
                 found.close()
             except BrokenTar as error:
                 found.problems.append((str(error), f"{found.path}: after {printable(found.stem)}" if found.stem else found.path))
                 found.close()
+            shard = _listed(path, found, stamp)
+            if index and remote.is_address(path):
+                index_files.keep(path, stamp[0], index_files.dump(shard, index_files.head_of(_head(file))))
+            return shard
     except OSError as error:
-        found.problems.append((UNOPENED, f"{found.path}: {error.strerror or error}"))
+        problem = UNOPENED, f"{found.path}: {error.strerror or error}"
     except BrokenTar as error:
-        found.problems.append((str(error), found.path))
+        problem = str(error), found.path
+    found.problems.append(problem)
+    return _listed(path, found, stamp)
+
+
+def _listed(path: str, found: _Samples, stamp: Stamp) -> Shard:
     arrays = {name: np.array(rows, dtype=np.int64).reshape(-1, 3) for name, rows in found.arrays.items()}
     members = np.array(found.places, dtype=np.int64).reshape(-1, 1 + len(TEXTS), 2)
-    classes = class_names(os.path.dirname(path)) if (members[:, 3, 1] >= 0).any() else ()
-    return Shard(path, found.keys, members, found.problems, stamp, arrays, classes)
+    return Shard(path, found.keys, members, found.problems, stamp, arrays, _classes(path, members))
+
+
+def _classes(path: str, members: np.ndarray) -> tuple[str, ...]:
+    if remote.is_address(path) or not (members[:, 3, 1] >= 0).any():
+        return ()
+    return class_names(os.path.dirname(path))
+
+
+def _head(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read(index_files.HEAD)
+
+
+def write_index(path: str) -> tuple[Shard, bool]:
+    """Write the index beside a shard, unless one that fits lies there; returns the shard, and whether it was written.
+
+    Raises:
+        OSError: it cannot be written, or the shard cannot be opened. BrokenTar: the shard is packed.
+    """
+    file, stamp = _open(path)
+    with file:
+        head = _head(file)
+        if not remote.is_address(path) and os.fstat(file.fileno()).st_size != stamp[0]:
+            raise BrokenTar("shard is packed, and its unpacked copy needs no index")
+    shard = scan(path, index=False)
+    data = index_files.dump(shard, index_files.head_of(head))
+    target = path + index_files.ENDING
+    if index_files.read(target) == data:
+        return shard, False
+    if remote.is_address(path):
+        remote.write(target, data)
+    else:
+        partial = Path(f"{target}.partial")
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return shard, True
