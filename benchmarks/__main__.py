@@ -8,6 +8,7 @@
     python -m benchmarks run --e2e scaling                the loss over batch and processes, the image tower over picture size
     python -m benchmarks run --e2e quality                images/s and accuracy with patches dropped, merged, both, neither
     python -m benchmarks recipes [ROW]                    what a paper's idea is worth on the shipped data, with intervals
+    python -m benchmarks recipes --alone [SYSTEM]         what the recipe of each system reaches, which fastvlp recipes shows
     python -m benchmarks compare A.csv B.csv              what got slower or faster from A to B; exit 1 where something got slower
     python -m benchmarks plot                             pictures of the results, beside them
     python -m benchmarks report [--check]                 the tables in the READMEs and docs/, and a page of all results

@@ -2,6 +2,7 @@
 
     python -m benchmarks recipes                      every row that is not measured yet
     python -m benchmarks recipes siglip --minutes 1   one row, with arms of a minute
+    python -m benchmarks recipes --alone              each recipe by itself (benchmarks/alone.py)
 
 Both arms of a row train at once with a core each, which they swap at the next seed. Items of the test sets are paired: the interval is a
 bootstrap over them, of the mean over seeds. Each pair of arms is kept as soon as it ends, so that a stopped table goes on.
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import alone
 from benchmarks.machine import describe, environment, load
 from benchmarks.run import write_text
 
@@ -191,13 +193,19 @@ def measure_row(name: str, seeds: Sequence[int], minutes: float, folder: Path) -
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks recipes``."""
-    parser.add_argument("names", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all that are not measured)")
+    parser.add_argument("names", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; with --alone: systems (default: all that are not "
+                        "measured)")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=1.0, help="of an arm's training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--alone", action="store_true", help="the recipe of each system by itself, for fastvlp recipes")
+    parser.add_argument("--measured", type=Path, default=alone.TARGET, metavar="FILE", help="with --alone: where it is written "
+                        "(default: %(default)s)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, out: Path) -> int:
-    """Measure rows and write <out>/<device>/recipes.csv; 0, or 2 for a name that is no row."""
+    """Measure rows and write <out>/<device>/recipes.csv, or with ``--alone`` systems; 0, or 2 for a name that is none."""
+    if arguments.alone:
+        return alone.run(arguments.names, arguments.minutes, arguments.seeds, arguments.measured)
     unknown = [name for name in arguments.names if name not in ROWS]
     if unknown:
         print(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}", file=sys.stderr)

@@ -123,8 +123,8 @@ class Case:
 
 OPS = (
     "similarity_logsumexp", "pairwise_sigmoid", "similarity_attend", "similarity_topk", "maxsim", "linear_cross_entropy",
-    "packed_attention", "residual_norm", "token_merge", "token_select", "segment_pool", "patch_embed", "bi_wkv", "matryoshka",
-    "objectives", "towers", "merging", "accelerate",
+    "packed_attention", "residual_norm", "bias_activation", "grouped_linear", "token_merge", "token_select", "segment_pool",
+    "patch_embed", "bi_wkv", "matryoshka", "objectives", "towers", "merging", "accelerate",
 )  # fmt: skip
 ENDS = ("mini", "ladder", "scaling", "quality")
 EXTRAS = {"flash_attn": "attention", "xformers": "attention", "triton": "cuda", "cupy": "cuda"}  # others: bench

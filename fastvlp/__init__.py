@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    # Not before somebody asks: importing torch takes seconds, and ``fastvlp --version`` needs none of it.
     if name == "load":
         from fastvlp.systems.files import load
 

@@ -30,6 +30,7 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path or 'the configuration'} is {values!r}; a section with the keys {', '.join(keys(cls))} is needed")
+    # Annotations are texts under ``from __future__ import annotations``; this resolves them.
     hints = typing.get_type_hints(cls)
     given = {}
     for key, value in values.items():
@@ -110,6 +111,7 @@ def plain(value: Any) -> Any:
         return value == "true"
     if is_null(value):
         return None
+    # int first: every whole number is a float too.
     for kind in (int, float):
         try:
             return kind(value)
@@ -125,6 +127,7 @@ def _first_that_fits(hints: Sequence[Any], value: Any, path: str, none_too: bool
             return convert(hint, value, path)
         except ConfigError as error:
             errors.append(str(error))
+    # Of several refusals the one of the type that was most likely meant.
     best = errors[-1] if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value) else errors[0]
     raise ConfigError(best + (" (or null)" if none_too else ""))
 

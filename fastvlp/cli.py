@@ -53,7 +53,16 @@ CHECKPOINT is a run, one of its checkpoints, or a model directory
 INDEX = """Write SHARD.index.json beside each shard: where its samples lie, so that a start reads one file instead of every header. Shards
 may lie at addresses; where nobody can write, each machine builds the index at its first start. That of another shard is not used."""
 RECIPES = """List the systems that ship: name, paper, and what the recipe shows. With RECIPE: every key of it with its value."""
-PROFILE = """Count the tokens of the first samples of a recipe's data, in each of its stages, and the operations of every part for them."""
+PROFILE = """Count the tokens of the first samples of a recipe's data, in each of its stages, and the operations of every part for them.
+With --steps: train so many steps, and say where the time of the training thread goes."""
+PROFILE_EPILOG = """examples:
+  fastvlp profile slip
+  fastvlp profile clip --steps 50 --trace trace.json
+  torchrun --nproc-per-node 2 -m fastvlp profile clip train.shard=2 --steps 50
+
+nothing waits for a device that training would not wait for; a step on a GPU shows as the time in which work is given to it, and the rest as
+waiting for the device
+"""
 PLAN = """Say, before anything runs, what a step of a recipe costs on a cluster: operations and memory of a device, whether they fit, bytes
 over fast and slow links, seconds, and for contrastive losses which way of crossing devices (strategy) wins."""
 PLAN_EPILOG = """examples:
@@ -106,8 +115,11 @@ def parser() -> argparse.ArgumentParser:
     recipes = commands.add_parser("recipes", help="list the systems that ship, or the keys of one", description=RECIPES)
     recipes.add_argument("recipe", nargs="?", metavar="RECIPE", help="whose keys to list")
 
-    profile = commands.add_parser("profile", help="tokens and operations of every part of a recipe", description=PROFILE)
+    profile = commands.add_parser("profile", help="what every part of a recipe computes, or what training waits for", description=PROFILE,
+                                  epilog=PROFILE_EPILOG, **raw)
     profile.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help=CHANGES)
+    profile.add_argument("--steps", type=int, metavar="N", help="train N steps and show what the training thread waits for")
+    profile.add_argument("--trace", metavar="FILE", help="with --steps: a Chrome trace (Perfetto) of some more steps")
 
     plan = commands.add_parser("plan", help="what a step costs on a cluster", description=PLAN, epilog=PLAN_EPILOG, **raw)
     plan.add_argument("arguments", nargs="*", metavar="RECIPE key=value", help=CHANGES)
@@ -140,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     root = parser()
+    # Known ones only: a key written as a flag (--lr 1e-3) gets a better answer than "unrecognized arguments".
     options, rest = root.parse_known_args(arguments)
     recipe = hasattr(options, "arguments")
     flags = [argument for argument in rest if argument.startswith("-")]
@@ -156,10 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.parser.print_help()
             if not options.arguments:
                 return 0
+        # Imported here, so that --help and --version do not wait for torch.
         name = "first_batch" if getattr(options, "dry_run", False) and not options.help else options.command
         return importlib.import_module(f"fastvlp.commands.{name}").command(options)
     except KeyboardInterrupt:
         return 130
+    # As in ``fastvlp recipes | head``: closed, or Python would complain again when it flushes at exit.
     except BrokenPipeError:
         sys.stderr.close()
         return 1

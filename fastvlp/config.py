@@ -149,6 +149,7 @@ def _file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Before it runs: dataclasses look up their module while they are made.
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
@@ -218,6 +219,7 @@ def _plain(value: Any, named: bool = False) -> Any:
         return {"make": f"{make.__module__}:{make.__qualname__}", **{name: _plain(item, True) for name, item in arguments.items()}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
+        # Classes that the annotation does not tell have to be named, or ``from_dict`` could not make them again.
         named = named or isinstance(value, Field) or kind.__module__ in _own_files
         head = {"make": f"{kind.__module__}:{kind.__qualname__}"} if named else {}
         return {**head, **{field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}}
@@ -267,8 +269,10 @@ def spec(values: Any, path: str) -> fdl.Config:
     if not isinstance(values, Mapping) or "make" not in values:
         raise ConfigError(f"{path} is {values!r}; a call is needed, written {{make: 'fastvlp.systems.clip:Clip', ...}}")
     make = _find(values["make"], path, ("fastvlp.systems", "fastvlp.towers", "fastvlp.layers", "torch.nn"))
+    # A recipe file may come from a stranger: it may make modules, and may not call whatever can be imported.
     if not (isinstance(make, type) and issubclass(make, nn.Module)) and not getattr(make, "makes_module", False):
         raise ConfigError(f"{path}: {values['make']} makes no module")
+    # By the signature and the annotations, so that a class of the user's own is checked as those that ship are.
     signature = inspect.signature(make)
     hints = typing.get_type_hints(make.__init__ if isinstance(make, type) else make)  # type: ignore[misc]  # a subclass's may differ; this is the class itself
     arguments = {}
@@ -290,6 +294,7 @@ def _argument(hint: Any, value: Any, path: str) -> Any:
         return [_argument(Any, item, f"{path}.{i}") for i, item in enumerate(value)]
     if isinstance(hint, type) and issubclass(hint, nn.Module):
         raise ConfigError(f"{path} is {value!r}; a call that makes a {hint.__name__} is needed, written {{make: 'module:name', ...}}")
+    # Without an annotation the text alone says what is meant.
     return plain(value) if hint is Any else convert(hint, value, path)
 
 
@@ -355,6 +360,7 @@ def _check_section(key: str, values: Mapping[str, Any]) -> None:
     if section in keys(Recipe):
         return
     known = [path for path, _ in _leaves(dict(values))]
+    # The same last name first: whoever writes ``lr`` means ``optim.lr``, however far that is in letters.
     same_name = [path for path in known if path.rpartition(".")[2] == key.rpartition(".")[2]]
     near = same_name or difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if near:

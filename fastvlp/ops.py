@@ -4,6 +4,8 @@ from fastvlp_kernels import MergePlan as MergePlan
 from fastvlp_kernels import Packed as Packed
 from fastvlp_kernels import TokenSelection as TokenSelection
 from fastvlp_kernels import bi_wkv as bi_wkv
+from fastvlp_kernels import bias_activation as bias_activation
+from fastvlp_kernels import grouped_linear as grouped_linear
 from fastvlp_kernels import linear_cross_entropy as linear_cross_entropy
 from fastvlp_kernels import maxsim as maxsim
 from fastvlp_kernels import merge_plan as merge_plan

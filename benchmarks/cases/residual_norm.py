@@ -99,8 +99,9 @@ def _liger(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None = None
         out, total = functional.liger_fused_add_rms_norm(branch, x, weight, EPS, in_place=False)
         return out, total
     total = x + (branch if gamma is None else branch * gamma)
-    out = functional.liger_rms_norm(total, weight, EPS, in_place=False) if bias is None else functional.liger_layer_norm(total, weight, bias, EPS)
-    return out, total
+    if bias is None:
+        return functional.liger_rms_norm(total, weight, EPS, in_place=False), total
+    return functional.liger_layer_norm(total, weight, bias, EPS), total
 
 
 def work(problem: Problem, mode: Mode) -> tuple[float, float]:

@@ -141,6 +141,10 @@ def packed_attention(dice: Dice) -> Drawn:
     if options["causal"]:
         options["prefix_len"] = dice.maybe(lambda: torch.minimum(dice.whole(30, len(keys)), torch.tensor(keys).to(dice.device)))
     cu_q, cu_k = dice.starts(queries), dice.starts(keys)
+    if dice.plain.random() < 0.3:
+        types = dice.count(1, 5)
+        options |= {"token_type": dice.whole(types, sum(queries)), "token_type_k": dice.whole(types, T)}
+        options["sees"] = dice.whole(2, types, types).bool()
 
     drawn = [name for name, value in options.items() if value is not None and value is not False]
     return Drawn(f"packed_attention {_sizes(q=queries, k=keys, H=heads, Hkv=heads_k, d=width)} {' '.join(drawn)}", leaves,
@@ -253,13 +257,31 @@ def residual_norm(dice: Dice) -> Drawn:
     kind = dice.plain.choice(("layer", "rms"))
 
     def call(given: Given, impl: str | None) -> Results:
-        return kernels.residual_norm(given["x"], given["v"], given["weight"], given.get("bias"), gamma=given.get("gamma"), kind=kind, impl=impl)
+        vectors = (given["weight"], given.get("bias"))
+        return kernels.residual_norm(given["x"], given["v"], *vectors, gamma=given.get("gamma"), kind=kind, impl=impl)
 
     return Drawn(f"residual_norm {_sizes(T=T, C=C, kind=kind)} {' '.join(leaves)}", leaves, call)
 
 
+def bias_activation(dice: Dice) -> Drawn:
+    T, H, kind = dice.count(1, 300), 2 * dice.count(1, 300), dice.plain.choice(("gelu", "geglu", "relu2"))
+    leaves = {"x": dice.normal(T, H)} | ({"bias": dice.normal(H)} if dice.plain.random() < 0.7 else {})
+    return Drawn(f"bias_activation {_sizes(T=T, H=H, kind=kind)} {' '.join(leaves)}", leaves,
+                 lambda given, impl: kernels.bias_activation(given["x"], given.get("bias"), kind, impl=impl))
+
+
+def grouped_linear(dice: Dice) -> Drawn:
+    T, width, out, types = dice.count(1, 300), dice.count(1, 64), dice.count(1, 64), dice.count(1, 5)
+    leaves = {"x": dice.normal(T, width), "weight": dice.normal(types, out, width) * width**-0.5}
+    leaves |= {"bias": dice.normal(types, out)} if dice.plain.random() < 0.5 else {}
+    kinds = dice.whole(types, T)
+    return Drawn(f"grouped_linear {_sizes(T=T, width=width, out=out, types=types)} {' '.join(leaves)}", leaves,
+                 lambda given, impl: kernels.grouped_linear(**given, types=kinds, impl=impl))
+
+
 OPERATORS = (similarity_logsumexp, pairwise_sigmoid, similarity_attend, maxsim, packed_attention, patch_embed, merge_plan, token_select,
-             segment_pool, linear_cross_entropy, similarity_topk, residual_norm)  # fmt: skip
+             segment_pool, linear_cross_entropy, similarity_topk, residual_norm, bias_activation,
+             grouped_linear)  # fmt: skip
 # What a dtype is drawn for; scalars, biases and sizes stay in float32.
 _FEATURES = ("x", "y", "v", "q", "k", "weight", "rows", "cols", "grid")
 

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.run import write_text
-from benchmarks.soak import data, operators, ranks, training
+from benchmarks.soak import data, files, operators, ranks, saves, training
 
 Case = Callable[[int, Path, torch.device], int]  # seed, an empty folder, device -> faults survived
 
@@ -46,10 +46,12 @@ class Outcome:
 
 
 PARTS = (
-    Part("operators", "random calls against float64", operators.case, 0.3),
+    Part("operators", "random calls against float64", operators.case, 0.2),
     Part("data", "damaged samples and shards", data.case, 0.1, most_faults=1000),
+    Part("files", "shards, pictures, captions and checkpoints of strangers", files.case, 0.1, most_faults=4000),
     Part("ranks", "processes lost in the middle of a loss", ranks.case, 0.2),
-    Part("training", "trainings killed and continued", training.case, 0.4, most_faults=200),
+    Part("training", "trainings killed and continued", training.case, 0.2, most_faults=200),
+    Part("saves", "trainings of which one system call fails", saves.case, 0.2, most_faults=200),
 )
 
 

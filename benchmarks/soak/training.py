@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.processes import forkserver
+from benchmarks.soak.system_calls import CRASH, faults
 
 STEPS, MOST_KILLS = 12, 30
 PATIENCE = 120.0  # seconds in which one undisturbed training has to end
@@ -43,19 +44,21 @@ def settings(seed: int, folder: Path, name: str) -> dict[str, Any]:
 
 
 def run(values: dict[str, Any], output: str) -> None:
-    """Train in this process, its words and its traceback to a file."""
+    """Train in this process, its words and its traceback to a file; ``values["fault"]`` is (number, fault) of a system call."""
     torch.set_num_threads(1)
     from fastvlp.config import load
     from fastvlp.train import plots, train
 
     no_pictures = mock.patch.object(plots, "available", return_value=False)  # they would take longer than the training
-    with open(output, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), no_pictures:
+    with open(output, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), no_pictures, \
+            faults(Path(values["folder"]), *values.get("fault", (None, CRASH))) as calls:
         try:
             train(load(values["recipe"], values["changes"]))
         except BaseException:  # also an exit: the parent reads the traceback and the code
             traceback.print_exc()
             file.flush()
             os._exit(1)
+        Path(f"{values['folder']}.calls").write_text(str(len(calls.made)))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -110,8 +113,13 @@ def case(seed: int, folder: Path, device: torch.device) -> int:
     length, kills = time.perf_counter() - begin, 0
     while not train(parts, kill_after=length * draw.random() if kills < MOST_KILLS else None):
         kills += 1
-    one, other = weights(folder / "whole"), weights(folder / "parts")
-    assert one.keys() == other.keys(), f"after {kills} kills the training holds other things: {sorted(one.keys() ^ other.keys())}"
-    wrong = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not wrong, f"after {kills} kills {len(wrong)} of {len(one)} tensors differ, the first is {wrong[0]}"
+    compare(folder, f"after {kills} kills")
     return kills
+
+
+def compare(folder: Path, when: str) -> None:
+    """The training in ``parts`` ended with every bit of the one in ``whole``."""
+    one, other = weights(folder / "whole"), weights(folder / "parts")
+    assert one.keys() == other.keys(), f"{when} the training holds other things: {sorted(one.keys() ^ other.keys())}"
+    wrong = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not wrong, f"{when} {len(wrong)} of {len(one)} tensors differ, the first is {wrong[0]}"

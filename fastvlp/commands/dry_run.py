@@ -78,6 +78,7 @@ def per_sample(system: System, recipe: Recipe, stage: Stage, dtype: torch.dtype 
     Raises:
         ConfigError: a field cannot be bound or filled, or ``encode`` asks for values.
     """
+    # The difference of two batches is what a sample costs; what a batch costs once (tables, the loss of none) drops out.
     few, many = (measure(system, longest_batch(system, recipe, stage, count), dtype) for count in (2, 4))
 
     def each(name: str) -> float:
@@ -100,6 +101,7 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
         if storage._cdata not in weights:
+            # By storage: views of one tensor, saved several times, are in memory once.
             kept.setdefault(storage._cdata, (counted.inside[-1], storage.nbytes()))
         return value
 
@@ -131,6 +133,7 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
     found.again = sum(flops for inside, flops in counted.forward.items() if any(_in(inside, name) for name in blocks))
     whole = float(sum(size for _, size in kept.values()))
     outside, largest = whole - sum(own.values()), max(own.values(), default=0)
+    # With checkpointing blocks keep their inputs, and one of them at a time what it needs for its backward pass.
     checkpointed = outside + sum(inputs[name] for name in own) + largest
     products = sum(size for inside, size in known.products.items() if any(_in(inside, name) for name in own))
     found.saved = {None: whole, "blocks": min(whole, checkpointed), "selective": min(whole, checkpointed + products)}

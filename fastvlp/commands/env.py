@@ -30,6 +30,7 @@ def operators() -> dict[str, tuple[str, ...]]:
     found = {}
     for module in pkgutil.iter_modules(fastvlp_kernels.__path__):
         if module.ispkg and not module.name.startswith("_"):
+            # Asked from the modules, so that a new operator appears here by itself.
             found[module.name] = tuple(importlib.import_module(f"fastvlp_kernels.{module.name}.op").IMPLEMENTATIONS)
     return found
 

@@ -135,6 +135,7 @@ def plan(recipe: Recipe, cluster: Cluster, memory: float = 80 * GB) -> Plan:
     dtype = amp_dtype(recipe.train.amp, torch.device("cuda"))
     stages, features = [], 0.0
     for stage in recipe.schedule.stages:
+        # Only those that this stage freezes: what the recipe froze for good must not thaw after it.
         frozen = {p for name in stage.frozen for p in named_part(system, name).parameters() if p.requires_grad}
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -155,6 +156,7 @@ def _price(recipe: Recipe, system: System, cluster: Cluster, most: float, stage:
     options, devices = recipe.train, cluster.devices
     samples = -(-recipe.data.batch_size // devices)
     parts = max([1, *(math.ceil(samples * sizes.tokens[name] / budget) for name, budget in options.tokens.items() if name in sizes.tokens)])
+    # A micro-batch has at least one sample, even one that is longer than the budget.
     parts = min(parts, samples)
     micro = -(-samples // parts)
     cached = parts > 1 and system.compares
@@ -166,6 +168,7 @@ def _price(recipe: Recipe, system: System, cluster: Cluster, most: float, stage:
     every, trained, block = 4 * _count(system, False), 4 * _count(system, True), 4 * _largest_block(system)
     held = 0.0 if options.offload and devices > 1 else 1 / shard
     lost = max((found[0].memory_bytes for found in losses), default=0.0)
+    # Two blocks at once, one computed while the next arrives, and what lies outside of blocks, which is gathered as a whole.
     gathered = 0.0 if shard == 1 else 2 * block + every - 4 * sum(_sizes_of_blocks(system))
     used = Memory(every * held, trained / shard, 2 * trained * held, trained / shard if options.ema else 0.0,
                   sizes.saved[options.checkpointing] * micro, sizes.outputs * samples * (2 if cached else 1) + lost, once + gathered)
@@ -178,6 +181,7 @@ def _price(recipe: Recipe, system: System, cluster: Cluster, most: float, stage:
     replicas = devices // shard
     if replicas > 1:
         moved = 2 * (replicas - 1) / replicas * trained / shard
+        # A ring crosses each link between nodes once for all devices that share it.
         slow = 0.0 if cluster.nodes == 1 else moved / max(1, cluster.width // shard)
         intra, inter = intra + moved - slow, inter + slow
     compute = computed / (cluster.tflops * 1e12)

@@ -1,4 +1,7 @@
-"""``fastvlp profile``: how many tokens a recipe's data has, and what every part of its system computes for them."""
+"""``fastvlp profile``: how many tokens a recipe's data has, and what every part of its system computes for them.
+
+With ``--steps`` it trains instead, and says what the training thread waits for (``fastvlp.commands.times``).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
+from fastvlp.commands import times
 from fastvlp.commands.train import from_arguments
 from fastvlp.data.batch import Batch, Stage
 from fastvlp.recipe import Recipe
 from fastvlp.systems.flops import FlopCount
 from fastvlp.systems.system import System
+from fastvlp.train import Interrupted
 from fastvlp.train.parallel import World
 from fastvlp.train.start import counted, prepare
 from fastvlp.train.step import named_part
@@ -50,9 +55,19 @@ class Stream:
 
 
 def command(options: argparse.Namespace) -> int:
-    """Print the table of a recipe."""
+    """Print the table of a recipe: what its parts compute, or with ``--steps`` what the training thread waits for."""
     recipe = counted(from_arguments(options.arguments), World(0, 1, torch.device("cpu")))
-    print(table(*profile(recipe), recipe))
+    if options.steps is None and options.trace is not None:
+        raise ValueError("--trace is for steps; give --steps N too")
+    if options.steps is None:
+        print(table(*profile(recipe), recipe))
+        return 0
+    try:
+        found = times.measure(recipe, options.steps, options.trace)
+    except Interrupted as stopped:
+        return 128 + stopped.signum
+    if found is not None:
+        print(times.table(found, recipe))
     return 0
 
 
@@ -62,6 +77,7 @@ def profile(recipe: Recipe) -> tuple[list[Stream], list[Part]]:
     Raises:
         ConfigError, FileNotFoundError: as training would.
     """
+    # Without workers: a process more would take longer than the samples.
     few = min(SAMPLES, recipe.data.batch_size)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, batch_size=few, workers=0))
     system, data = prepare(recipe, World(0, 1, torch.device("cpu")))
@@ -112,10 +128,10 @@ def table(streams: Sequence[Stream], parts: Sequence[Part], recipe: Recipe) -> s
     lines = [f"{'stage':<6}{'part':<{width}}{'tokens':>8}{'forward':>12}{'backward':>12}{'share':>8}    MFLOP a sample"]
     for number, stage in enumerate(recipe.schedule.stages):
         whole = sum(part.forward + part.backward for part in parts if part.stage == number)
-        for name, times, part in _together(parts, number):
-            each = f"{times} x" if times > 1 else ""
+        for name, many, part in _together(parts, number):
+            each = f"{many} x" if many > 1 else ""
             lines.append(f"{number:<6}{name:<{width}}{part.tokens:>8.1f}{part.forward / 1e6:>12.2f}{part.backward / 1e6:>12.2f}"
-                         f"{times * (part.forward + part.backward) / whole:>8.1%}    {each}".rstrip())
+                         f"{many * (part.forward + part.backward) / whole:>8.1%}    {each}".rstrip())
         forward = sum(part.forward for part in parts if part.stage == number)
         said = ", ".join(f"{one.name} {one.tokens:.1f} tokens a sample ({one.shortest} to {one.longest} a segment)"
                          for one in streams if one.stage == number)
@@ -132,10 +148,10 @@ def _together(parts: Sequence[Part], stage: int) -> list[tuple[str, int, Part]]:
             continue
         stem, _, last = part.name.rpartition(".")
         if rows and last.isdigit():
-            name, times, before = rows[-1]
+            name, many, before = rows[-1]
             same = dataclasses.replace(before, name=part.name) == part
-            if same and before.name == f"{stem}.{int(last) - times}":
-                rows[-1] = (f"{before.name}-{last}", times + 1, before)
+            if same and before.name == f"{stem}.{int(last) - many}":
+                rows[-1] = (f"{before.name}-{last}", many + 1, before)
                 continue
         rows.append((part.name, 1, part))
     return rows

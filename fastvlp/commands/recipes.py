@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.resources
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastvlp import config
@@ -38,7 +39,8 @@ def command(options: argparse.Namespace) -> int:
 
 
 def listing() -> Iterator[str]:
-    """Name, paper, what the recipe shows, and the other recipes of the file."""
+    """Name, paper, what the recipe shows, what it reached, and the other recipes of the file."""
+    found = json.loads((importlib.resources.files("fastvlp.systems") / "measured.json").read_text(encoding="utf-8"))
     for name in config.names():
         recipe = config.function(name)
         module = sys.modules[recipe.__module__]
@@ -46,9 +48,18 @@ def listing() -> Iterator[str]:
         yield f"{name}{' (default)' if name == config.DEFAULT else ''}{papers}"
         yield f"    {(module.__doc__ or '').splitlines()[0]}"
         yield f"    {' '.join((recipe.__doc__ or '').split())}"
+        yield f"    {measured(found[name]) if name in found else 'not measured'}"
     yield "for your own pictures and captions: fastvlp train RECIPE data=SHARDS"
     for name, recipe in config.for_own_data().items():
         yield f"{name}\n    {' '.join((recipe.__doc__ or '').split())}"
+
+
+def measured(entry: Mapping[str, Any]) -> str:
+    """The line about what a recipe reached by itself (``python -m benchmarks recipes --alone``)."""
+    scores = "; ".join(f"{one['name']} {one['value']:.3f} ({one['items']:,} {one['of']})" for one in entry["scores"])
+    starts = ", ".join(f"{part or 'all'} of {other.split()[0]}" for part, other in entry.get("start", {}).items())
+    return (f"measured: {scores}; {entry['samples']:,} samples in {entry['seconds']:.0f} s, {entry['threads']} thread of "
+            f"{entry['machine']}, seeds: {entry['seeds']}, commit {entry['commit']}{f'; starts with {starts}' if starts else ''}")
 
 
 def keys(recipe: Recipe) -> str:
@@ -85,6 +96,7 @@ def key_for(flag: str, rest: Sequence[str]) -> str:
     name, _, given = flag.lstrip("-").partition("=")
     name = name.replace("-", "_")
     given = given or next((one for one in rest[:1] if not one.startswith("-") and "=" not in one), "")
+    # Reversed, so that of equal names the one of the first section wins.
     known = {field.name: f"{section}.{field.name}" for section, kind in reversed(SECTIONS.items()) for field in dataclasses.fields(kind)}
     found = ELSEWHERE.get(name) or known.get(name) or next((known[near] for near in difflib.get_close_matches(name, known, 1, 0.75)), None)
     if found is None:

@@ -85,11 +85,13 @@ def attention(image: Image.Image, *, model: Clip | None = None, image_size: int 
 
     with torch.no_grad():
         if model is None:
+            # Without a model: similarity of patches to one another, once what all of them share is taken away.
             rows = torch.nn.functional.normalize(features - features.mean(0), dim=1)[:, None]
             attend(rows * rows.shape[2] ** 0.5, rows, rows)
         else:
             for block in cast(Any, model.image).blocks:
                 features = block(features, attend)
+    # In units of an equal share, so that 1 means "as much as any other".
     mass = (mass / mass.mean()).view(grid)
     strength = (mass / mass.max())[..., None, None, None]
     grey = _tiles(packed, grid).mean(-1, keepdim=True)
@@ -162,6 +164,7 @@ def _merged(packed: Packed, share: float) -> Tensor:
 
 
 def _kept(packed: Packed, features: Tensor, keep: float) -> Tensor:
+    # What differs most from the mean patch says most about the picture.
     scores = (features - features.mean(0)).norm(dim=1)
     kept = token_select(scores, packed.cu_seqlens, keep, lengths=packed.lengths).index
     return torch.full((packed.total,), -1).index_copy(0, kept, torch.arange(len(kept)))

@@ -15,6 +15,7 @@ def command(options: argparse.Namespace) -> int:
     """Train, or say the keys that may be changed."""
     name, changes = named(options.arguments)
     if options.resume is not None:
+        # As JSON, since a path may hold what the language of changes reads as a list or a mapping.
         changes.append(f"run.resume={json.dumps(options.resume)}")
     recipe = load(name, changes)
     if options.help:

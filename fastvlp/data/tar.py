@@ -140,7 +140,7 @@ def _pax(data: bytes) -> dict[str, str]:
     while at < len(data):
         space = data.find(b" ", at, at + 20)
         length = _decimal(data[at:space].decode("latin-1")) if space > at else 0
-        if not space - at < length <= len(data) - at:
+        if not max(0, space - at) < length <= len(data) - at:  # a record without a length would be read for ever
             raise BrokenTar("broken tar header")
         key, _, value = data[space + 1:at + length - 1].partition(b"=")
         if key in (b"path", b"size", SPARSE.encode()):

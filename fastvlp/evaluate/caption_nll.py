@@ -30,6 +30,7 @@ def caption_nll(system: System, shards: Shards, how: How | int = 256) -> dict[st
 
     def judge(images: Any, captions: list[str], others: list[str]) -> list[Tensor]:
         texts = system.prepared("text", captions)
+        # Sums in float64: a large set has millions of tokens.
         found = [system.caption_nll(images, texts).double(), (texts.lengths - 1).clamp_min(0)]
         return [*found, system.caption_hits(images, texts)] if counts_hits else found
 

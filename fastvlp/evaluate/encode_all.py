@@ -44,7 +44,9 @@ def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ran
     places = np.array([(shard, member) for shard in range(len(index.paths)) for member in range(index.count(shard))], dtype=np.int64)
     if not len(places):
         raise ValueError(f"no shard of {shards!r} holds a sample with a picture and a caption")
+    # Random words are a function of the sample's place alone, so that an episode gives the same on any number of processes.
     words = mix(np.zeros(len(places), dtype=np.uint64), np.arange(len(places)))
+    # Another sample, never the sample itself.
     others = (np.arange(len(places)) + 1 + (words % np.uint64(max(1, len(places) - 1))).astype(np.int64)) % len(places)
     device = next(system.parameters()).device
     mine = {}
@@ -54,6 +56,7 @@ def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ran
         requests.append((number, Request(max(0, number), PLAIN, 0, picks, ())))
     for number, flat in how.loaded(loader, requests, loader.guard):
         batch = flat.batch((), 0)
+        # encode may divide by them, though its losses are not asked for here.
         batch = dataclasses.replace(batch, counts=system.counts(batch)).to(device)
         mine[number] = {name: value.to("cpu") for name, value in system.encode(batch).items() if not name.endswith("_loss")}
     parts = how.together(mine)

@@ -73,6 +73,7 @@ def features(model: Encoder, shards: Shards, how: How | int = 256, texts: bool =
     mine: dict[int, tuple[Tensor, list[Labels], list[str]]] = {}
     for number, read in reading:
         encoded = normalised(model.encode_image(read.pictures))
+        # A batch that only keeps sharded parameters in step with the other processes.
         if number >= 0:
             mine[number] = encoded, read.labels, read.keys
     parts = how.together(mine)
@@ -113,9 +114,12 @@ def ranks(queries: Tensor, keys: Tensor, targets: Tensor, owner: Tensor, batch_s
     found = []
     place = torch.arange(len(keys))
     for query, target in zip(queries.split(batch_size), targets.split(batch_size), strict=True):
+        # A batch of queries at a time: the whole matrix of a large set would not fit.
         similarity, right = query @ keys.T, owner == target[:, None]
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        # Among equal similarities the first key wins: a model whose features are all alike must not score as if it were perfect.
         first = place.where(right & (similarity == best), len(keys)).amin(1, keepdim=True)
+        # Counted by what is behind: NaN compares as false everywhere, and so ranks last.
         behind = (similarity < best) | ((similarity == best) & (place > first))
         found.append((~behind & ~right).sum(1))
     return torch.cat(found)

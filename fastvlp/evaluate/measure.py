@@ -50,6 +50,7 @@ def measure(system: System, config: Eval, world: Ranks | None = None, beat: Call
     held: dict[tuple[Any, ...], Features] = {}
 
     def encoded(shards: Shards) -> Features:
+        # Several measures may name the same shards, and encoding takes nearly all of the time.
         key = tuple(shards)  # type: ignore[arg-type]
         if key not in held:
             held[key] = features(system, shards, how, texts=embeds_both(system) and key == config.retrieval)
@@ -67,6 +68,7 @@ def measure(system: System, config: Eval, world: Ranks | None = None, beat: Call
     for name, act in measures.items():
         if getattr(config, name):
             lacking = [need for need in NEEDS[name] if not can(system, need)]
+            # fully_shard renames the class.
             kind = type(system).__name__.removeprefix("FSDP")
             scores[name] = {"left_out": f"{kind} has no {' and no '.join(lacking)}"} if lacking else act()
     return scores

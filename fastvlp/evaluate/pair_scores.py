@@ -30,5 +30,6 @@ def pair_scores(system: System, shards: Shards, how: How | int = 256) -> dict[st
         return [system.score(images, system.prepared("text", texts)).double() for texts in (captions, others)]
 
     (own, other), skipped = judged(system, shards, how if isinstance(how, How) else How(how), judge, others=True)
+    # A tie is half right: a system that gives all pairs one score is at chance.
     right = (own > other).double() + (own == other).double() / 2
     return {"accuracy": right.mean().item(), "margin": (own - other).mean().item(), "n": len(own), "skipped": sum(skipped.values())}

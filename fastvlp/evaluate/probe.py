@@ -58,6 +58,7 @@ def ridge(x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor, floa
     mean, share = x.double().mean(0), torch.bincount(labels, minlength=classes).double() / n
     x = x.double() - mean
     cross = x.new_zeros(x.shape[1], classes).index_add_(1, labels, x.T)  # centred x makes the centring of the targets drop out
+    # One eigendecomposition serves all penalties, whose solutions differ only in the shrinking of each direction.
     values, vectors = torch.linalg.eigh(x.T @ x)
     values = values.clamp_min(0)
     rotated = vectors.T @ cross
@@ -68,6 +69,7 @@ def ridge(x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor, floa
         shrunk = 1 / (values + penalty)
         power = rotated.square().sum(1)
         residual = total - 2 * (power * shrunk).sum() + (power * values * shrunk.square()).sum()
+        # Generalised cross-validation: leave-one-out without leaving anything out, so that no part of the training set is held back.
         freedom = 1 + (values * shrunk).sum()
         score = (residual / n / (1 - freedom / n).square()).item() if freedom < n else torch.inf
         if score < lowest or not chosen:

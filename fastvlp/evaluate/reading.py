@@ -70,6 +70,7 @@ class How:
     def share(self, items: Sequence[T]) -> Iterator[tuple[int, T]]:
         """This process's part of some items, numbered; as many on every process: who has fewer gets the first again, with number -1."""
         world = self.world
+        # Sharded parameters are gathered by all processes at once, so that each has to make as many batches as the others.
         for number in range(world.rank, -(-len(items) // world.size) * world.size, world.size):
             yield (number, items[number]) if number < len(items) else (-1, items[0])
 
@@ -140,12 +141,14 @@ class Reading(Dataset[Read]):
             if self.others:
                 others.append(self._other(place, label))
         captions = [label.captions[0] for label in labels]
+        # For the same reason a batch without a usable picture is still a forward pass.
         if not pictures and self.pad:
             pictures, captions = [_blank()], [""]
         return Read(self.prepare(pictures, captions) if pictures else None, keys, labels, others, skips)
 
     def _other(self, place: int, own: Labels) -> str:
         """The first caption of the next sample in the order of the files that shows something else; its own where there is none."""
+        # By class or caption, not by place: neighbours in a shard often show the same thing.
         for step in range(1, len(self.places)):
             try:
                 found = self.reader.labels(*self.places[(place + step) % len(self.places)].tolist())

@@ -58,6 +58,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float, batch_size: in
         logits = scale * (images[first:first + batch_size] @ texts.T).double()
         own.append(logits.diagonal(first))
         of_images.append(logits.logsumexp(1))
+        # Columns are summed as the rows go by: nothing of n x n is held.
         of_texts = torch.logaddexp(of_texts, logits.logsumexp(0))
     return ((torch.cat(of_images) + of_texts) / 2 - torch.cat(own)).mean().item()
 

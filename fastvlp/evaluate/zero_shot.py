@@ -66,5 +66,6 @@ def named(model: Encoder, found: Features, classes: Sequence[str], templates: Se
 def class_features(model: Encoder, classes: Sequence[str], templates: Sequence[str], how: How) -> Tensor:
     """Normalised mean over the templates of the features of each class: float32 [classes, D]."""
     prompts = [[template.replace("{}", name) for name in classes] for template in templates]
+    # Means of features, not of scores: CLIP's way, and one product for any number of templates.
     mean = torch.stack([encode_texts(model, texts, how) for texts in prompts]).mean(0)
     return torch.nn.functional.normalize(mean, dim=-1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import distributed as dist
 from torch import nn
+
+from fastvlp.losses.across.group import ALONE, Group
 
 from . import instances, towers
 from .report import Report
@@ -19,7 +20,7 @@ def accelerate(
     drop: float | None = None,
     attention: Literal["packed"] | None = None,
     pack: bool = False,
-    group: dist.ProcessGroup | None = None,
+    group: Group = ALONE,
     logits: bool | None = None,
 ) -> Report:
     """Accelerate one model of timm, open_clip or transformers 5 in place.
@@ -56,8 +57,8 @@ def accelerate(
         drop: the share of the patches, from 0 to below 1.
         attention: "packed", or None: packed_attention where tokens are merged or packed, else the model's own.
         pack: whether padding is left out.
-        group: processes whose pairs are contrasted with one another, such as ``torch.distributed.group.WORLD``: a larger batch, which
-            transformers itself does not have. None: this process's own pairs.
+        group: processes whose pairs are contrasted with one another, as in ``fastvlp.losses``: None means all, a larger batch, which
+            transformers itself does not have; ``fastvlp.losses.ALONE`` this process's own pairs.
         logits: whether a call with ``return_loss=True`` makes the logits at once. None: only where gradients are off, so that an
             evaluation sees the outputs in their usual places; with ``return_dict=False`` they are always made.
 
@@ -78,12 +79,13 @@ def accelerate(
     if unknown and (not found and switches.on):
         raise TypeError(f"fastvlp.accelerate: {unknown[0]}; leave merge, drop, attention and pack out for this model")
     plans = towers.plan(model, switches, found) if switches.on else []
+    # transformers is imported only where a part of the model comes from it: the import takes seconds.
     losses: list[tuple[str, nn.Module, Any]] = []
     if named := [(path, module) for path, module in model.named_modules() if _of_transformers(module)]:
         from . import transformers
 
         losses = transformers.find_all(named)
-    if not losses and not (group is None and logits is None):
+    if not losses and not (group == ALONE and logits is None):
         raise ValueError(
             f"fastvlp.accelerate: group= and logits= are for the loss of transformers' models, and this {type(model).__name__} has none"
         )

@@ -90,6 +90,7 @@ def varlen_attn(
     Raises:
         ValueError: another window, returned statistics, used lengths or a block table are asked for; fewer key heads without enable_gqa.
     """
+    # torch's name for causal: all keys before a query and none behind it.
     causal = tuple(window_size) == (-1, 0)
     _refuse(
         "varlen_attn", return_aux=(return_aux, None), window_size=((-1, -1) if causal else tuple(window_size), (-1, -1)),
@@ -195,6 +196,7 @@ class BlockDiagonalMask:
         mask = torch.full((int(self.q_lengths.sum()), int(self.k_lengths.sum())), -torch.inf, dtype=dtype, device=device)
         q_start = k_start = 0
         for n, m in zip(self.q_lengths.tolist(), self.k_lengths.tolist(), strict=True):
+            # Aligned at the end: the last query sees all keys, so that the diagonal is shifted by the difference of the lengths.
             hidden = torch.full((n, m), -torch.inf, dtype=dtype, device=device).triu(m - n + 1) if self.causal else 0
             mask[q_start : q_start + n, k_start : k_start + m] = hidden
             q_start, k_start = q_start + n, k_start + m
@@ -241,6 +243,7 @@ def memory_efficient_attention(
         raise ValueError(f"{function}: attn_bias is {type(attn_bias).__name__}; it must be our BlockDiagonalMask or None")
     elif len(query) != 1:
         raise ValueError(f"{function}: query has a batch of {len(query)}; with a BlockDiagonalMask all segments lie in one, [1, M, H, K]")
+    # A batch of equal lengths is one row of segments; 3-d inputs have a single head.
     q, k, v = (x.flatten(0, 1) if x.ndim == 4 else x.flatten(0, 1)[:, None] for x in (query, key, value))
     out = packed_attention(
         q, k, v, attn_bias.q_starts, attn_bias.k_starts, key_size=key_size, causal=attn_bias.causal, scale=scale,

@@ -93,6 +93,7 @@ def block_forward(cls: Any) -> Callable[..., Any]:
             mask = kwargs.get(name, args[place] if len(args) > place else None)
             if step.drop and self.training:
                 x = _dropped(self, x, mask, step, kwargs)
+            # Without a mask nothing is padded, and packing would only cost.
             packs = mask is not None and (step.pack or (step.thinned and self.training))
             # Who reads an exported model has none of our operators, and packing changes no number.
             if not step.merging and (exported.exporting() or not (step.packed or packs)):
@@ -109,6 +110,7 @@ def block_forward(cls: Any) -> Callable[..., Any]:
                 )
             x = enter(x, real, bias)
             carried = step.merging or mask is not None
+        # The attention module is called as always, with one more argument: hooks and wrappers around it (LoRA, FSDP) keep working.
         call = Call(x)
 
         def attend(y: Tensor) -> Tensor:
@@ -177,6 +179,7 @@ def attention_forward(cls: Any) -> Callable[..., Any]:
             out = cast(Tensor, packed_attention(
                 flat_q, flat_k, flat_v, starts, key_size=size, key_bias=tokens.bias, scale=scale, lengths=lengths, dropout_p=dropout
             ))  # fmt: skip
+        # Matching (ToMe) compares keys; the mean over heads is the authors'.
         call.metric = k.detach().mean(-2).flatten(0, -2)
         out = family.project(self, out.reshape(*x.shape[:-1], v.shape[-2] * v.shape[-1]), x)
         return (out, None) if family.pair else out
@@ -208,5 +211,6 @@ def thin(mask: Any, drop: float) -> Tensor:
     real = mask != 0
     kept = (real.sum(1).double() * (1 - drop)).long().clamp_min(1)
     draws = real.new_zeros(mask.shape).float().uniform_().masked_fill(~real, -1)
+    # argsort twice gives each patch its rank; padding, drawn below all others, has the last ranks.
     ranks = draws.argsort(1, descending=True).argsort(1)
     return mask * (real & (ranks < kept[:, None])).to(mask.dtype)

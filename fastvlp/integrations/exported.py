@@ -15,6 +15,7 @@ def exporting() -> bool:
 def unpadded(mask: Tensor) -> None:
     """Make what is written down stop at a mask that hides anything; that transformers' own hides nothing cannot be read here."""
     seen = mask if mask.dtype == torch.bool else mask == 0
+    # An assertion is part of the exported graph; a Python if would be decided once, at export.
     torch._assert_async(seen.all(), "fastvlp.accelerate: a model exported with merge= takes batches without padding")
 
 
@@ -23,6 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, bias: Tensor | 
     rows, tokens = q.shape[:2]
     terms = None if bias is None else torch.atleast_2d(bias).unflatten(1, (rows, tokens)).transpose(0, 1)[:, :, None]
     if size is not None:
+        # A factor s of exp(score) is log s added to the score.
         sizes = size.to(torch.promote_types(q.dtype, torch.float32)).log().view(rows, 1, 1, tokens)
         terms = sizes if terms is None else terms + sizes
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -35,6 +37,7 @@ def merge(x: Tensor, size: Tensor | None, metric: Tensor, gone: int, protected: 
     rows, tokens = x.shape[:2]
     unit = F.normalize(metric.unflatten(0, (rows, tokens)).float(), dim=-1)
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+    # Protected tokens neither merge away (rows, even places) nor are merged into (columns, odd places).
     scores[:, : (protected + 1) // 2] = -torch.inf
     scores[:, :, : protected // 2] = -torch.inf
     best, match = scores.max(2)
@@ -52,6 +55,7 @@ def merge(x: Tensor, size: Tensor | None, metric: Tensor, gone: int, protected: 
     if protected == 2:
         source = torch.where(source == kept, 1, torch.where((source > 0) & (source < kept), source + 1, source))
     elif protected > 2:
+        # The place of each kept token's first patch; sorting by it restores the order of the picture.
         first = torch.cat((2 * stay, 1 + 2 * torch.arange(tokens // 2, device=x.device).expand(rows, -1)), 1)
         source = first.argsort(1).argsort(1).gather(1, source)
     weight = x.new_ones(rows, tokens, dtype=torch.float32) if size is None else size.view(rows, tokens).float()

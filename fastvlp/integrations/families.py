@@ -156,6 +156,7 @@ VIT = replace(CLIP, attend=_vit_attend, mlp=_vit_mlp, attention="attention")
 
 def find(module: nn.Module) -> Tower | str | None:
     """The tower that a module is (not its children): a sentence where its blocks are of a kind we do not know, None where it is none."""
+    # By names of modules, without importing libraries that the model does not come from.
     roots = {cls.__module__.split(".")[0] for cls in type(module).__mro__}
     finders = {"timm": _find_timm, "open_clip": _find_open_clip, "transformers": _find_hugging_face}
     for root, finder in finders.items():
@@ -172,6 +173,7 @@ def _find_timm(module: Any) -> Tower | str | None:
     blocks = _named(module.blocks, "blocks")
     if why := _unknown(blocks, timm.Block, "attn", attention):
         return why
+    # A flexible tower has as many tokens as its picture, so nothing can be promised of its costs.
     patches = None if flexible else module.patch_embed.num_patches
     drops = float(getattr(getattr(module, "patch_drop", None), "prob", 0.0))
     return Tower(blocks, TIMM, module.num_prefix_tokens, patches and patches + module.num_prefix_tokens, module, drops, padded=flexible)
@@ -187,6 +189,7 @@ def _find_open_clip(module: Any) -> Tower | str | None:
     block = transformer.CustomResidualAttentionBlock if own else transformer.ResidualAttentionBlock
     if why := _unknown(blocks, block, "attn", nn.MultiheadAttention if torchs else transformer.Attention):
         return why
+    # Packed rows come first; a block that transposes would mix tokens of different images.
     if torchs and not first.attn.batch_first:
         return "its blocks take [N, B, C]; build the model with batch_first=True"
     if not torchs and first.attn.logit_scale is not None:
@@ -233,6 +236,7 @@ WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 def _named(blocks: Any, path: str) -> list[tuple[str, nn.Module]]:
     """The blocks by name, one that is met several times as often as it is, and inside what wraps them."""
+    # From _modules, as named_children would leave out a block that is met a second time.
     return [_unwrapped(f"{path}.{name}", block) for name, block in blocks._modules.items()]
 
 
@@ -245,6 +249,7 @@ def _unknown(blocks: Sequence[tuple[str, nn.Module]], block: Any, attention: str
     """Why these blocks are none of ours: their forward, or that of their attention, is another one."""
     for path, module in blocks:
         for part, expected in ((module, block), (getattr(module, attention, module), attention_class)):
+            # By the function itself: a subclass with a forward of its own computes something else, whatever it is called.
             if not _same(type(part).forward, expected.forward):
                 return f"{path} has a {type(part).__name__}; {expected.__name__} is supported"
     return ""

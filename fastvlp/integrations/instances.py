@@ -18,6 +18,7 @@ def change(module: Any, build: Build, options: Any) -> None:
     """
     cls: Any = type(module)
     setattr(module, OPTIONS, options)
+    # Not an attribute ``forward`` on the instance: deepcopy and pickle would bind it to the old module, and FSDP2 also swaps classes.
     module.__class__ = subclass(cls, build)
 
 
@@ -31,6 +32,7 @@ def restore(module: Any) -> None:
     if not changed(module):
         return
     delattr(module, OPTIONS)
+    # Under a class that FSDP2 put on top, ours stays as an ancestor, and finds no options any more: it then calls the original.
     if "_fastvlp_original" in vars(type(module)):
         module.__class__ = type(module)._fastvlp_original
 
@@ -39,6 +41,7 @@ def restore(module: Any) -> None:
 def subclass(cls: Any, build: Build) -> Any:
     """The subclass of ``cls`` with the forward ``build(cls)``; it keeps the name, which checkpoints record."""
 
+    # A class that is made at run time cannot be found by name; it is made again where it is unpickled.
     def reduce(self: Any, protocol: int) -> Any:
         return _revive, (cls, build), self.__dict__
 

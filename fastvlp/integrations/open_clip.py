@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     ours = {create.__name__: partial(create, strategy=own.fastvlp_strategy) for create in (create_loss, create_task)}
     if not ours.keys() & set(trainer.main.__code__.co_names):
         raise RuntimeError(f"{trainer.__file__} calls neither create_loss nor create_task; open_clip_torch 3 and 4 are supported")
+    # main's own code with two names looked up elsewhere: open_clip itself stays as it is for whoever else imports it.
     names = {**vars(trainer), **ours}
     return FunctionType(trainer.main.__code__, names)(rest)
 

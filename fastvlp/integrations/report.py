@@ -51,6 +51,7 @@ class Report:
     @property
     def flops_saved(self) -> float:
         """The share of the towers' operations that is saved; 0 where nothing merges or the number of tokens is not known."""
+        # Of the blocks that were planned; what else the model computes is not known here.
         before = sum(block.flops_before for block in self.expected)
         return 1 - sum(block.flops for block in self.expected) / before if before else 0.0
 

@@ -42,6 +42,7 @@ class Tokens(NamedTuple):
     bias: Tensor | None = None
 
     def __getitem__(self, key: Any) -> Any:
+        # Libraries index a block's result with [0] for its tokens; a slice of it would be taken for a tensor.
         if isinstance(key, tuple):
             raise TypeError(NO_TENSOR)
         return leave(self) if key == 0 else tuple.__getitem__(self, key)
@@ -60,6 +61,7 @@ class Tokens(NamedTuple):
         """``module``, which scales whole images (stochastic depth), applied to ``x`` of the shape of the tokens."""
         if self.lengths is None:
             return cast(Tensor, module(x))
+        # Stochastic depth draws once per image: it is applied to a 1 for each, and the result spread over the image's tokens.
         counts = self.lengths.to(x.device)
         return x * module(x.new_ones(len(counts), 1)).repeat_interleave(counts, 0, output_size=x.shape[0])
 
@@ -87,6 +89,7 @@ def merge(tokens: Tokens, metric: Tensor, r: int | float, protected: int) -> Tok
     """Merge by ``metric`` [T, d] into ToMe's order of tokens, which says whom the next block can merge."""
     rows, count = tokens.x.shape[:2]
     even = tokens.lengths is None
+    # Images of equal length lose equally many, and stay a dense batch.
     gone = merged_away(count, r, protected) if even else 0
     if r == 0 or (even and gone == 0):
         return tokens
@@ -106,6 +109,7 @@ def merge(tokens: Tokens, metric: Tensor, r: int | float, protected: int) -> Tok
     if protected == 2:
         order = distillation_order(plan.cu_seqlens, lengths, plan.lengths, plan.total)
         x, size = torch.ops.fastvlp.token_take(x, order), size[order]
+        # The rows were moved, so that what points at them has to follow.
         source = torch.empty_like(order).scatter_(0, order, torch.arange(plan.total, device=order.device))[source]
     tokens = tokens._replace(size=size.int(), source=source if tokens.source is None else source[tokens.source])
     if even:

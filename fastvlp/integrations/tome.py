@@ -75,6 +75,7 @@ def bipartite_soft_matching(metric: Tensor, r: int, class_token: bool = False, d
         raise ValueError("bipartite_soft_matching: a distillation token is the second token and needs class_token=True before it")
     rows, tokens = metric.shape[:2]
     protected = int(class_token) + int(distill_token)
+    # ToMe's bound: half of the tokens that are not protected.
     r = max(0, min(r, (tokens - protected) // 2))
     starts, lengths = even_segments(rows, tokens, metric.device)
     plan = merge_plan(
@@ -97,6 +98,7 @@ def distillation_order(starts: Tensor, before: Tensor, after: Tensor, total: int
         starts: int32 [S+1], where the merged segments start. before, after: their lengths [S] on the CPU. total: T'.
     """
     lengths, device = after.to(starts.device), starts.device
+    # Of the tokens of even place, as many stay as did not merge away; ToMe puts the odd ones, the distillation token first, behind them.
     stayed = ((before + 1) // 2 - (before - after)).to(device)
     stayed, first = (each.repeat_interleave(lengths, output_size=total) for each in (stayed, starts[:-1].long()))
     place = torch.arange(total, device=device) - first
@@ -140,6 +142,7 @@ def parse_r(num_layers: int, r: int | Sequence[int] | tuple[int, float]) -> list
     if isinstance(r, tuple):
         mean, inflect = r
         low = int(mean * (1 - inflect))
+        # Layers from low to mean + (mean - low), so that the mean over them is the one asked for.
         span = 2 * (int(mean) - low)
         return [low + span * layer // max(1, num_layers - 1) for layer in range(num_layers)]
     return [*r, *[0] * (num_layers - len(r))]

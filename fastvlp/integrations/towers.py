@@ -98,6 +98,7 @@ def _plan(path: str, tower: families.Tower, switches: Switches, seen: dict[nn.Mo
             switches.attention == "packed", switches.pack, tower.prefix, place == len(schedule) - 1,
         )  # fmt: skip
         name = f"{path}.{name}" if path else name
+        # A module has one forward: two towers that share it must ask for the same.
         if seen.setdefault(block, step) != step:
             raise ValueError(
                 f"fastvlp.accelerate: {name} is a block that stands elsewhere in the model too, and would have to do something else there; "
@@ -109,6 +110,7 @@ def _plan(path: str, tower: families.Tower, switches: Switches, seen: dict[nn.Mo
             attention = getattr(block, tower.family.attention)
             flops = _flops(block, attention, tokens, left)
             savings.append(Saving(name, (tokens, left), flops, _flops(block, attention, tower.tokens, tower.tokens)))
+            # What a block merges is gone for all blocks after it.
             tokens = left
     if any(schedule) and tokens is not None and tokens == tower.tokens:
         warnings.warn(
@@ -121,6 +123,7 @@ def _plan(path: str, tower: families.Tower, switches: Switches, seen: dict[nn.Mo
 
 def _flops(block: nn.Module, attention: nn.Module, before: int, after: int) -> float:
     """Two for each weight and token, and 4 C n n for the attention itself."""
+    # Matrices only: biases and norms are a thousandth of the work.
     weights = {part: sum(p.numel() for p in part.parameters() if p.ndim == 2) for part in (block, attention)}
     width = next((p.shape[-1] for p in attention.parameters() if p.ndim == 2), 0)
     return 2.0 * weights[attention] * before + 2.0 * (weights[block] - weights[attention]) * after + 4.0 * width * before**2
@@ -134,6 +137,7 @@ def replace(plan: Plan) -> list[Replacement]:
         path, tower, drop = plan.thinned
         change = f"hides {drop:.0%} of the real patches in training"
         replaced.append(Replacement(path, tower, type(tower), change, "its blocks leave them out"))
+        # Towers that take a mask of padding drop by hiding more of it.
         instances.change(tower, thinned_forward, drop)
     for path, block, step in plan.blocks:
         attention: nn.Module = getattr(block, step.family.attention)

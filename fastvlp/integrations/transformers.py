@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch import distributed as dist
 from transformers import CLIPModel, Siglip2Model, SiglipModel
 from transformers.models.clip.modeling_clip import CLIPOutput
 from transformers.models.siglip.modeling_siglip import SiglipOutput
 from transformers.models.siglip2.modeling_siglip2 import Siglip2Output
 from transformers.utils import ModelOutput
 
-from fastvlp.losses import ClipLoss, SigLipLoss
+from fastvlp.losses import ALONE, ClipLoss, SigLipLoss
+from fastvlp.losses.across.group import Group
 from fastvlp.losses.inputs import align, check
 from fastvlp_kernels.pairwise_sigmoid import pairwise_sigmoid
 from fastvlp_kernels.similarity_logsumexp import similarity_logsumexp
@@ -35,9 +35,10 @@ LOGITS = ("logits_per_image", "logits_per_text")
 class Options:
     """What ``fastvlp.accelerate`` was asked for, kept on the model."""
 
-    group: dist.ProcessGroup | None
+    group: Group
     logits: bool | None
 
+    # A process group cannot be copied, and a copy of the model belongs to the same one.
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         return self
 
@@ -107,15 +108,16 @@ class Siglip2LogitsOnDemand(LogitsOnDemand, Siglip2Output):
     logit_bias: Tensor | None = None
 
 
-def _softmax(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> Any:
-    if group is not None:
+def _softmax(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: Group) -> Any:
+    if group != ALONE:
         return ClipLoss(group=group)(image, text, scale)
+    # Per-row differences before the mean: log-sum-exp and positive are both large where they nearly cancel.
     row, column, positive = similarity_logsumexp(image, text, scale, offset=0)
     return ((row - positive) + (column - positive)).mean() / 2
 
 
-def _sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> Any:
-    if group is not None:
+def _sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: Group) -> Any:
+    if group != ALONE:
         return SigLipLoss(group=group)(image, text, scale, bias)
     assert bias is not None
     return pairwise_sigmoid(image, text, scale, bias, offset=0, factor=1 / len(image))
@@ -151,7 +153,7 @@ def find_all(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Mod
     return found
 
 
-def replace(loss: tuple[str, nn.Module, Kind], group: dist.ProcessGroup | None, logits: bool | None) -> Replacement:
+def replace(loss: tuple[str, nn.Module, Kind], group: Group, logits: bool | None) -> Replacement:
     """Give a model that :func:`find_all` found the class that computes its loss without logits."""
     path, module, kind = loss
     expected = "the B x B logits of a batch of B pairs are not stored, forward or backward"
@@ -178,14 +180,17 @@ def loss_forward(cls: Any) -> Callable[..., Any]:
         options: Options | None = getattr(self, OPTIONS, None)
         if options is None or exported.exporting():
             return original(self, *args, **kwargs)
+        # return_dict is taken out, since with our output the tuple is made at the end.
         tuples = not (self.config.return_dict if (wanted := kwargs.pop("return_dict", None)) is None else wanted)
         given = signature.bind(self, *args, **kwargs).arguments
         del given["self"]
+        # Without a loss to compute, the logits are the answer: the model's own way.
         if not given.pop("return_loss", None):
             return original(self, *args, **kwargs, return_dict=not tuples)
         result = _with_loss(self, kind, given.pop("kwargs", {}), given)
         if tuples:
             return result.to_tuple()
+        # In evaluation logits are what is asked for; in training nobody reads them.
         if options.logits or (options.logits is None and not torch.is_grad_enabled()):
             return kind.output(**{field.name: getattr(result, field.name) for field in fields(kind.output)})
         return result
@@ -200,6 +205,7 @@ def _with_loss(model: Any, kind: Kind, shared: dict[str, Any], given: dict[str, 
     vision = model.get_image_features(**images, **shared, return_dict=True)
     text = model.get_text_features(**texts, **shared, return_dict=True)
     image_embeds, text_embeds = (tower.pooler_output / tower.pooler_output.norm(dim=-1, keepdim=True) for tower in (vision, text))
+    # Towers may lie on different devices (device_map); transformers compares them where the texts are.
     image_embeds = image_embeds.to(text_embeds.device)
     scale = model.logit_scale.exp().to(text_embeds.device)
     bias = None if (bias := getattr(model, "logit_bias", None)) is None else bias.to(text_embeds.device)

@@ -22,6 +22,7 @@ class _LayerNorm(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
+        # A buffer of zeros because vit-pytorch saves one: its state dicts have to load here.
         self.register_buffer("beta", torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,6 +37,7 @@ class _HeadNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(heads, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        # Unit length times sqrt(d) is the root mean square norm.
         return F.normalize(x, dim=-1) * (x.shape[-1] ** 0.5 * self.gamma.squeeze(1))
 
 
@@ -58,6 +60,7 @@ class _Attention(nn.Module):
         keys = x if context is None else context
         out = packed_attention(
             self.q_norm(q), self.k_norm(k), v, x.cu_seqlens, None if context is None else keys.cu_seqlens, x.max_seqlen, keys.max_seqlen,
+            # Queries and keys are normalised and carry learned scales, so that there is no 1 / sqrt(d).
             scale=1.0, lengths=x.lengths, lengths_k=None if context is None else keys.lengths,
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
@@ -161,7 +164,9 @@ class NaViT(nn.Module):
             packed = token_select(scores, packed.cu_seqlens, torch.tensor(kept), lengths=packed.lengths).apply(packed)
         packed = self.transformer(packed.replace(x=self.dropout(packed.x)))
         queries = Packed.of(self.attn_pool_queries.expand(len(images), -1), [1] * len(images))
+        # vit-pytorch normalises what attends, here the queries, and adds them to what they read.
         pooled = self.attn_pool(queries, packed) + queries.x
+        # The inverse of the sorting: logits come in the order of the caller's images.
         back = torch.empty(len(order), dtype=torch.int64)
         back[order] = torch.arange(len(order))
         logits: Tensor = self.mlp_head(self.to_latent(pooled.index_select(0, back.to(pooled.device))))
@@ -191,6 +196,7 @@ class NaViT(nn.Module):
         prob = self.token_dropout_prob
         share = cast(float, prob(image.shape[1], image.shape[2]) if callable(prob) else prob)
         _check_share(share)
+        # An image without tokens would have nothing to pool.
         return max(1, int(tokens * (1 - share)))
 
     def _check(self, images: Sequence[Tensor]) -> None:

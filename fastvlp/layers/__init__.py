@@ -3,7 +3,6 @@
 from importlib import import_module
 from typing import Any
 
-from fastvlp.layers.activation import SquaredReLU as SquaredReLU
 from fastvlp.layers.adaptive_pool import AdaptiveAveragePool as AdaptiveAveragePool
 from fastvlp.layers.adaptive_pool import PyramidPool as PyramidPool
 from fastvlp.layers.attention import AttentionPool as AttentionPool
@@ -33,6 +32,7 @@ from fastvlp.layers.token_learner import TokenLearner as TokenLearner
 from fastvlp.layers.token_merger import TokenMerger as TokenMerger
 from fastvlp.layers.transformer import Attend as Attend
 from fastvlp.layers.transformer import Block as Block
+from fastvlp.layers.transformer import SquaredReLU as SquaredReLU
 from fastvlp.layers.transformer import packed_attend as packed_attend
 from fastvlp.layers.transformer import packed_blocks as packed_blocks
 from fastvlp.layers.transformer import padded_attend as padded_attend

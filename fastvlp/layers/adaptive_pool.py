@@ -58,6 +58,7 @@ class AdaptiveAveragePool(nn.Module):
                              "each needs positive frames, rows and columns whose product is its length")  # fmt: skip
         starts = torch.cat((packed.lengths.new_zeros(1), packed.lengths.cumsum(0))).tolist()
         parts = [_cells(tuple(size), self.out) for size in sizes.tolist()]
+        # Cells overlap where the grid does not divide the picture: a token is copied into each of its cells, and each cell is a segment.
         tokens = torch.cat([torch.empty(0, dtype=torch.int64), *(part[0] + start for part, start in zip(parts, starts, strict=False))])
         counts = torch.cat([torch.empty(0, dtype=torch.int64), *(part[1] for part in parts)])
         cells = Packed.of(packed.x.index_select(0, tokens.to(packed.x.device, non_blocking=True)), counts)

@@ -55,6 +55,7 @@ class AttentionPool(nn.Module):
         """Packed [T, C] -> [S, C], or [S, Q, C] of several queries; ``packed.size`` weighs the tokens."""
         check_packed("AttentionPool", self.kv.in_features, packed=packed)
         segments, queries = len(packed), self.query.shape[0]
+        # The queries are the same for all segments: they are projected once, and only the heads' views are repeated.
         q = self.q(self.query).unflatten(-1, (self.num_heads, -1)).expand(segments, -1, -1, -1).flatten(0, 1)
         k, v = self.kv(packed.x).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         starts = torch.arange(segments + 1, dtype=torch.int32, device=q.device) * queries

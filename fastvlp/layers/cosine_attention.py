@@ -58,6 +58,7 @@ class RelativePositions(NamedTuple):
 
     @classmethod
     def _made(cls, pairs: Pairs, row: Tensor, column: Tensor, grid: tuple[int, int], placed: Tensor | None) -> RelativePositions:
+        # An offset's row in the table is a difference of two numbers, one of each token: no pair needs more than a subtraction.
         step = 2 * grid[1] - 1
         key = row * step + column
         query = key + (grid[0] - 1) * step + grid[1]
@@ -130,8 +131,10 @@ class CosineAttention(nn.Module):
     def _attend(self, x: Tensor, relative: RelativePositions, log_size: Tensor | None) -> Tensor:
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
+            # Swin V2's keys have no bias; with zeros in its place one product makes all three.
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        # Clamped before the exponential, as in timm, so that a scale beyond 100 has no gradient.
         scale = self.logit_scale.clamp_max(math.log(100)).exp().squeeze(-1)
         dtype = sum_dtype(v.dtype)
         q, k = F.normalize(q.to(dtype), dim=-1) * scale, F.normalize(k.to(dtype), dim=-1)
@@ -144,7 +147,9 @@ class CosineAttention(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             sides = []
             for size, by in zip(grid, self.scaled_by, strict=True):
+                # 8 at the border of the window of pre-training, then compressed by a logarithm: larger windows extrapolate little.
                 offsets = torch.arange(1 - size, size, device=weight.device, dtype=sum_dtype(weight.dtype)) * (8 / max(by - 1, 1))
                 sides.append(offsets.sign() * (offsets.abs() + 1).log2() / 3)
             bias = 16 * torch.sigmoid(self.cpb_mlp(torch.cartesian_prod(*sides).to(weight.dtype)))
+            # Row 0, zeros, is for pairs without an offset.
             return F.pad(bias.to(sum_dtype(weight.dtype)), (0, 0, 1, 0))

@@ -28,6 +28,7 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(source, 2 * width), nn.Linear(width, width)
         self.gate = nn.Parameter(torch.zeros(1)) if gated else None
+        # As in Block: what is added to the residual stream starts smaller, the deeper the tower is.
         for linear, std in ((self.q, width**-0.5), (self.kv, source**-0.5), (self.proj, width**-0.5 * (2 * depth) ** -0.5)):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)

@@ -42,6 +42,7 @@ class FusedBlocks(nn.Module):
 
     def __init__(self, image_width: int, text_width: int, heads: int, depth: int) -> None:
         super().__init__()
+        # What a head on the fused pair gets: both sides' means, side by side.
         self.width = image_width + text_width
         self.image_reads = nn.ModuleList(GatedReading(image_width, heads, text_width, depth) for _ in range(depth))
         self.text_reads = nn.ModuleList(GatedReading(text_width, heads, image_width, depth) for _ in range(depth))

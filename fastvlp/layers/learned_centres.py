@@ -20,6 +20,7 @@ class _Look(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, centres: Packed, tokens: Packed) -> Packed:
+        # Centres and tokens of a segment have to lie together: a stable sort by segment keeps the centres in front.
         owner = [torch.arange(len(p), device=p.x.device).repeat_interleave(p.cu_seqlens.diff(), output_size=p.total)
                  for p in (centres, tokens)]  # fmt: skip
         both = Packed(
@@ -72,10 +73,12 @@ class LearnedCentres(nn.Module):
         k, real = packed.replace(x=self.norm_k(self.k(normed))).to_padded()
         logits = k @ q.transpose(1, 2)
         if self.training:
+            # Minus the logarithm of an exponential number is a Gumbel number, and argmax of logits + Gumbel a draw from their softmax.
             noise = -torch.empty_like(logits).exponential_().log()
             logits = (logits + noise) / self.temperature
         soft = logits.softmax(-1)
         which = soft.argmax(-1)
+        # Forward it is one-hot, backward the softmax's gradient: straight through.
         share = nn.functional.one_hot(which, number).to(soft.dtype) - soft.detach() + soft
         weight = share * real[..., None].to(share.dtype)
         if packed.size is not None:

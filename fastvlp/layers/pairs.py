@@ -73,9 +73,11 @@ class Pairs:
     def block_mask(self) -> Any:
         """The mask as FlexAttention's BlockMask, made from the ends of blocks: nothing of T x T is stored, also while it is made."""
         owner, seen = self.owner, self.seen
+        # Segments lie in order, so that two blocks share one exactly when the ranges of their first and last owners overlap.
         first = owner[::BLOCK]
         last = F.pad(owner, (0, -len(owner) % BLOCK), value=len(owner))[BLOCK - 1 :: BLOCK]
         overlap = (first[:, None] <= last) & (first <= last[:, None])
+        # A mask that is causal by tokens is causal by blocks, too; the mask function still decides inside the blocks on the diagonal.
         if self.causal:
             overlap = overlap.tril()
 
@@ -83,6 +85,7 @@ class Pairs:
             same = owner[i] == owner[j]
             return same if seen is None else same & seen(i, j)
 
+        # A stable sort puts the blocks that are read first, in their order; from_kv_blocks reads only as many as the count says.
         columns = overlap.int().argsort(dim=1, descending=True, stable=True).int()
         made = _flex_attention().BlockMask.from_kv_blocks
         tokens = len(owner), len(owner)
@@ -97,6 +100,7 @@ class Pairs:
             return s if log_size is None else s + log_size[j]
 
         modify = None if table is None and log_size is None else score
+        # Without compilation FlexAttention makes the whole matrix of scores.
         attend = _compiled_flex() if q.device.type == "cuda" else _flex_attention().flex_attention
         operands = (x.to(v.dtype).transpose(0, 1)[None] for x in (q, k, v))
         out: Tensor = attend(*operands, score_mod=modify, block_mask=self.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -108,9 +112,11 @@ class Pairs:
         if self.order is not None:
             q, k, v = (x.index_select(0, self.order) for x in (q, k, v))
         pieces = []
+        # Segments of one length are one dense batch without padding; only so many at a time that the bound holds.
         for run in self.runs:
             step = max(1, SCORES // max(1, q.shape[1] * run.n**2))
             pieces += [(run.q_start + i * run.n, min(step, run.batch - i), run.n) for i in range(0, run.batch if run.n else 0, step)]
+        # Autograd would keep the scores of every piece, and with that all of them.
         again = torch.is_grad_enabled() and q.shape[1] * sum(batch * n**2 for _, batch, n in pieces) > SCORES
         outs = [v.new_empty(0, q.shape[1], v.shape[2])]
         for start, batch, n in pieces:
@@ -129,6 +135,7 @@ class Pairs:
         mask = None if self.seen is None else self.seen(i, j)[:, None]
         bias = None if log_size is None else log_size[j][:, None]
         if table is not None:
+            # Where all segments have the same places (windows), one table of biases serves the whole batch.
             rows = cast(PairFunction, self.index)(*((i[:1], j[:1]) if self.alike else (i, j)))
             relative = table.index_select(0, rows.flatten()).unflatten(0, rows.shape).permute(0, 3, 1, 2)
             bias = relative if bias is None else relative + bias
@@ -136,6 +143,7 @@ class Pairs:
             dtype = sum_dtype(dtype)
             mask = bias.to(dtype) if mask is None else bias.to(dtype).masked_fill(~mask, -torch.inf)
         q, k, v = (x.to(dtype).unflatten(0, tokens.shape).transpose(1, 2) for x in (q, k, v))
+        # Autocast would round the scores' bias to 16 bits again.
         with torch.autocast(q.device.type, enabled=False):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2).flatten(0, 1).to(given)

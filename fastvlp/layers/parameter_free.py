@@ -43,6 +43,7 @@ class ParameterFreeAttention(nn.Module):
         if self.drop and images.total:
             dropped = torch.tensor([int(self.drop * n) for n in images.lengths.tolist()]).to(scores.device, non_blocking=True)
             ranked = scores.detach().masked_fill(~real[:, None], torch.inf).sort(2).values
+            # The threshold is the smallest score that stays. No index of what is dropped is needed, and equal scores stay together.
             least = ranked.gather(2, dropped[:, None, None].expand(-1, scores.shape[1], 1))
             scores = scores * (scores >= least)
         if images.size is not None:

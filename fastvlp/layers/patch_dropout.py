@@ -25,6 +25,7 @@ def patch_dropout(x: Tensor, prob: float, num_prefix_tokens: int, ordered: bool 
     if patches < 1:
         raise ValueError(f"PatchDropout: x has {tokens} tokens, {num_prefix_tokens} of them prefix; at least one other is needed")
     kept = max(1, int(patches * (1 - prob)))
+    # The highest of independent random scores are a random subset of fixed size, drawn for all rows at once and without asking the device.
     scores = torch.rand(rows, patches, device=x.device)
     if not ordered:
         keep = scores.topk(kept, dim=1).indices
@@ -33,9 +34,11 @@ def patch_dropout(x: Tensor, prob: float, num_prefix_tokens: int, ordered: bool 
         lengths = torch.full((rows,), patches)
         selection = token_select(scores.flatten(), starts, kept, lengths=lengths, total=rows * kept)
         keep = selection.index.unflatten(0, (rows, kept)) - starts[:-1, None]
+    # Class and register tokens come first and always stay.
     prefix = torch.arange(num_prefix_tokens, device=x.device).expand(rows, -1)
     index = torch.cat((prefix, keep + num_prefix_tokens), 1)
     places = (index + torch.arange(rows, device=x.device)[:, None] * tokens).flatten()
+    # Not x[rows, index]: its backward would sort the indices to add up rows, and here each row is taken at most once.
     taken = torch.ops.fastvlp.token_take(x.flatten(0, 1), places)
     return taken.unflatten(0, index.shape), keep
 

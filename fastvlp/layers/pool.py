@@ -46,9 +46,12 @@ class Pool(nn.Module):
         if self.mode == "mean":
             return segment_mean(tokens)
         if self.attention is not None:
+            # The projection's bias would give an empty segment a feature; it has none in the other modes.
             return cast(Tensor, self.attention(tokens)) * (tokens.cu_seqlens.diff() > 0)[:, None]
+        # Merging moves tokens: what stands first or last afterwards may be the mean of any others.
         if tokens.size is not None:
             raise ValueError(f"Pool: mode is {self.mode!r}, but these tokens have merged and none is the {self.mode} any more; use 'mean'")
+        # An empty segment has no first or last token; its place would be a neighbour's.
         rows = (tokens.lengths > 0).nonzero().squeeze(1).to(tokens.x.device, non_blocking=True)
         place = tokens.cu_seqlens[1:] - 1 if self.mode == "last" else tokens.cu_seqlens[:-1]
         one = tokens.x.index_select(0, place.index_select(0, rows))

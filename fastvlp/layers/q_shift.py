@@ -24,6 +24,8 @@ def neighbours(pos: Tensor, cu_seqlens: Tensor) -> Tensor:
         return pos.new_empty(4, 0, dtype=torch.int64)
     segment = torch.searchsorted(cu_seqlens, torch.arange(T, device=pos.device, dtype=cu_seqlens.dtype), right=True) - 1
     frame, row, column = pos.long().unbind(1)
+    # Place as one sortable number: the neighbour's number is this one plus a constant, found by bisection even where patches are missing.
+    # The + 1 keeps a step over the border from reaching the row or segment beside.
     keys = (((segment << 11) + frame << 16) + row + 1 << 16) + column + 1
     found, order = keys.sort()
     wanted = torch.stack([keys + (down << 16) + right for down, right in STEPS])
@@ -35,6 +37,7 @@ def previous_and_next(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """The tokens before and after each of ``tokens`` in its segment: int64 [2, T], -1 where there is none. ``cu_seqlens``: int32 [S+1]."""
     place = torch.arange(tokens, device=cu_seqlens.device)
     segment = torch.searchsorted(cu_seqlens, place.to(cu_seqlens.dtype), right=True)
+    # Empty segments make no border: only where the owner of two tokens in a row changes does one end.
     border = segment[1:] != segment[:-1]
     first, last = (torch.nn.functional.pad(border, side, value=True) for side in ((1, 0), (0, 1)))
     return torch.stack([torch.where(first, -1, place - 1), torch.where(last, -1, place + 1)])

@@ -59,6 +59,7 @@ class QFormer(nn.Module):
         if cross_attention_freq < 1:
             raise ValueError(f"QFormer: cross_attention_freq={cross_attention_freq}; it must be 1 (every layer has one) or more")
         self.num_heads, self.encoder_width, self.hidden_size = num_heads, encoder_width, hidden_size
+        # Nested ModuleDicts under these names give LAVIS's state-dict keys without its classes.
         layers = nn.ModuleList()
         for place in range(num_layers):
             layer = nn.ModuleDict({"attention": _attention(hidden_size, hidden_size, layer_norm_eps, dropout)})
@@ -90,6 +91,7 @@ class QFormer(nn.Module):
             )
         embeddings = cast(nn.ModuleDict, self.bert["embeddings"])
         x = embeddings["dropout"](embeddings["LayerNorm"](rows)).expand(len(images), -1, -1)
+        # Every image has as many queries; its tokens are ragged.
         starts, lengths = even_segments(len(images), x.shape[1], x.device)
         keys_and_values = iter(self._keys_and_values(images.x))
         for layer in self._layers():
@@ -118,5 +120,6 @@ class QFormer(nn.Module):
         """[T, C] of each: keys and values of the first cross-attention, of the second, ..., as views of one product."""
         crossed = [layer["crossattention"]["self"] for layer in self._layers() if "crossattention" in layer]
         linears = [projections[name] for projections in crossed for name in ("key", "value")]
+        # One wide product over the image tokens runs at a better rate than twelve narrow ones, and reads the tokens once.
         weight, bias = torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
         return F.linear(tokens, weight, bias).chunk(len(linears), 1)

@@ -38,6 +38,8 @@ class SpatialMix(nn.Module):
     def __init__(self, width: int, heads: int, layer: int, depth: int, eps: float) -> None:
         super().__init__()
         self.heads = heads
+        # The start is RWKV-6's: deeper blocks look more at neighbours, and channels forget at rates from slow to fast, so that some carry
+        # long context and some short from the first step on.
         rise, fall = layer / max(1, depth - 1), 1 - layer / depth
         place, last = torch.arange(width) / width, torch.arange(width) / max(1, width - 1)
         slow, fast = place**fall, place ** (fall / 2)
@@ -47,6 +49,7 @@ class SpatialMix(nn.Module):
         self.decay = nn.Parameter(5 * last ** (0.7 + 1.3 * rise) - 6)
         self.decay_in = nn.Parameter(torch.zeros(width, DECAY))
         self.decay_out = nn.Parameter(torch.empty(DECAY, width).uniform_(-0.01, 0.01))
+        # Breaks the symmetry between channels of a head that would otherwise start alike.
         zigzag = 0.1 * ((torch.arange(width) + 1) % 3 - 1)
         self.own = nn.Parameter((rise * (1 - last) + zigzag).unflatten(0, (heads, -1)))
         self.receptance, self.key, self.value, self.gate, self.output = (_linear(width, width) for _ in range(5))
@@ -56,6 +59,7 @@ class SpatialMix(nn.Module):
     def forward(self, x: Tensor, shift: Shift, wkv: Wkv) -> Tensor:
         """[T, C] -> [T, C]."""
         toward = shift(x) - x
+        # Thin matrices make the mixtures depend on the token: five full ones would cost as much as the block itself.
         low = torch.tanh((x + toward * self.mix[0]) @ self.mix_in).unflatten(1, (5, -1))
         w, k, v, r, g = x + toward * (self.mix[1:, None] + torch.einsum("tnm,nmc->ntc", low, self.mix_out))
         decay = self.decay + torch.tanh(w @ self.decay_in) @ self.decay_out

@@ -12,6 +12,7 @@ from fastvlp_kernels.packed import Packed
 def mergeable(tokens: int, r: int | float, protected: int = 0) -> int:
     """How many of a segment's tokens ``merge_plan`` merges for ``r``: a count, or a share below 1 of the tokens, rounded down."""
     wanted = int(tokens * r) if r < 1 else int(r)
+    # Only tokens of even place can merge away, so at most half of them, less those in the protected prefix; they need one of odd place.
     return min(wanted, (tokens + 1) // 2 - (protected + 1) // 2) if tokens // 2 > protected // 2 else 0
 
 
@@ -70,6 +71,7 @@ class TokenMerger(nn.Module):
                 check_rows("TokenMerger", name, given, (rows, tokens))
         starts, lengths = even_segments(rows, tokens, x.device)
         values = (x if metric is None else metric).flatten(0, 1)
+        # Every row loses as many, which the host knows: the result is dense again, and nothing asks the device.
         left = tokens - mergeable(tokens, self.r, self.protected)
         plan = merge_plan(values, starts, self.r, lengths=lengths, total=rows * left, protected=self.protected)
         merged, sizes = plan.merge(x.flatten(0, 1), None if size is None else size.flatten())

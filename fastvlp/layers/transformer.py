@@ -7,11 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlp.layers.activation import SquaredReLU
-from fastvlp_kernels import merge_plan, packed_attention, residual_norm
+from fastvlp_kernels import bias_activation, merge_plan, packed_attention, residual_norm
 from fastvlp_kernels.packed import Packed
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2 (So et al., Primer, 2021); any shape [..., C], any floating-point dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_activation(x, activation="relu2")
+
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu2": SquaredReLU}
 
@@ -36,6 +43,7 @@ def packed_attend(packed: Packed, causal: bool, prefix: Tensor | None = None) ->
 
 def padded_attend(mask: Tensor, causal: bool) -> Attend:
     """Attention inside the rows of a padded batch, for q, k, v of shape [B, N, H, d]; ``mask`` [B, N] is True where a token is real."""
+    # Without a mask, scaled_dot_product_attention may take its fast kernels.
     keys = None if mask.all() else mask[:, None, None, :]
     if keys is not None and causal:
         n = mask.shape[1]
@@ -74,6 +82,7 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.activation = ACTIVATIONS[activation]()
+        # 2 * depth layers add to the residual stream; so its variance at the end does not depend on the depth.
         residual = width**-0.5 * (2 * depth) ** -0.5
         for linear, std in ((self.qkv, width**-0.5), (self.proj, residual), (self.up, (2 * width) ** -0.5), (self.down, residual)):
             nn.init.normal_(linear.weight, std=std)
@@ -90,7 +99,14 @@ class Block(nn.Module):
         else:
             x = x + attended if between is None else between(x + attended)
             normed = self.norm2(x)
-        return x + self.down(self.activation(self.up(normed)))
+        return x + self.down(self._hidden(normed))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """activation(up(x)), the bias and the activation in one pass."""
+        kind = next((name for name, kind in ACTIVATIONS.items() if bare(self.activation, kind)), None)
+        if kind is None or not bare(self.up, nn.Linear) or getattr(self.activation, "approximate", "none") != "none":
+            return self.activation(self.up(x))
+        return bias_activation(F.linear(x, self.up.weight), self.up.bias, kind)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., C] -> what its attention compares and mixes, three times [..., H, d]."""
@@ -133,6 +149,7 @@ def _merging(block: nn.Module, packed: Packed, share: float) -> Packed:
     inside, keys, merged = packed_attend(packed, causal=False), packed.x, packed
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # The metric of ToMe is what attention computed anyway; detached, since matching has no gradient.
         nonlocal keys
         keys = k.detach().mean(1)
         return inside(q, k, v)

@@ -29,7 +29,9 @@ def along(packed: Packed, axis: Literal["time", "space"]) -> tuple[Packed, Tenso
         raise ValueError(f"along {axis}: the packed tokens carry no positions; pos [T, 3] must say frame, row and column")
     video = torch.arange(len(packed), device=packed.x.device).repeat_interleave(packed.cu_seqlens.diff(), output_size=packed.total)
     shared = torch.cat((video[:, None], packed.pos[:, list(_COLUMNS[axis])].long()), 1)
+    # Frames may have lost different patches, so that places along time have different numbers of tokens: they are found, not computed.
     groups, inverse, counts = shared.unique(dim=0, return_inverse=True, return_counts=True)
+    # Stable, so that tokens of one place stay in the order of their frames.
     order = inverse.argsort(stable=True)
     size = None if packed.size is None else packed.size[order]
     return Packed.of(packed.x[order], counts, size, packed.pos[order]), groups[:, 0].cpu(), order
@@ -94,4 +96,5 @@ class TemporalContext(nn.Module):
             q, k, groups.x.unflatten(-1, (self.num_heads, -1)), groups.cu_seqlens, max_seqlen_q=groups.max_seqlen, key_size=groups.size,
             lengths=groups.lengths,
         )  # fmt: skip
+        # argsort of a permutation is its inverse: back to the order in which the tokens came.
         return packed.replace(x=packed.x + cast(Tensor, out).flatten(1)[order.argsort()])

@@ -44,7 +44,9 @@ def no_second_derivatives(backward: Backward) -> Backward:
     @wraps(backward)
     def wrapped(ctx: Any, *gradients: Tensor) -> Any:
         with torch.no_grad():
+            # In numbers only: recording operators that refuse would refuse in the first derivative already.
             found = backward(ctx, *gradients)
+        # Without create_graph nobody can ask for a second derivative.
         if not torch.is_grad_enabled():
             return found
         parts = found if isinstance(found, tuple) else (found,)

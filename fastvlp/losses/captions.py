@@ -16,11 +16,14 @@ Head = nn.Linear | Tensor
 
 
 def word_nll(hidden: Packed, head: Head, targets: Tensor) -> Tensor:
-    """-log p(target | hidden state) in nats, summed over each segment: [S], float32 (float64 for float64). An empty segment has 0.
+    """-log p(target | state) in nats, summed over each segment: [S], float32 (float64 for float64).
 
     Args:
-        hidden: packed [T, C]. head: the matrix of the logits, a Linear or a weight [V, C] (of tied word embeddings).
-        targets: integers [T] from 0 to V - 1, or -100 for tokens that do not count.
+        hidden: packed [T, C]. head: a Linear, or a weight [V, C] (tied word embeddings). targets: integers [T] below V, or -100: not
+            counted.
+
+    Raises:
+        ValueError: the targets do not fit.
     """
     weight, bias = (head, None) if isinstance(head, Tensor) else (head.weight, head.bias)
     check_packed("word_nll", weight.shape[1], hidden=hidden)
@@ -45,6 +48,7 @@ def masked_word_nll(hidden: Packed, head: Head, text: Packed, masked: Packed) ->
 
 def segment_sum(values: Tensor, packed: Packed) -> Tensor:
     """The sum of ``values`` [T] over each segment of ``packed``: [S]."""
+    # The lengths are on the host, so the output size is known and the device is not asked.
     counts = packed.lengths.to(values.device, non_blocking=True)
     owner = torch.arange(len(packed), device=values.device).repeat_interleave(counts, output_size=packed.total)
     return values.new_zeros(len(packed)).index_add(0, owner, values)
@@ -68,6 +72,7 @@ def next_token_hits(hidden: Packed, head: Head, texts: Packed) -> Tensor:
     """
     check_segments_of("next_token_hits", hidden, texts.lengths)
     weight, bias = (head, None) if isinstance(head, Tensor) else (head.weight, head.bias)
+    # The argmax needs logits, but never those of all tokens at once.
     step = max(1, LOGITS // weight.shape[0])
     likeliest = torch.cat([F.linear(x, weight, bias).argmax(1) for x in hidden.x.split(step)])
     owner = torch.arange(len(texts)).repeat_interleave(texts.lengths).to(likeliest.device)
@@ -85,14 +90,13 @@ def _next(texts: Packed) -> Tensor:
 
 
 def word_kl(hidden: Packed, head: nn.Linear, taught: Packed, taught_head: nn.Linear, temperature: float = 1.0) -> Tensor:
-    """temperature^2 * KL(teacher | student) between the distributions of words at each token, summed over each segment: [S].
+    """temperature^2 * KL(teacher | student) of the words at each token, summed over each segment: [S] (Hinton et al. 2015,
+    arXiv:1503.02531).
 
-    Both are softmaxes of logits / temperature (Hinton et al. 2015, arXiv:1503.02531); no logits of all tokens are stored. The teacher gets
-    no gradient.
+    No logits of all tokens are stored; the teacher gets no gradient.
 
     Args:
-        hidden, taught: the student's and the teacher's states, packed [T, C] and [T, E] of the same segments.
-        head, taught_head: to V words, with biases.
+        hidden, taught: packed [T, C] and [T, E] of the same segments. head, taught_head: to V words, with biases.
     """
     check_segments_of("word_kl", hidden, taught.lengths)
     if head.bias is None or taught_head.bias is None or len(head.weight) != len(taught_head.weight):

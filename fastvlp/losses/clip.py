@@ -18,37 +18,30 @@ from .softmax_terms import symmetric_softmax
 
 
 class ClipLoss(ContrastiveLoss):
-    """Softmax cross-entropy over all pairs, images to texts and texts to images (Radford et al. 2021, arXiv:2103.00020).
+    """Softmax cross-entropy over all pairs, in both directions (Radford et al. 2021, arXiv:2103.00020).
 
-    With S = logit_scale * image_features @ text_features.T over the N pairs of the whole batch, the loss is
-    1/(2N) * sum_i (logsumexp_j S_ij + logsumexp_j S_ji - 2 S_ii). S is never stored, and one product gives both directions.
+    S = logit_scale * image_features @ text_features.T over the N pairs of the whole batch; the loss is
+    1/(2N) * sum_i (logsumexp_j S_ij + logsumexp_j S_ji - 2 S_ii). S is never stored.
 
-    Takes the arguments and the call of ``open_clip.ClipLoss`` 3.3. Where it differs:
+    Arguments and call of ``open_clip.ClipLoss`` 3.3. Where it differs:
 
-    * The mean over processes of the returned losses is the loss of the whole batch, and once DDP has averaged, every gradient is that of
-      one process with the whole batch; local batches may differ in size. Of open_clip's settings only ``gather_with_grad=True`` is right
-      there: others give the towers 1/world_size of their gradient, or another direction.
-    * ``local_loss``, ``gather_with_grad`` and ``cache_labels`` change nothing: no product is made twice, and there are no labels.
-    * ``logit_bias`` cancels in a softmax: its gradient is exactly 0.
-    * A subclass may override ``get_logits`` and ``get_ground_truth`` (strategy "gather"); its loss is then dense, as open_clip's.
-    * The batch is that of ``group``, also when ``rank`` and ``world_size`` are left out.
+    * The mean of the losses is the whole batch's, and DDP averages to one process's gradients, also for unequal local batches; open_clip's
+      towers get 1/world_size of theirs, or another direction, without ``gather_with_grad=True``.
+    * ``local_loss``, ``gather_with_grad``, ``cache_labels`` change nothing; ``logit_bias`` cancels, with gradient 0.
+    * A subclass may override ``get_logits`` and ``get_ground_truth`` (strategy "gather"); its loss is then dense.
 
     Args:
-        local_loss, gather_with_grad, cache_labels: see above.
-        rank, world_size: of this process, in the group or in the world; checked against the group if given.
-        use_horovod: must be False.
-        strategy: "gather": the texts of all processes at once, memory O(N * D). "ring": block after block from neighbour to neighbour, the
-            next one in flight while this one is computed, memory O(b * D) for b local pairs, and two numbers per pair of the batch.
-            "grouped": a ring of nodes, whose blocks are handed round inside each node: memory O(g * b * D) for nodes of g processes, and
-            each text crosses the slow links once per node (M2-Encoder, Guo et al. 2024, arXiv:2401.15896, groups likewise).
-        node_size: g, for "grouped": how many consecutive processes of the group share fast links; None: as torchrun started them.
-        stash_bytes: memory that the forward may leave for the backward, on one process (see :func:`fastvlp.ops.similarity_logsumexp`).
-        group: the processes that share a batch; None: all; ``ALONE``: this one. When it is a part of the processes that DDP averages over,
-            the objective is the mean over groups, each with the weight of its number of processes.
+        rank, world_size: checked against the group if given. use_horovod: must be False.
+        strategy: "gather": all texts at once, memory O(N * D). "ring": from neighbour to neighbour while computing, O(b * D) for b local
+            pairs. "grouped": a ring of nodes of g processes, O(g * b * D); a text crosses the slow links once per node (M2-Encoder,
+            Guo et al. 2024, arXiv:2401.15896).
+        node_size: g; None: as torchrun started them.
+        stash_bytes: see :func:`fastvlp.ops.similarity_logsumexp`; on one process.
+        group: the processes that share a batch; None: all; ``ALONE``: this one. Smaller than DDP's group: the mean over groups.
 
     Raises:
-        ValueError: ``strategy`` is unknown, ``node_size`` does not go with it, or ``use_horovod`` is True. TypeError: a subclass
-            overrides what this strategy does not call.
+        ValueError: unknown ``strategy``, ``node_size`` without "grouped", ``use_horovod=True``. TypeError: an override that this strategy
+            does not call.
     """
 
     name = "ClipLoss"
@@ -96,6 +89,7 @@ class ClipLoss(ContrastiveLoss):
         return found if logit_bias is None else (found[0] + logit_bias, found[1] + logit_bias)
 
     def _from_logits(self, given: Given) -> Tensor:
+        # open_clip's labels count rank * num_logits, which only equal batches make true.
         if self.local_loss and len(set(given.batch.sizes)) > 1:
             sizes = list(given.batch.sizes)
             raise ValueError(f"{self.name}: local_loss=True with overridden methods needs equally many pairs on all processes, not {sizes}")

@@ -38,21 +38,18 @@ def cluster_instance_loss(
         contrastive_loss(image, text, scale) + cluster * proto_clip_loss(image, prototypes, assignments, scale)
         + instance / 2 * (contrastive_loss(image, teacher_image, scale) + contrastive_loss(text, teacher_text, scale))
 
-    After CLIP-CID (Yang et al. 2024, arXiv:2408.09441), which distils a large model's clusters and instances to a small one. There is no
-    public code: the form of the terms and their weights are this function's. Four sweeps; nothing of N x N or N x K is stored.
+    After CLIP-CID (Yang et al. 2024, arXiv:2408.09441), whose code is not public: form and weights are ours. Nothing N x N or N x K is
+    stored.
 
     Args:
-        image, text: [N, D] of the student, row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
-        teacher_image, teacher_text: [N, D] of the same pairs, without gradient; any floating-point dtype. Where the teacher is wider,
-            project the student to its width.
-        prototypes: [K, D], of the clusters of the teacher's images: learned in the student's space, or their means there
-            (:func:`back_translate`).
-        assignments: integers [N] below K, the cluster of each image; below zero: in none.
-        scale: number, 0-d or [1] tensor. cluster, instance: weights, 0 or more; 0 leaves a term out.
-        compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`.
+        image, text, scale, compute_dtype, stash_bytes, impl: as in :func:`contrastive_loss`, [N, D].
+        teacher_image, teacher_text: [N, D] of the same pairs, without gradient (project the student to a wider teacher).
+        prototypes: [K, D], learned, or the clusters' means (:func:`back_translate`). assignments: integers [N] below K; below zero: in
+            none.
+        cluster, instance: weights; 0 leaves a term out.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: the inputs do not fit, or a weight is negative.
@@ -75,11 +72,13 @@ def cluster_instance_loss(
     how: dict[str, Any] = {"compute_dtype": dtype, "impl": impl}
     with torch.autocast(image.device.type, enabled=False):
         x, y = operand(image, dtype), operand(text, dtype)
+        # Of this process's pairs alone, as the terms of clusters are.
         loss = contrastive_loss(x, y, factor, stash_bytes=stash_bytes, group=ALONE, **how)
         if cluster:
             loss = loss + cluster * proto_clip_loss(x, prototypes, assignments, factor, **how)
         if instance:
             for own, teacher in ((x, teacher_image), (y, teacher_text)):
+                # The two sides of a loss need one dtype, and this one loses nothing of the teacher's.
                 target = teacher.detach().to(sums)
                 loss = loss + instance / 2 * contrastive_loss(own, target, factor, stash_bytes=stash_bytes, group=ALONE, **how)
         return loss

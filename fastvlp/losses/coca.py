@@ -17,19 +17,12 @@ from .clip import ClipLoss
 class CoCaLoss(ClipLoss):
     """CLIP's loss and the cross-entropy of each caption token, each with its weight (Yu et al. 2022, arXiv:2205.01917).
 
-    Takes the arguments and the call of ``open_clip.CoCaLoss`` 3.3; for the contrastive part see :class:`ClipLoss`. The mean of the captions
-    is over the tokens of the whole batch, where open_clip averages the processes' own means, in which a token beside short captions weighs
-    more. A batch without tokens has loss 0. With ``clip_loss_weight=0`` features and logit_scale have gradient 0, not none, which DDP
-    would refuse.
+    Arguments and call of ``open_clip.CoCaLoss`` 3.3. The mean of the captions is over the tokens of the whole batch, where open_clip
+    averages the processes' means. Without tokens it is 0. With ``clip_loss_weight=0`` features and scale have gradient 0, not none, which
+    DDP would refuse.
 
     Args:
-        caption_loss_weight, clip_loss_weight: of the two losses.
-        pad_id: label that is not counted.
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, strategy, node_size, group, stash_bytes: as in
-            :class:`ClipLoss`.
-
-    Raises:
-        ValueError: ``strategy`` is unknown, ``node_size`` does not go with it, or ``use_horovod`` is True.
+        pad_id: label that is not counted. The others, and what is raised: as in :class:`ClipLoss`.
     """
 
     name = "CoCaLoss"
@@ -82,19 +75,15 @@ class CoCaLoss(ClipLoss):
         *,
         local_sizes: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """This process's shares of both losses.
+        """This process's shares of both losses, 0-d, float32 (float64 for float64), already weighted.
 
         Args:
-            image_features, text_features, logit_scale, local_sizes: as in :class:`ClipLoss`.
-            logits: [b, L, V] of the next token. labels: [b, L] integers from 0 to V - 1, or ``pad_id``; on a CUDA device, where looking
-                would cost a synchronisation, one that is neither ends in PyTorch's own device-side assertion.
-            output_dict: return ``{"contrastive_loss": ..., "caption_loss": ...}`` instead of both in this order.
-
-        Returns:
-            0-d tensors, float32 (float64 for float64 input), already weighted.
+            logits: [b, L, V] of the next token. labels: [b, L] integers below V, or ``pad_id``; on CUDA another one ends in PyTorch's
+                assertion.
+            output_dict: ``{"contrastive_loss": ..., "caption_loss": ...}`` instead of both. The others: as in :class:`ClipLoss`.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as in :class:`ClipLoss`; or logits and labels do not fit.
+            TypeError, ValueError, RuntimeError: as there; or logits and labels do not fit.
         """
         try:
             self._check_captions(image_features, logits, labels)
@@ -106,6 +95,7 @@ class CoCaLoss(ClipLoss):
             assert isinstance(loss, Tensor)
             contrastive = self.clip_loss_weight * loss
         else:
+            # With weight 0 the inputs are checked all the same, and every parameter gets a gradient of 0, for which DDP would wait.
             self._given(image_features, text_features, logit_scale, None, local_sizes)
             parts = (image_features, text_features, torch.as_tensor(logit_scale, device=logits.device).reshape(-1))
             contrastive = torch.stack([part[:0].sum(dtype=_inputs.sum_dtype(part.dtype)) for part in parts]).sum()
@@ -131,4 +121,5 @@ class CoCaLoss(ClipLoss):
         tokens, members = (labels != self.pad_id).sum(), self._members()
         if members.size > 1:
             tokens = members.gather(tokens).sum()
+        # DDP divides by the number of processes; captions differ in length, so the mean is over all tokens and not of means.
         return total * members.size / tokens.clamp(min=1)

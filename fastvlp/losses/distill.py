@@ -25,20 +25,14 @@ Statistics = tuple[LogSumExp, LogSumExp, Tensor, Tensor, Tensor]
 class DistillClipLoss(ClipLoss):
     """CLIP's loss, and the cross-entropy of the student's similarities against the teacher's (as in CLIP-KD, arXiv:2307.12732).
 
-    With S the student's matrix of similarities and T the softmax over the rows of the teacher's, the distillation loss of images to
-    texts is 1/N * sum_i (logsumexp_j S_ij - sum_j T_ij S_ij); the mean of it and of the same for texts to images is returned. Since
-    sum_j T_ij S_ij = logit_scale * <image_i, (T text)_i>, neither matrix is stored.
+    With S the student's matrix and T the teacher's softmax over rows, that of images to texts is 1/N * sum_i (logsumexp_j S_ij - sum_j T_ij
+    S_ij); the mean of both directions is returned. As sum_j T_ij S_ij = logit_scale * <image_i, (T text)_i>, neither matrix is stored.
 
-    Takes the arguments and the call of ``open_clip.DistillClipLoss`` 3.3; across processes both losses are exact as :class:`ClipLoss`. The
-    teacher gets no gradient; its features, of any width E, travel beside the student's.
+    Arguments and call of ``open_clip.DistillClipLoss`` 3.3, exact across processes as :class:`ClipLoss`; the teacher gets no gradient.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, node_size, group, stash_bytes: as in :class:`ClipLoss`.
-        strategy: as in :class:`ClipLoss`, with D + E in place of D. "gather": both towers at once. "ring" and "grouped": the texts alone,
-            and three numbers per pair of the batch.
-
-    Raises:
-        ValueError: ``strategy`` is unknown, ``node_size`` does not go with it, or ``use_horovod`` is True.
+        strategy: memory as there, with D + E for a teacher of width E; "ring" and "grouped" also keep three numbers per pair.
+        The others, and what is raised: as there.
     """
 
     name = "DistillClipLoss"
@@ -57,18 +51,14 @@ class DistillClipLoss(ClipLoss):
         *,
         local_sizes: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """This process's shares of both losses.
+        """This process's shares of both losses, 0-d, float32 (float64 for float64).
 
         Args:
-            image_features, text_features, logit_scale, local_sizes: of the student, as in :class:`ClipLoss`.
-            dist_image_features, dist_text_features: [b, E] of the teacher, the same pairs. dist_logit_scale: its scale.
-            output_dict: return ``{"contrastive_loss": ..., "distill_loss": ...}`` instead of both in this order.
-
-        Returns:
-            0-d tensors, float32 (float64 for float64 features).
+            dist_image_features, dist_text_features: [b, E] of the teacher. dist_logit_scale: its scale.
+            output_dict: ``{"contrastive_loss": ..., "distill_loss": ...}`` instead of both. The others: as in :class:`ClipLoss`.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as in :class:`ClipLoss`; or the teacher's features do not fit the student's.
+            TypeError, ValueError, RuntimeError: as there; or the teacher's features do not fit the student's.
         """
         try:
             check(self.name, image_features, text_features)
@@ -125,5 +115,6 @@ def _mean_similarity(
     x: Tensor, y: Tensor, scale: Tensor, teacher_x: Tensor, teacher_y: Tensor, temperature: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """[M]: the mean over j of scale * <x_i, y_j> with the weights softmax_j(temperature * <teacher_x_i, teacher_y_j>)."""
+    # sum_j p_j S_ij = scale * <x_i, sum_j p_j y_j>: attention over the texts, without the teacher's matrix of probabilities.
     mean, _ = similarity_attend(teacher_x, teacher_y, y, temperature, compute_dtype=dtype)
     return scale * (x * mean).sum(1)

@@ -75,23 +75,17 @@ class ContrastiveLoss(nn.Module, ABC):
         *,
         local_sizes: Sequence[int] | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """This process's share of the loss; the mean of the shares is the loss of the whole batch.
+        """This process's share of the loss, 0-d, float32 (float64 for float64); the mean of the shares is the whole batch's.
 
         Args:
             image_features, text_features: [b, D], row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
-            logit_scale: a number, or a tensor of shape () or (1,), already exponentiated.
-            logit_bias: likewise, or None.
+            logit_scale, logit_bias: numbers, 0-d or [1]; the scale already exponentiated, the bias may be None.
             output_dict: return ``{"contrastive_loss": loss}``.
-            local_sizes: how many pairs each process of the group has. Without it, the processes ask one another at every call; with it,
-                once for every kind of call (width, dtype, what needs a gradient).
-
-        Returns:
-            A 0-d tensor, float32 (float64 for float64 features).
+            local_sizes: pairs of each process; without it they ask one another at every call, with it once for every kind of call.
 
         Raises:
-            TypeError, ValueError: the inputs do not fit, in themselves or between processes. Where the processes ask one another, all
-                of them raise when one refuses.
-            RuntimeError: another process refused its input, died, or did not answer within the process group's timeout.
+            TypeError, ValueError: the inputs do not fit; where processes ask one another, all of them raise.
+            RuntimeError: another process refused, died, or did not answer in time.
         """
         given = self._given(image_features, text_features, logit_scale, logit_bias, local_sizes)
         if self._from_hooks:
@@ -130,6 +124,7 @@ class ContrastiveLoss(nn.Module, ABC):
             alike = self._settings() | features_alike(image, dtype, trains) | {"number of processes of a node": node_size} | alike
             alike["presence of logit_bias"] = bias is not None
             call = repr(alike)
+            # Told sizes are compared once for each kind of call: comparing costs a message between all processes.
             if sizes is None or call not in self._agreed:
                 asked = tuple(count for (count,) in agree(self.name, members, [image.shape[0]], alike))
                 if sizes is not None and sizes != asked:

@@ -20,18 +20,15 @@ SCORES = 1 << 22  # of a teacher at a time
 def hard_candidates(
     anchors: Tensor, others: Tensor, number: int, scale: float | Tensor = 1.0, *, compute_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What a teacher of two towers chooses for :func:`dcd_loss`: for each anchor the candidates nearest to it, without its own partner.
-
-    Rows of similarities are made a few at a time, in plain PyTorch.
+    """For each anchor the ``number`` candidates nearest to it for a teacher of two towers, without its partner: for :func:`dcd_loss`.
 
     Args:
-        anchors: [N, E] and others: [M, E], the teacher's features, row i of both is a pair, M >= N; float32, bfloat16 or float16 (float64
-            on the CPU). number: K, below M. scale: of its scores; number, 0-d or [1] tensor.
-        compute_dtype: what the features are rounded to for the products; None: autocast's dtype, else that of the features.
+        anchors: [N, E] and others: [M, E], row i of both is a pair, M >= N; float32, bfloat16 or float16 (float64 on the CPU).
+        number: K, below M. scale: number, 0-d or [1]. compute_dtype: of the products; None: autocast's, else the features'.
 
     Returns:
-        Places among ``others``, int64 [N, K], nearest first, and scores scale * <anchor, other>, [N, 1 + K], that of the pair first;
-        float32 (float64 for float64).
+        Rows of ``others``, int64 [N, K], nearest first, and scores scale * <anchor, other> [N, 1 + K], the pair's first; float32 (float64
+        for float64).
 
     Raises:
         TypeError, ValueError: the inputs do not fit.
@@ -44,6 +41,7 @@ def hard_candidates(
     with torch.autocast(anchors.device.type, enabled=False):
         x, y = operand(anchors, dtype), operand(others, dtype)
         chosen, scores = [], []
+        # Some rows of S at a time, as the whole of it may not fit.
         height = max(1, SCORES // len(y))
         for start in range(0, len(x), height):
             S = factor * x[start : start + height] @ y.T
@@ -69,27 +67,22 @@ def dcd_loss(
 ) -> Tensor:
     """Dynamic contrastive distillation to two towers (DCD, Rao et al. 2022, arXiv:2207.01426).
 
-    Each anchor is compared with its partner and with K candidates, which a teacher of any kind has chosen and scored
-    (:func:`hard_candidates` does it for one of two towers). With S_ik = scale * <anchor_i, candidate_ik> + bias, candidate 0 the partner,
-    T the teacher's scores and H_i the entropy of softmax(T_i):
+    An anchor meets its partner (k = 0) and K candidates that a teacher has chosen and scored. With S_ik = scale * <anchor_i, candidate_ik>
+    + bias, T the teacher's scores and H_i the entropy of softmax(T_i):
 
         doubt_i = H_i / sum of H,  trust = softmax of (1 - doubt)^2 over the anchors,
         loss = distill * sum_i trust_i * mean_k (S_ik - T_ik)^2 + (1 - distill) * sum_i doubt_i * mean_k BCE(S_ik, 1 if k = 0 else 0).
 
-    So an anchor that the teacher is sure of is learned from it, any other from its label. (The authors' code averages the squares over the
-    anchors before it weights them.) The teacher gets no gradient. For the other direction exchange the sides. Memory is O((N + M) D).
+    (The authors' code averages the squares over the anchors before it weights them.) The teacher gets no gradient. Memory is O((N + M) D).
 
     Args:
-        anchors: [N, D] and others: [M, D], the student's, row i of both is a pair, M >= N; float32, bfloat16 or float16 (float64 on the
-            CPU).
-        candidates: integers [N, K], rows of ``others`` that are not the anchor's own partner; their range is checked on the CPU only.
-        teacher_scores: [N, 1 + K], finite, of the partner first; any floating-point dtype.
-        scale, bias: numbers, 0-d or [1] tensors.
-        distill: from 0 to 1.
-        compute_dtype: what the features are rounded to for the products; None: autocast's dtype, else that of the features.
+        anchors: [N, D] and others: [M, D], as in :func:`hard_candidates`; exchange them for the other direction.
+        candidates: integers [N, K], rows of ``others`` but the partner's; range checked on the CPU only.
+        teacher_scores: [N, 1 + K], finite, the partner's first. scale, bias: numbers, 0-d or [1]. distill: from 0 to 1.
+        compute_dtype: as there.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: the inputs do not fit.
@@ -104,11 +97,13 @@ def dcd_loss(
         x, y = operand(anchors, dtype), operand(others, dtype)
         places = [torch.arange(len(x), device=x.device), *candidates.long().unbind(1)]
         S = shift + factor * torch.stack(
+            # Recomputed in the backward pass: the gathered candidates are as large as the features, times their number.
             [checkpoint(_similarity, x, y, place, use_reentrant=False, preserve_rng_state=False) for place in places], 1
         )
         T = teacher_scores.detach().to(sums)
         log_p = T.log_softmax(1)
         H = -(log_p.exp() * log_p).sum(1)
+        # A teacher that is sure of every anchor doubts none more than another.
         doubt = torch.where(H.sum() > 0, H / H.sum(), 1 / len(H))
         trust = (1 - doubt).square().softmax(0)
         labelled = softplus(torch.cat([-S[:, :1], S[:, 1:]], 1)).mean(1)

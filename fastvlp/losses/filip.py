@@ -29,20 +29,16 @@ def filip_loss(
 ) -> Tensor:
     """The symmetric softmax loss over late interactions of image tokens and text tokens (FILIP, Yao et al. 2021, arXiv:2111.07783).
 
-    s_ij is the mean over the tokens of image i of the largest product with a token of text j, t_ij the same of the tokens of text j. The
-    loss is the mean of the cross-entropies of the rows of scale * s and of the columns of scale * t. s and t, [N, N], are stored, products
-    of tokens are not.
+    s_ij is the mean over the tokens of image i of the largest product with a token of text j, t_ij that of the tokens of text j. The loss
+    is the mean of the cross-entropies of rows of scale * s and columns of scale * t, [N, N]; products of tokens are not stored.
 
     Args:
-        image: N segments of tokens [Tx, D]. text: N segments of tokens [Ty, D]; segments i of both are a pair. float32, bfloat16 or
-            float16 (float64 on the CPU); normalised, as the paper has them. Images or texts without tokens are nobody's candidates, and
-            their pairs have no loss and do not count in the means. Where a side has sizes (merged tokens), they weigh its means, at the
-            price of a second product of all tokens.
-        scale: number, 0-d or [1] tensor.
-        compute_dtype, impl: see :func:`fastvlp.ops.maxsim`.
+        image, text: N segments of tokens [., D], i of both a pair, normalised; float32, bfloat16 or float16 (float64 on the CPU). Pairs
+            with an empty side have no loss and are no candidates. Sizes of merged tokens weigh the means, for a second product.
+        scale: number, 0-d or [1]. compute_dtype, impl: see :func:`fastvlp.ops.maxsim`.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64); 0 if no pair has tokens on both sides.
+        0-d, float32 (float64 for float64); 0 if no pair has tokens on both sides.
 
     Raises:
         TypeError, ValueError: the inputs do not fit.

@@ -23,20 +23,17 @@ def focal_sigmoid_loss(
     gamma: float = 1.0,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """1/N * sum over pairs of -(1 - p_ij)^gamma * log p_ij, p_ij the sigmoid's probability of what the pair (i, j) is.
+    """1/N * sum over pairs of -(1 - p_ij)^gamma * log p_ij, with p_ij = sigmoid(S_ij) for i = j, else 1 - sigmoid(S_ij).
 
-    With S_ij = scale * <image_i, text_j> + bias, p_ii = sigmoid(S_ii) and p_ij = 1 - sigmoid(S_ij) for i != j: the focal loss (Lin et al.
-    2017, arXiv:1708.02002) in the place of the contrastive one (RO-ViT, Kim et al. 2023, arXiv:2305.07011; ``gamma`` and the equal weights
-    of pairs and negatives are the authors'). ``gamma=0`` is the loss of SigLIP. Value and gradients come from one sweep; S is never stored.
+    S_ij = scale * <image_i, text_j> + bias: the focal loss (Lin et al. 2017, arXiv:1708.02002) for the contrastive one (RO-ViT, Kim et al.
+    2023, arXiv:2305.07011, whose are ``gamma`` and the equal weights). ``gamma=0`` is SigLIP. One sweep; S is never stored.
 
     Args:
-        image, text: [N, D], row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
-        scale, bias: numbers, 0-d or [1] tensors.
-        gamma: 0 or more.
-        compute_dtype: what the features are rounded to for the products; None: autocast's dtype, else that of the features.
+        image, text: [N, D], row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU). scale, bias: numbers, 0-d or [1].
+        compute_dtype: of the products; None: autocast's, else the features'.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: the inputs do not fit, or ``gamma`` is negative.

@@ -28,19 +28,13 @@ def fused_sum(
     *,
     whole_rows: bool = False,
 ) -> Tensor:
-    """The sum of ``tile`` over the tiles of matrices S_ij = scale * <x_i, y_j> + bias of one shape.
+    """The sum of ``tile`` over the tiles of matrices S_ij = scale * <x_i, y_j> + bias of one shape: 0-d, in the dtype of sums.
 
-    The result is one number, so its gradients are known up to a factor as soon as it is. They are made with it, from three products for
-    each matrix (two where one side needs none, one where nothing does), and nothing else is kept.
+    Gradients of one number are known up to a factor as soon as it is: they are made with it, from three products a matrix, and kept alone.
 
     Args:
-        tile: see ``Tile``.
-        features: matrices [., D] in the dtype of sums, as is ``scale``, 0-d. bias: 0-d.
-        pairs: for each S, which of the features are its x and its y.
-        whole_rows: a tile spans all columns, at least 64 rows of them. Otherwise it has 2^18 pairs (2^24 on GPUs) at most.
-
-    Returns:
-        A 0-d tensor in the dtype of sums.
+        features: matrices [., D], and ``scale`` and ``bias``, 0-d, in the dtype of sums. pairs: which features are x and y of each S.
+        whole_rows: a tile spans all columns, and 64 rows or more; otherwise it has at most 2^18 pairs (2^24 on GPUs).
     """
     bias = scale.new_zeros(()) if bias is None else bias
     total: Tensor = apply(_Fused, tile, pairs, whole_rows, needs_grad(scale, bias, *features), scale, bias, *features)

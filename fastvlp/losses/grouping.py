@@ -19,20 +19,19 @@ TOKENS = 1 << 16  # of patches in a padded batch of images of similar sizes
 
 
 def group_patches(patches: Packed, captions: Packed, threshold: float | None = 0.1) -> Packed:
-    """For each sub-caption the mean of its image's patches that are like it, normalised; one segment for each image, as ``captions``.
+    """For each sub-caption the mean of its image's patches that are like it, normalised; one segment for each image.
 
-    With s_kp the cosine of sub-caption k and patch p of its image, the weight of a patch is (s_kp - min_p) / (max_p - min_p), or 0 where
-    that is below ``threshold``, over the sum of the weights (DreamLIP, Zheng et al. 2024, arXiv:2403.17007; after SPARC, Bica et al. 2024,
-    arXiv:2401.09865, which has 1 / the number of patches for a threshold). Where all patches are equally like, so are their weights.
-    Products are those of a pair alone: K x P numbers for K sub-captions and P patches, fewer than P x D while K < D.
+    With s_kp the cosine of sub-caption k and patch p, a patch weighs (s_kp - min_p) / (max_p - min_p), 0 below ``threshold``, over the sum
+    of the weights (DreamLIP, Zheng et al. 2024, arXiv:2403.17007; after SPARC, Bica et al. 2024, arXiv:2401.09865). If all are equally
+    like, so are their weights.
 
     Args:
-        patches: an image's patches in each segment, [Tp, D]. captions: its sub-captions, [Tc, D]. float32, bfloat16 or float16 (float64 on
-            the CPU); normalised here. Segments may be empty, but an image with sub-captions has patches.
-        threshold: from 0 to 1; None: 1 over the image's number of patches.
+        patches: [Tp, D] and captions: [Tc, D], a segment each for each image; float32, bfloat16 or float16 (float64 on the CPU); normalised
+            here. An image with sub-captions has patches.
+        threshold: from 0 to 1; None: 1 over the image's number of patches (SPARC's).
 
     Returns:
-        ``captions`` with other contents, float32 (float64 for float64); all inputs get gradients.
+        ``captions`` with other contents, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: the inputs do not fit.
@@ -70,20 +69,17 @@ def grouping_loss(
     stash_bytes: int = 0,
     impl: str | None = None,
 ) -> Tensor:
-    """The symmetric softmax loss of DreamLIP's sub-captions and the groups of patches that they are about, among all of the batch.
+    """:func:`contrastive_loss` of DreamLIP's sub-captions and their patch groups (:func:`group_patches`), among all of the batch.
 
-    :func:`contrastive_loss` of :func:`group_patches` and the normalised sub-captions: each is to find its own group among those of all
-    sub-captions of all images, and each group its sub-caption (Zheng et al. 2024, arXiv:2403.17007). Similarities of sub-captions with
-    patches of other images are never made, and those of groups and sub-captions are not stored.
+    Similarities with patches of other images are never made, those of groups and sub-captions never stored (Zheng et al. 2024,
+    arXiv:2403.17007).
 
     Args:
-        patches, captions, threshold: as in :func:`group_patches`; at least one sub-caption.
-        scale: number, 0-d or [1] tensor.
-        compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`; groups are float32 for all features, so that None
-            means autocast's dtype, else float32.
+        patches, captions, threshold: as there; at least one sub-caption. scale: number, 0-d or [1].
+        compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`; None: autocast's dtype, else float32.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: the inputs do not fit.

@@ -9,11 +9,10 @@ from fastvlp_kernels import _check
 
 
 def check(loss: str, image: Tensor, text: Tensor, *, pairs: bool = True) -> None:
-    """Refuse features that are not two floating-point matrices of one width on one device, with ``pairs`` of one shape.
+    """Refuse features that are not two matrices of one width on one device, with ``pairs`` of one shape.
 
     Raises:
-        TypeError: not a tensor, a DTensor, or of a dtype that is not floating point.
-        ValueError: the shapes, widths, batch sizes or devices do not fit, or there are no pairs.
+        TypeError: no tensor, a DTensor, or not floating point. ValueError: shapes or devices do not fit, or there are no pairs.
     """
     features = {"image_features": image, "text_features": text}
     for name, tensor in features.items():
@@ -42,6 +41,7 @@ def align(loss: str, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     if image.dtype == text.dtype:
         return image, text
     device = image.device.type
+    # Under autocast one tower may end in a norm (float32) and the other in a product (16 bits); elsewhere it is a mistake.
     if not torch.is_autocast_enabled(device):
         raise TypeError(f"{loss}: image_features are {image.dtype}, text_features {text.dtype}; cast one of them, or use autocast")
     dtype = torch.get_autocast_dtype(device)

@@ -18,13 +18,12 @@ NAME = "kmeans"
 def kmeans(features: Tensor, clusters: int, iterations: int = 20, restarts: int = 1, seed: int = 0, group: Group = None) -> Tensor:
     """Centroids [clusters, D] of ``features`` [N, D] by Lloyd's iterations from random features, in the dtype of sums, without gradient.
 
-    A cluster that has lost its last feature starts again from one of the features that are farthest from their centroids. Of several
-    restarts the one with the smallest sum of squared distances counts. Each feature's cluster is what :func:`nearest_centroid` says.
+    An empty cluster starts again from one of the features farthest from their centroids; the best of several restarts counts.
 
     Args:
-        features: float32, bfloat16 or float16 (float64 on the CPU), the same on all processes of ``group``: all of them get the centroids
-            of the first, so that no rounding sets them apart.
-        iterations: at most so many; fewer where no feature changes its cluster any more.
+        features: float32, bfloat16 or float16 (float64 on the CPU), the same on all processes of ``group``, which all get the first's
+            result.
+        iterations: at most; fewer where nothing moves any more.
 
     Raises:
         TypeError, ValueError: the inputs do not fit.
@@ -40,6 +39,7 @@ def kmeans(features: Tensor, clusters: int, iterations: int = 20, restarts: int 
     centroids = min(found, key=lambda one: float(one[0]))[1]
     members = Members.of(NAME, group)
     if members.size > 1:
+        # Sums in another order could assign a feature elsewhere; all processes need the same prototypes.
         dist.broadcast(centroids, members.global_rank(0), group=members.group)
     return centroids
 
@@ -69,6 +69,7 @@ def _lloyd(x: Tensor, clusters: int, iterations: int, generator: torch.Generator
 def _nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distances [N] and places [N]: |x - c|^2 is smallest where <x, c> - |c|^2 / 2 is largest."""
     halves = centroids.square().sum(1, keepdim=True) / -2
+    # |c|^2 / 2 rides along as one more feature; in 16 bits it would be rounded by more than centroids differ.
     with torch.autocast(x.device.type, enabled=False):
         best, place = similarity_topk(torch.cat([x, x.new_ones(len(x), 1)], 1), torch.cat([centroids, halves], 1), 1)
     return (x.square().sum(1) - 2 * best[:, 0]).clamp_min(0), place[:, 0]

@@ -40,23 +40,19 @@ def light_clip_loss(
     stash_bytes: int = 0,
     impl: str | None = None,
 ) -> Tensor:
-    """CLIP's loss, with a share of each target spread over the negatives that are like the positive.
+    """CLIP's loss, with a share ``soft`` of each target spread over the negatives that are like the positive.
 
-    An image's target is its own text with probability 1 - soft, and another text j with soft * softmax over j != i of
-    target_scale * <image_i, image_j>; a text's target likewise, from similarities among texts. Targets have no gradient. After LightCLIP
-    (Nie et al. 2023, arXiv:2312.00674), which softens the labels of negatives progressively. There is no public code: the line
-    (:func:`softness`) and the similarities within a modality (SoftCLIP, Gao et al. 2023, arXiv:2303.17561) are this function's choice.
-
-    Neither S nor the targets are stored. ``soft`` adds two sweeps to the one of :func:`contrastive_loss`, and 0 adds none.
+    An image's target is its text with 1 - soft, and text j with soft * softmax over j != i of target_scale * <image_i, image_j>; a text's
+    likewise, from texts. Targets have no gradient. After LightCLIP (Nie et al. 2023, arXiv:2312.00674), whose code is not public: the line
+    (:func:`softness`) and similarities within a modality (SoftCLIP, Gao et al. 2023, arXiv:2303.17561) are ours. Two sweeps more than
+    :func:`contrastive_loss`, none for 0; nothing N x N is stored.
 
     Args:
-        image, text: [N, D], row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
-        scale: number, 0-d or [1] tensor. target_scale: likewise, without gradient; None: ``scale``.
-        soft: from 0 to 1. A batch of one pair has no negatives, and nothing is spread.
-        compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`.
+        image, text, scale, compute_dtype, stash_bytes, impl: as there, [N, D].
+        target_scale: as ``scale``, without gradient; None: ``scale``. soft: from 0 to 1.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: the inputs do not fit.
@@ -68,6 +64,7 @@ def light_clip_loss(
     dtype = _inputs.product_dtype(NAME, image, compute_dtype)
     sums = _inputs.sum_dtype(dtype)
     factor = _inputs.scalar(NAME, "scale", scale, image, sums)
+    # Detached: targets are not to be learned, or they would learn to agree.
     sharpness = (factor if target_scale is None else _inputs.scalar(NAME, "target_scale", target_scale, image, sums)).detach()
     with torch.autocast(image.device.type, enabled=False):
         if not soft:
@@ -78,6 +75,7 @@ def light_clip_loss(
         for anchors, others in ((x, y), (y, x)):
             like = anchors.detach()
             mean, lse = similarity_attend(like, like, others, sharpness, row_ids=places, col_ids=places, compute_dtype=dtype, impl=impl)
+            # Cross-entropy is linear in the target, so moving a share of it adds share * (positive logit - mean logit of the targets).
             spread = torch.linalg.vecdot(anchors, others - mean).masked_fill(lse == -torch.inf, 0.0)
             loss = loss + soft / 2 * factor * spread.mean()
         return loss

@@ -35,31 +35,25 @@ def llip_loss(
 ) -> Tensor:
     """The pairwise sigmoid loss of images that are K mixture tokens each, mixed by attention of the text, for the pairs of this process.
 
-    Image m and text n are compared after the text has looked at the image, with H heads:
-
         p_mnhk = softmax over k of <queries_nh, keys_mkh> / temperature
         o_mn = (sum_k p_mnhk values_mkh, heads side by side) @ output_projection
         S_mn = <o_mn / |o_mn|, text_n>
 
-    and the loss is the sum over all pairs of softplus(-z_mn (scale * S_mn + bias)), z_mn = 1 for m = n and -1 otherwise, divided by the
-    number of pairs (m, m). Where M and N differ, what is beyond the shorter side is negative to everything.
-
-    One sweep makes the gradients too, in the memory of these and of one tile: nothing of M x N exists.
+    and the loss is the sum over pairs of softplus(-z_mn (scale * S_mn + bias)), z = 1 for m = n, else -1, over the number of pairs (m, m);
+    beyond the shorter side all is negative. One sweep makes the gradients, too, a tile at a time.
 
     Args:
-        keys: [M, K, H, C] and values: [M, K, H, E], the projected mixture tokens; float32, bfloat16 or float16 (float64 on the CPU).
-        queries: [N, H, C], the projected texts. text: [N, D], the texts' features, normalised.
-        scale, bias: numbers, 0-d or [1] tensors.
-        output_projection: [H * E, D]; None: the heads as they are, and D = H * E.
-        temperature: of the mixing, a positive number. To learn it, divide the queries by a tensor. (1 / C ** 0.5 is not included.)
-        compute_dtype: what the inputs are rounded to; None: autocast's dtype, else their own. Everything after that is float32, and its
-            products obey ``torch.get_float32_matmul_precision()``.
+        keys: [M, K, H, C] and values: [M, K, H, E], mixture tokens; float32, bfloat16 or float16 (float64 on the CPU).
+        queries: [N, H, C]. text: [N, D], normalised. output_projection: [H * E, D]; None: D = H * E. scale, bias: numbers, 0-d or [1].
+        temperature: positive (1 / C ** 0.5 is not included); to learn it, divide the queries by a tensor.
+        compute_dtype: what inputs are rounded to; None: autocast's, else their own. The rest is float32, by
+            ``torch.get_float32_matmul_precision()``.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: the inputs do not fit; the message says why. RuntimeError: a second derivative is asked for.
+        TypeError, ValueError: the inputs do not fit. RuntimeError: a second derivative is asked for.
     """
     given = {"keys": keys, "values": values, "queries": queries, "output_projection": output_projection, "text": text}
     _check_inputs({name: tensor for name, tensor in given.items() if tensor is not None}, compute_dtype)
@@ -149,6 +143,7 @@ def _add_gradients(dS: Tensor, pairs: _Pairs, mixed: _Mixed, totals: Sequence[Te
     if of_keys is None and of_queries is None:
         return
     of_weights = torch.einsum("mnhe,mkhe->hnmk", grad, pairs.values)
+    # The softmax's derivative.
     logits = mixed.weights * (of_weights - torch.linalg.vecdot(mixed.weights, of_weights)[..., None])
     if of_keys is not None:
         of_keys += torch.einsum("hnmk,nhc->mkhc", logits, pairs.queries)
@@ -204,6 +199,7 @@ def _forward(
                 pairs = _Pairs(*images, asked[cols], compared[cols], projected)
                 mixed = _mix(pairs)
                 negated = scale * mixed.S + bias  # -z * logits
+                # -z * logit: negative pairs as they are, the pair itself turned round. Off the diagonal the view is empty.
                 negated.diagonal(i - j).neg_()
                 loss -= F.logsigmoid(-negated).sum() * factor
                 if not any(needs):

@@ -22,12 +22,10 @@ NARROW = (torch.bfloat16, torch.float16)
 class MomentumEncoder(nn.Module):
     """A copy of an encoder that follows it: weights <- m * weights + (1 - m) * the encoder's (He et al. 2020, arXiv:1911.05722).
 
-    Averages of 16-bit weights are kept in float32, in buffers named ``average_0``, ... of the state dict: at m = 0.999 a step is smaller
-    than half a unit of theirs, and the copy would never move.
+    Averages of 16-bit weights are kept in float32 (buffers ``average_0``, ...): at m = 0.999 their steps are below half a unit.
 
     Args:
-        encoder: any module; it is copied, and the copy takes no gradient.
-        momentum: m, from 0 to 1.
+        encoder: any module; the copy takes no gradient. momentum: m.
 
     Raises:
         ValueError: ``momentum`` is not in [0, 1].
@@ -40,6 +38,7 @@ class MomentumEncoder(nn.Module):
         self.momentum = momentum
         self.module = copy.deepcopy(encoder).requires_grad_(False)
         for place, weight in enumerate(self.module.parameters()):
+            # A step of 0.001 of the way is lost in 16 bits: the average would never move.
             if weight.dtype in NARROW:
                 self.register_buffer(f"average_{place}", weight.detach().float())
 
@@ -97,29 +96,26 @@ def queue_contrastive_loss(
     stash_bytes: int = 0,
     impl: str | None = None,
 ) -> Tensor:
-    """InfoNCE of each tower's features against the other tower's momentum features, with negatives from queues.
+    """InfoNCE of each tower's features against the other tower's momentum features, with negatives from queues (BriVL, Huo et al. 2021,
+    arXiv:2103.06561).
 
-    With s = scale * <., .>, the images' part is the mean over i of -log(exp(s(image_i, text_key_i)) / (exp(s(image_i, text_key_i)) +
-    sum over q in text_queue of exp(s(image_i, q)))); the loss is the mean of it and of the texts' (BriVL, Huo et al. 2021,
-    arXiv:2103.06561). Nothing of size B x Q is stored. Keys and queues get no gradient::
+    With s = scale * <., .>, the images' part is the mean over i of -log(exp(s(image_i, text_key_i)) / (exp(s(image_i, text_key_i)) + sum
+    over q in text_queue of exp(s(image_i, q)))); the loss is the mean of both. Nothing B x Q is stored; keys and queues get no gradient::
 
         keys = image_momentum(pixels), text_momentum(tokens)
         queue_contrastive_loss(image, text, *keys, image_queue, text_queue, scale).backward()
         image_queue.enqueue(keys[0]); text_queue.enqueue(keys[1])
 
-    Across processes take all four from :func:`gather_batch`. For towers that meet their own features and a queue as well, give the queues
-    to :func:`contrastive_loss` as negatives.
+    Across processes take all four from :func:`gather_batch`.
 
     Args:
-        image, text: [B, D] each, row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
-        image_keys, text_keys: [B, D] each, the same samples by the momentum encoders.
-        image_queue, text_queue: of width D, with features of earlier batches; places that were never filled do not count.
-        scale: number, 0-d or [1] tensor.
-        batch_negatives: the keys of the other samples of the batch are negatives too (ALBEF, Li et al. 2021, arXiv:2107.07651).
+        image, text, image_keys, text_keys: [B, D], row i of all is one sample; float32, bfloat16 or float16 (float64 on the CPU).
+        image_queue, text_queue: of width D; places never filled do not count. scale: number, 0-d or [1].
+        batch_negatives: the batch's other keys are negatives, too (ALBEF, Li et al. 2021, arXiv:2107.07651).
         compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: the inputs do not fit.

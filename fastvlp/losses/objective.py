@@ -45,53 +45,43 @@ def contrastive_loss(
     impl: str | None = None,
     group: Group = None,
 ) -> Tensor:
-    """The symmetric softmax loss of images and texts, with what has been proposed on top of it; S is never stored.
+    """The symmetric softmax loss of images and texts, and what was proposed on top of it; S is never stored.
 
-    With S_ij = scale * <image_i, text_j> and p the softmax over rows, the loss is the mean over images of -w_i log p_ii, averaged with the
-    same of the texts over columns (CLIP, Radford et al. 2021, arXiv:2103.00020). The keywords change one thing each, and compose:
+    With S_ij = scale * <image_i, text_j> and p its softmax over rows, the loss is the mean of -w_i log p_ii over images, averaged with the
+    texts' over columns (CLIP, arXiv:2103.00020). Keywords change one thing each, and compose:
 
-    * ``weights``: w, as ALIP's (Yang et al. 2023, arXiv:2308.08428). Means divide by the count, not by sum(w).
-    * ``log_weights``: each exp(S_ij) counts u_i * v_j times in the sums: logarithms of u and v. Corrects for sampling.
-    * ``ids``: pairs of equal id are all positive, and image and text counts may differ. ``equal_ids="mean"``: the mean over an anchor's
-      positives of -log p (UniCL, Yang et al. 2022, arXiv:2204.03610; SupCon's L_out, Khosla et al. 2020, arXiv:2004.11362); for DreamLIP
-      and FLAME, whose captions are no candidates for one another, see :func:`multi_caption_loss`. "sum": -log of the sum of their p
-      (MIL-NCE, Miech et al. 2020, arXiv:1912.06430). "exclude": the pairs stay (i, i), and others of equal id are no negatives. An anchor
-      without a positive has no loss and does not count.
-    * ``label_smoothing``: e. The target is (1 - e) times the positives plus e times uniform over the anchor's candidates.
-    * ``focal_gamma``: g. An anchor's loss is (1 - p)^g * -log p (Lin et al. 2017, arXiv:1708.02002), p the softmax's; on the sigmoid of
-      each pair see :func:`focal_sigmoid_loss`.
-    * ``tau_plus``: the prior of a negative being a positive in truth: -log(exp(S_ii) / (exp(S_ii) + n g)) with
-      g = max((mean over the n negatives of exp(S_ij) - tau_plus * exp(S_ii)) / (1 - tau_plus), exp(-scale)) (debiased InfoNCE, Chuang et
-      al. 2020, arXiv:2007.00224).
-    * ``text_negatives``: more candidates for the images: [J, D] for all of them (TripletCLIP, Patel et al. 2024, arXiv:2411.02545; Jina
-      CLIP, Koukounas et al. 2024, arXiv:2405.20204), [M, J, D] for each, or a queue. ``image_negatives``: likewise for the texts.
-    * ``prefixes``: the weighted sum of the losses of the first p_1 < ... < p_K = D features, each normalised by itself (Matryoshka,
-      Kusupati et al. 2022, arXiv:2205.13147).
-
-    ``group``: the processes that share the batch; None: all, as everywhere in this module; ``ALONE``: it is all here. The mean over
-    processes of the returned losses and, once DDP has averaged, all gradients are those of one process with the whole batch. M, N and J may
-    differ between processes; [J, D] negatives are for all anchors; a queue must hold the same everywhere (enqueue what
-    :func:`gather_batch` gives). The processes share the products out; memory is O(N D).
+    * ``weights``: w (ALIP, arXiv:2308.08428); means divide by the count. ``log_weights``: of u, v: exp(S_ij) counts u_i v_j times.
+    * ``ids``: all pairs of equal id are positive. ``equal_ids="mean"``: the mean of -log p over an anchor's positives (UniCL,
+      arXiv:2204.03610; SupCon, arXiv:2004.11362; for DreamLIP and FLAME see :func:`multi_caption_loss`). "sum": -log of the sum of their p
+      (MIL-NCE, arXiv:1912.06430). "exclude": pairs stay (i, i), others of equal id are no negatives. Without a positive: no loss, not
+      counted.
+    * ``label_smoothing``: e: targets are (1 - e) times the positives plus e times uniform over the candidates.
+    * ``focal_gamma``: g: (1 - p)^g * -log p (arXiv:1708.02002); the sigmoid's is :func:`focal_sigmoid_loss`.
+    * ``tau_plus``: the prior of a negative being positive: -log(exp(S_ii) / (exp(S_ii) + n g)), g = max((mean over the n negatives of
+      exp(S_ij) - tau_plus * exp(S_ii)) / (1 - tau_plus), exp(-scale)) (debiased, arXiv:2007.00224).
+    * ``text_negatives``: more candidates for the images: for all (TripletCLIP, arXiv:2411.02545; Jina CLIP, arXiv:2405.20204), for each, or
+      a queue. ``image_negatives``: likewise for the texts.
+    * ``prefixes``: the weighted sum of the losses of the first p_1 < ... < p_K = D features, each normalised (Matryoshka,
+      arXiv:2205.13147).
 
     Args:
-        image: [M, D] and text: [N, D], float32, bfloat16 or float16 (float64 on the CPU). M = N, row i of both is a pair, except with
-            ids of "mean" and "sum".
-        scale: number, 0-d or [1] tensor.
-        weights, log_weights: [N] for pairs, or ([M], [N]) for images and texts.
-        ids: integers, likewise; below zero: equal to nothing. With "exclude" they belong to the pairs: [N].
-        label_smoothing: from 0 to below 1. focal_gamma: 0 or more.
-        tau_plus: from 0 to below 1, a number or one for each pair, [N] (whose range is checked on the CPU only).
+        image: [M, D] and text: [N, D], float32, bfloat16 or float16 (float64 on the CPU). Row i of both is a pair (M = N), except with ids
+            of "mean" and "sum".
+        scale: number, 0-d or [1].
+        weights, log_weights: [N] for pairs, or ([M], [N]). ids: integers, likewise; below zero: equal to nothing; "exclude": [N].
+        label_smoothing: below 1. tau_plus: below 1, a number or [N] (range checked on the CPU only).
         text_negatives: [J, D], [M, J, D] or :class:`NegativeQueue`. image_negatives: [J, D], [N, J, D] or a queue.
-        prefixes: widths. prefix_weights: K numbers, all 1 if left out.
+        prefixes: widths. prefix_weights: K numbers; None: 1.
         compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`.
-        group: see above.
+        group: the processes that share the batch; None: all; ``ALONE``: this one. The mean of the losses, and all gradients once DDP has
+            averaged, are one process's. M, N, J may differ; queues must be alike (enqueue what :func:`gather_batch` gives).
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: the inputs do not fit, or two keywords have no common meaning; the message says why. With ``group``, all
-            processes raise when one refuses (the others a RuntimeError), or when their keywords, widths or dtypes differ.
+        TypeError, ValueError: the inputs do not fit, or two keywords do not compose. In a group all raise when one refuses (the others a
+            RuntimeError), or when keywords, widths or dtypes differ.
     """
     members = Members.of(NAME, group)
     several = ids is not None and equal_ids != "exclude"
@@ -148,17 +138,16 @@ def contrastive_loss(
 
 
 def multi_caption_loss(image: Tensor, text: Tensor, scale: float | Tensor = 1.0, **options: Any) -> Tensor:
-    """The mean over K captions of :func:`contrastive_loss` of the images with their k-th captions: K softmaxes over B texts.
+    """The mean over K of :func:`contrastive_loss` of the images with their k-th captions: K softmaxes over B, where ``ids`` makes one over
+    K * B.
 
-    The loss of DreamLIP's sub-captions (Zheng et al. 2024, arXiv:2403.17007) and FLAME's facets (Cao et al. 2024, arXiv:2411.11927):
-    captions of other places are no candidates. ``contrastive_loss(ids=...)`` is one softmax over all K * B of them.
+    The loss of DreamLIP's sub-captions (Zheng et al. 2024, arXiv:2403.17007) and FLAME's facets (Cao et al. 2024, arXiv:2411.11927).
 
     Args:
-        image: [B, D]. text: [K, B, D], the k-th caption of image i at [k, i]; dtypes as in :func:`contrastive_loss`.
-        scale, options: as there, with the meaning that they have for B pairs.
+        image: [B, D]. text: [K, B, D], caption k of image i at [k, i]. scale, options: as there, for B pairs.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: as there; or ``text`` is not [K, B, D].

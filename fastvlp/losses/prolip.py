@@ -28,29 +28,27 @@ def prolip_loss(
     compute_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """The probabilistic pairwise contrastive loss of the pairs of this process; no M x N or M x N x D tensor exists.
+    """The probabilistic pairwise sigmoid loss of the pairs of this process; nothing M x N is stored (ProLIP).
 
-    The closed-form sampled distance is d_ij = |mu_i - mu_j|^2 + sum of var_i + sum of var_j. With normalised means the logits are
+    The sampled distance is d_ij = |mu_i - mu_j|^2 + sum of var_i + sum of var_j in closed form, so that with normalised means the logits
+    are
 
-        scale * (<mu_i, mu_j> - (sum of var_i + sum of var_j) / 2) + bias,
+        scale * (<mu_i, mu_j> - (sum of var_i + sum of var_j) / 2) + bias.
 
-    a product and one number for each row and column. The loss is the sum over all pairs of softplus(-z_ij * logit_ij), z_ij = 1 for i = j
-    and -1 otherwise, divided by the number of pairs (i, i). Where M and N differ, what is beyond the shorter side is negative to
-    everything. The published objective adds small multiples of ``inclusion_loss`` (images in their texts, whole inputs in their masked
-    ones) and of ``gaussian_kl`` of both sides.
+    The loss is the sum over pairs of softplus(-z_ij * logit_ij), z = 1 for i = j, else -1, over the number of pairs (i, i); beyond the
+    shorter side all is negative. The published objective adds a little of ``inclusion_loss`` (images in their texts, whole inputs in masked
+    ones) and ``gaussian_kl`` of both sides.
 
     Args:
         image_mean: [M, D] and text_mean: [N, D], normalised; float32, bfloat16 or float16 (float64 on the CPU).
-        image_log_variance: [M, D] and text_log_variance: [N, D], natural logarithms, in any floating-point dtype. Variances, their sums
-            and the gradients of both are float32.
-        scale, bias: numbers, 0-d or [1] tensors.
-        compute_dtype, impl: see :func:`fastvlp.ops.pairwise_sigmoid`.
+        image_log_variance, text_log_variance: natural logarithms, as many, of any floating-point dtype; computed in float32.
+        scale, bias: numbers, 0-d or [1]. compute_dtype, impl: see :func:`fastvlp.ops.pairwise_sigmoid`.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: the inputs do not fit; the message says why.
+        TypeError, ValueError: the inputs do not fit.
     """
     check(NAME, image_mean, text_mean, pairs=False)
     for name, mean, log_variance in (("image", image_mean, image_log_variance), ("text", text_mean, text_log_variance)):
@@ -59,6 +57,7 @@ def prolip_loss(
     sums = _inputs.sum_dtype(_inputs.product_dtype(NAME, image_mean, compute_dtype))
     scale = _inputs.scalar(NAME, "scale", scale, image_mean, sums)
     with torch.autocast(image_mean.device.type, enabled=False):
+        # The expected squared distance of two Gaussians is that of their means plus all variances: biases of rows and columns.
         spread = (scale * (log_variance.to(sums).exp().sum(1) / -2) for log_variance in (image_log_variance, text_log_variance))
     return pairwise_sigmoid(
         image_mean, text_mean, scale, bias, row_bias=next(spread), col_bias=next(spread),
@@ -69,27 +68,26 @@ def prolip_loss(
 def log_inclusion(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor, *, released: bool = False) -> Tensor:
     """How much the first Gaussians p lie inside the second ones q: log of the integral of p^2 q over that of p q^2, by feature.
 
-    Positive where p is inside of q, negative where q is inside of p, 0 where neither is. The features are independent, so the sum over
-    the last dimension is the log ratio of the joint densities. With variances u of p and v of q, and t = (v - u) / (v + u), it is
+    Positive where p is inside of q, negative the other way round; summed over features it is that of the joint densities. With variances u
+    of p, v of q and t = (v - u) / (v + u), it is (no difference of two integrals)
 
         log(v / u) / 2 - atanh(t / 3) + 4 t (mean - mean_of)^2 / ((u + v) (9 - t^2))
 
-    which takes no difference of the two integrals.
-
     Args:
-        mean, log_variance: [..., D] of p, and mean_of, log_variance_of: [..., D] of q, all of one shape, floating point.
-        released: as in the authors' code: log(v / u) whole instead of half of it, and the term with the distance times e^-10.
+        mean, log_variance, mean_of, log_variance_of: [..., D] of p and q, of one shape, floating point.
+        released: as the authors' code: log(v / u) not halved, and the term with the distance times e^-10.
 
     Returns:
-        [..., D], float32 (float64 if one of them is float64).
+        [..., D], float32 (float64 if an input is).
 
     Raises:
-        TypeError, ValueError: the inputs are not of one shape, not on one device, or not floating point.
+        TypeError, ValueError: not of one shape, on one device, or floating point.
     """
     given = {"mean": mean, "log_variance": log_variance, "mean_of": mean_of, "log_variance_of": log_variance_of}
     mean, log_variance, mean_of, log_variance_of = _wide("log_inclusion", **given)
     wider = log_variance_of - log_variance
     t = torch.tanh(wider / 2)
+    # 1 / (v + v') through logarithms, which do not overflow.
     apart = (mean - mean_of).square() * torch.exp(-torch.logaddexp(log_variance, log_variance_of))
     share, weight = (1.0, RELEASED_WEIGHT) if released else (0.5, 1.0)
     return share * wider - torch.atanh(t / 3) + weight * 4 * t * apart / (9 - t.square())
@@ -99,20 +97,20 @@ def inclusion_loss(
     mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor, scale: float = 1.0, *, by_feature: bool = False,
     released: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The mean of softplus(-scale * h), which asks the first Gaussians to lie inside the second ones.
+    """The mean over rows of softplus(-scale * h), h = ``log_inclusion`` summed over features: asks the first Gaussians to lie inside the
+    second.
 
-    ProLIP asks it of images in their texts, and of whole inputs in their masked ones. h is the log ratio of the joint densities
-    (``log_inclusion`` summed over features) and the mean is over rows; with ``by_feature`` each feature has its own h and the mean is over
-    all of them. The authors train with ``inclusion_loss(..., scale=1000.0, by_feature=True, released=True)``.
+    The authors train with ``inclusion_loss(..., scale=1000.0, by_feature=True, released=True)``.
 
     Args:
         mean, log_variance, mean_of, log_variance_of: [B, D], and released: see ``log_inclusion``. scale: positive.
+        by_feature: each feature has its own h, and the mean is over all.
 
     Returns:
-        A 0-d tensor, float32 (float64 if one of the inputs is float64).
+        0-d, float32 (float64 if an input is).
 
     Raises:
-        TypeError, ValueError: the inputs do not fit, see ``log_inclusion``, or ``scale`` is not positive.
+        TypeError, ValueError: as there, or ``scale`` is not positive.
     """
     if not scale > 0:
         raise ValueError(f"inclusion_loss: scale={scale}; it must be positive (to ask for the opposite, swap the two Gaussians)")
@@ -121,7 +119,7 @@ def inclusion_loss(
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) || N(0, 1)), averaged over rows and features: ProLIP's variational information bottleneck.
+    """KL(N(mean, exp(log_variance)) || N(0, 1)), averaged over rows and features: ProLIP's information bottleneck.
 
     The authors' code halves the log variance first: ``gaussian_kl(mean, log_variance / 2)``.
 
@@ -129,10 +127,10 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
         mean, log_variance: [B, D], floating point.
 
     Returns:
-        A 0-d tensor, float32 (float64 if one of the inputs is float64).
+        0-d, float32 (float64 if an input is).
 
     Raises:
-        TypeError, ValueError: the inputs are not of one shape, not on one device, or not floating point.
+        TypeError, ValueError: as in ``log_inclusion``.
     """
     mean, log_variance = _wide("gaussian_kl", mean=mean, log_variance=log_variance)
     # expm1, since near N(0, 1) both v - 1 and log v are small.

@@ -21,11 +21,10 @@ NAME = "proto_clip_loss"
 def back_translate(features: Tensor, assignments: Tensor, clusters: int) -> Tensor:
     """The mean of ``features`` [N, D] of each cluster, [clusters, D] in the dtype of sums, without gradient; zeros for an empty cluster.
 
-    ProtoCLIP's prototypical back translation: clusters are those of the other modality (or of an external teacher), means are taken in
-    the space of this one, so that features are grouped by the teacher's structure without being drawn into its space.
+    ProtoCLIP's back translation: clusters of the other modality (or a teacher), means in the space of this one.
 
     Args:
-        assignments: integers [N] below ``clusters``; below zero: in no cluster. Checked on the CPU only.
+        assignments: integers [N] below ``clusters``; below zero: in none. Checked on the CPU only.
 
     Raises:
         TypeError, ValueError: the inputs do not fit.
@@ -35,6 +34,7 @@ def back_translate(features: Tensor, assignments: Tensor, clusters: int) -> Tens
         raise ValueError(f"back_translate: clusters={clusters!r}; it must be how many there are, an integer of at least 1")
     _check_range("back_translate", assignments, clusters)
     wide = features.to(_inputs.sum_dtype(features.dtype))
+    # Features without a cluster go to one more, which is dropped at the end: no mask, so no size that only the device knows.
     places = torch.where(assignments < 0, clusters, assignments.long())
     total = wide.new_zeros(clusters + 1, wide.shape[1]).index_add_(0, places, wide)
     count = wide.new_zeros(clusters + 1).index_add_(0, places, wide.new_ones(len(wide)))
@@ -52,25 +52,22 @@ def proto_clip_loss(
     compute_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of softmax_k(scale * <feature_i, prototype_k>) with the cluster of i (ProtoCLIP).
+    """Mean cross-entropy of softmax_k(scale * <feature_i, prototype_k>) with the cluster of i (ProtoCLIP, Chen et al. 2022,
+    arXiv:2206.10996).
 
-    The clusters are a teacher's: of the other modality, or of an external model, whose targets the authors' code leaves hard (Chen et al.
-    2022, arXiv:2206.10996). With ``teacher``, its prototypes t_k, targets are soft: softmax_k(teacher_scale * <t_a, t_k>) for cluster a.
-    Neither the N x K nor the K x K similarities are stored. The published loss is the mean of both directions, here with back translation::
+    With ``teacher``, its prototypes t, targets are softmax_k(teacher_scale * <t_a, t_k>) for cluster a; the authors leave an external
+    model's hard. Nothing N x K or K x K is stored. The published loss is the mean of both directions, with back translation::
 
         proto_clip_loss(image, image_of_text_clusters, text_clusters, scale, teacher=text_prototypes, teacher_scale=10.0)
-        proto_clip_loss(text, text_of_image_clusters, image_clusters, scale, teacher=image_prototypes, teacher_scale=10.0)
 
     Args:
-        features: [N, D] and prototypes: [K, D]; float32, bfloat16 or float16 (float64 on the CPU); they may differ.
-        assignments: integers [N] below K; below zero: no loss, and not counted in the mean. Checked on the CPU only.
-        scale: number, 0-d or [1] tensor.
-        teacher: [K, E], likewise, or None for the clusters themselves as targets. It gets no gradient, nor does
-            ``teacher_scale``, one over its temperature; all other tensors do.
+        features: [N, D] and prototypes: [K, D]; float32, bfloat16 or float16 (float64 on the CPU).
+        assignments: integers [N] below K; below zero: no loss, not counted. Checked on the CPU only.
+        scale: number, 0-d or [1]. teacher: [K, E], or None: hard targets; it and ``teacher_scale`` get no gradient.
         compute_dtype, impl: see :func:`fastvlp.ops.similarity_logsumexp`.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64); 0 if no feature has a cluster.
+        0-d, float32 (float64 for float64); 0 if no feature has a cluster.
 
     Raises:
         TypeError, ValueError: the inputs do not fit.

@@ -11,17 +11,11 @@ from fastvlp_kernels import _check, _inputs
 class NegativeQueue(nn.Module):
     """The last ``size`` features that were put in, first in first out (He et al. 2020, MoCo, arXiv:1911.05722).
 
-    Everything is in buffers, so the state dict holds it, and nothing asks the device. Places that were never filled count nowhere. Losses
-    read the queue in place: enqueue after ``backward``, or autograd refuses the backward. Across processes enqueue what
-    :func:`gather_batch` gives, so that all of them hold the same.
-
-    Args:
-        size: places. width: of the features, D.
-        dtype, device: of the features kept.
+    All is in buffers, and so in the state dict. Losses read it in place: enqueue after ``backward``. Across processes enqueue what
+    :func:`gather_batch` gives, so that all hold the same.
 
     Attributes:
-        features: [size, D]. log_weight: [size], 0 where a feature is, -inf where a place was never filled.
-        position: int64, 0-d: the place of the next feature.
+        features: [size, width]. log_weight: [size], 0 where a feature is, -inf where none was. position: int64, 0-d, the next place.
 
     Raises:
         ValueError: ``size`` or ``width`` is below 1. TypeError: ``dtype`` is not floating point.
@@ -38,6 +32,7 @@ class NegativeQueue(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"NegativeQueue: dtype={dtype}; it must be floating point: float32, bfloat16, float16 or float64")
         self.register_buffer("features", torch.zeros(size, width, dtype=dtype, device=device))
+        # exp(-inf) = 0: places that were never filled count for nothing in a log-sum-exp, whose shapes stay the same.
         self.register_buffer("log_weight", torch.full((size,), -torch.inf, dtype=dtype, device=device))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
 
@@ -50,6 +45,7 @@ class NegativeQueue(nn.Module):
         """
         self._check(features)
         size = len(self.features)
+        # An index twice would leave open which of the two stays.
         features = features[-size:].to(self.features.dtype)
         places = (self.position + torch.arange(len(features), device=features.device)) % size
         self.features.index_copy_(0, places, features)
@@ -60,12 +56,11 @@ class NegativeQueue(nn.Module):
     def nearest(self, features: Tensor) -> Tensor:
         """For each of ``features`` [M, D] the feature in the queue with the largest dot product, [M, D], same dtype, without gradient.
 
-        The nearest neighbour, for normalised features. With texts it gives DeCLIP's positives (Li et al. 2022, arXiv:2110.05208):
-        ``contrastive_loss(image, queue.nearest(text), scale)``, then ``queue.enqueue(text)``. From an empty queue the features themselves
-        come back.
+        DeCLIP's positives (Li et al. 2022, arXiv:2110.05208): ``contrastive_loss(image, queue.nearest(text), scale)``. An empty queue gives
+        the features back.
 
         Raises:
-            ValueError: not a matrix of the queue's width. TypeError: not floating point.
+            ValueError: not of the queue's width. TypeError: not floating point.
         """
         self._check(features)
         elements = 1 << (19 if features.device.type == "cpu" else 24)  # of a tile: one that caches hold, or one that fills a GPU

@@ -34,24 +34,21 @@ def rank_clip_loss(
 ) -> Tensor:
     """CLIP's loss, and list-wise losses that make two similarity matrices rank alike (RankCLIP, Zhang et al. 2024, arXiv:2404.09387).
 
-    For two matrices of similarities A and B, row i of A is asked to be in the order of row i of B: minus the log-likelihood of the order of
-    falling B_i when one draws without replacement with softmax(A_i) (ListMLE, Xia et al. 2008), which is the sum over ranks d of
-    logsumexp_{e >= d} A_i,order(e) - A_i,order(d). Equal similarities keep the order of their columns (the authors' code shuffles them).
-    R(A, B) is the mean over rows and ranks, plus that with A and B exchanged. The loss is
+    Row i of A is asked to be in the order of falling B_i (ListMLE, Xia et al. 2008): the sum over ranks d of
+    logsumexp_{e >= d} A_i,order(e) - A_i,order(d); of equal ones the first comes first (the authors shuffle). R(A, B) is the mean over rows
+    and ranks, plus that of (B, A). The loss is
 
     contrastive_loss(image, text, scale) + in_modal * R(image image^T, text text^T) + cross_modal * R(image text^T, text image^T),
 
-    all matrices times ``scale``. Memory is O(N D), and of the matrices of R a few rows at a time; gradients come from the same sweep.
+    all matrices times ``scale``. Memory is O(N D) and a few rows; one sweep.
 
     Args:
-        image, text: [N, D], row i of both is a pair; float32, bfloat16 or float16 (float64 on the CPU).
-        scale: number, 0-d or [1] tensor.
-        in_modal, cross_modal: weights; 0 leaves a term out. The authors let them grow from 0 to 1/16 in two thirds of the training.
-        eps: added to each sum of exp(A_i - max A_i). 1e-10 is the authors' code, 10% off at scale 100; 0: the likelihood itself.
-        compute_dtype, stash_bytes, impl: see :func:`fastvlp.ops.similarity_logsumexp`; the rankings have one implementation.
+        image, text, scale, compute_dtype, stash_bytes, impl: as in :func:`contrastive_loss`, [N, D].
+        in_modal, cross_modal: weights; the authors' grow from 0 to 1/16 in two thirds of the training.
+        eps: added to each sum of exp(A_i - max A_i): 1e-10 in the authors' code, 10% off at scale 100; 0: the likelihood itself.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64).
+        0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: the inputs do not fit, or a weight is negative.
@@ -84,6 +81,7 @@ def _rank_alike(eps: float, blocks: list[Tensor], rows: slice, cols: slice, need
 
 def _list_mle(scores: Tensor, reference: Tensor, need: bool, eps: float) -> tuple[Tensor, Tensor | None]:
     """Sum of ListMLE of the rows of ``scores`` [M, N] in the order of falling ``reference``, and its gradient."""
+    # Stable: equal similarities have to rank alike in every run.
     order = reference.argsort(dim=1, descending=True, stable=True)
     ranked = scores.gather(1, order)
     left = ranked.flip(1).logcumsumexp(1).flip(1)  # of all that are still to be drawn
@@ -96,6 +94,7 @@ def _list_mle(scores: Tensor, reference: Tensor, need: bool, eps: float) -> tupl
         return total, None
     # What comes at rank k takes part in all draws up to k, with exp(ranked_k - left_d) in that of d.
     share = (least - left).exp_().sum(1, keepdim=True) if eps else None  # of eps, which is relative to the highest
+    # expm1, since the exponential is near 1 where the ranking already fits.
     gradient = torch.expm1(ranked + left.neg_().logcumsumexp(1))
     if share is not None:
         gradient.scatter_add_(1, place, share)

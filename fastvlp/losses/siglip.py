@@ -21,23 +21,21 @@ DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 class SigLipLoss(ContrastiveLoss):
     """Sigmoid cross-entropy of every pair of the batch (Zhai et al. 2023, arXiv:2303.15343).
 
-    With S = logit_scale * image_features @ text_features.T + logit_bias over the N pairs of the whole batch, and z_ij = 1 for i = j and
-    -1 otherwise, the loss is 1/N * sum_ij softplus(-z_ij * S_ij). S is never stored; loss and gradients come from one sweep over it.
+    1/N * sum_ij softplus(-z_ij * S_ij) with S = logit_scale * image_features @ text_features.T + logit_bias over the whole batch, z = 1 for
+    i = j, else -1. One sweep; S is never stored.
 
-    Takes the arguments and the call of ``open_clip.SigLipLoss`` 3.3, and ``chunk_size``. Where it differs:
+    Arguments and call of ``open_clip.SigLipLoss`` 3.3, and ``chunk_size``. Where it differs:
 
-    * Across processes it is exact, as :class:`ClipLoss`; memory does not grow with their number (``strategy="ring"``).
-    * ``cache_labels``, ``dist_impl`` and ``chunk_size`` change nothing: no labels or logits are kept, and ``strategy`` says what travels.
-    * A subclass may override ``get_logits`` and ``get_ground_truth`` (strategy "gather"); its loss is then dense.
+    * Exact across processes as :class:`ClipLoss`; memory does not grow with their number (``strategy="ring"``).
+    * ``cache_labels``, ``dist_impl``, ``chunk_size`` change nothing. An override of ``get_logits`` or ``get_ground_truth`` ("gather") is
+      dense.
 
     Args:
-        cache_labels, dist_impl, chunk_size: see above; dist_impl is None, "bidir", "shift", "reduce" or "gather".
-        rank, world_size, node_size, group: as in :class:`ClipLoss`.
-        strategy: as there. With "ring" and "grouped" all processes must give their losses the same weight.
+        dist_impl: None, "bidir", "shift", "reduce" or "gather".
+        strategy: as there; with "ring" and "grouped" all processes must give their losses the same weight. The others: as there.
 
     Raises:
-        ValueError: ``strategy`` or ``dist_impl`` is unknown, or ``node_size`` does not go with the strategy. TypeError: a
-            subclass overrides what this strategy does not call.
+        ValueError: unknown ``strategy`` or ``dist_impl``, or ``node_size`` does not fit. TypeError: an override that is not called.
     """
 
     name = "SigLipLoss"

@@ -73,6 +73,7 @@ def operand(features: Tensor, dtype: torch.dtype) -> Tensor:
         return wide
     with torch.no_grad():
         lost = wide.to(dtype).to(wide.dtype) - wide
+    # The rounding as a constant: its own gradient would round the sum of the terms' gradients once for each term.
     return wide + lost
 
 
@@ -93,6 +94,7 @@ def number_groups(ids: Tensor) -> Tensor:
     """Numbers from 0 to len(ids) - 1, equal where ``ids`` [M] are equal; each id below zero is a group of its own."""
     ordered, order = ids.sort()
     first = torch.ones_like(ordered)
+    # unique would ask the device how many there are.
     first[1:] = (ordered[1:] != ordered[:-1]) | (ordered[1:] < 0)
     return torch.empty_like(ids).scatter_(0, order, first.cumsum(0) - 1)
 
@@ -133,6 +135,7 @@ def negatives_of(anchors: Side, extra: Tensor | NegativeQueue, sweep: Sweep) -> 
         count: int | Tensor = (extra.log_weight == 0).sum()
     else:
         others, count = make_side(extra, sweep, True), extra.shape[-2]
+    # A sum of similarities is a similarity with a sum: O(N D), without S.
     if others.features.ndim == 2:
         return Negatives(sweep(anchors, others).row, total_similarity(anchors, others, sweep, count), count)
     pairs = zip(anchors.views(sweep.prefixes), others.views(sweep.prefixes), strict=True)
@@ -150,6 +153,7 @@ def debias(margin: Tensor, positive: Tensor, count: Tensor, tau_plus: Tensor, sc
         count: [M], n.
     """
     share = (tau_plus * count).log() - margin
+    # Where the estimate is below 0 its logarithm would be NaN, and NaN times a mask of 0 is NaN in the gradient.
     estimated = share < 0
     unbounded = margin + (-torch.expm1(share.masked_fill(~estimated, -1.0))).log() - (-tau_plus).log1p()
     return torch.maximum(unbounded.masked_fill(~estimated, -torch.inf), count.log() - scale - positive)
@@ -191,10 +195,8 @@ class Terms(NamedTuple):
         """The mean over anchors of their losses, one for each prefix.
 
         Args:
-            others: all candidates. Without ``label_smoothing`` only their groups are read.
-            lse, positive: [K, M], of the sweep; with ``averages``, ``positive`` is the sum of S over the positives; one positive is its S.
-            extra: more candidates, see ``negatives_of``. weight: [M].
-            batch: the anchors of all processes, of which these are a part, and whose mean is that of the processes' results.
+            others: all candidates (without ``label_smoothing`` only their groups are read). lse, positive: [K, M]; with ``averages`` the
+                sum of S over the positives. extra: more candidates, see ``negatives_of``. weight: [M]. batch: the anchors of all processes.
         """
         negatives = None if extra is None else negatives_of(anchors, extra, self.sweep)
         if negatives is not None:
@@ -207,6 +209,7 @@ class Terms(NamedTuple):
             positive = LogSumExp(torch.where(same > 0, mean, -torch.inf), torch.zeros_like(mean))
         none = positive.reference == -torch.inf if self.several else None
         if none is not None:
+            # An anchor without positives has loss 0, and no gradient: it is compared with itself.
             positive = LogSumExp(*(torch.where(none, here, there) for here, there in zip(lse, positive, strict=True)))
 
         margin = None

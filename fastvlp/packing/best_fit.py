@@ -47,6 +47,7 @@ class Packer:
         need = length * slots
         place = bisect_left(spaces, need)
         if place < len(spaces):
+            # The space that would be left is too small for any item so far and too large to waste: a roomier bin, or a new one.
             if self._tolerance <= spaces[place] - need < self._shortest * slots:
                 roomier = bisect_left(spaces, need + self._shortest * slots, place)
                 if roomier < len(spaces):

@@ -46,6 +46,7 @@ class AdemVl(FrozenLmCaptioner):
         for block in self.lm.joint.blocks:
             read: list[Tensor] = []
 
+            # A place inside the block's own forward, which FSDP and checkpointing wrap: h is what self-attention left.
             def look(h: Tensor, block: Part = block, words: Packed = words, read: list[Tensor] = read) -> Tensor:
                 read.append(self.attention(words.replace(x=block.norm2(h)), seen.replace(x=keys), values))
                 return h

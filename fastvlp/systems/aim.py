@@ -40,6 +40,7 @@ class Aim(System):
         patches, first = batch.image, _first(batch)
         tokens = self.image.embed(patches)
         attend, x = packed_attend(tokens, causal=True, prefix=first), tokens.x
+        # Not the tower's own forward, in which all patches see one another.
         for block in self.image.blocks:
             x = block(x, attend)
         each = patches.cu_seqlens.diff()

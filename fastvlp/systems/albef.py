@@ -38,9 +38,11 @@ class Albef(Clip):
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         image, text, patches, words, ids = losses.gather_batch(out["image"], out["text"], out["patches"], out["words"], batch.ids)
+        # Choosing is no part of the gradient. Pairs that show the same thing are no negatives.
         with torch.no_grad():
             similarity = (image @ text.T).masked_fill(ids[:, None] == ids[None], -torch.inf)
             of_image, of_text = similarity.argmax(1).cpu(), similarity.argmax(0).cpu()
+        # Every process judges its own pairs and its own negatives, wherever in the batch these lie.
         own = torch.arange(batch.first, batch.first + len(batch))
         rows = torch.cat([own, own, of_text[own]]), torch.cat([own, of_image[own], own])
         truth = (rows[0] == rows[1]).long().to(image.device)

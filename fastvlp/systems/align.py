@@ -27,6 +27,7 @@ class Align(Clip):
         self.label_smoothing = label_smoothing
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
+        # Not ClipLoss: label smoothing needs the mean similarity of each row and column, which comes out of the same sweep.
         return {"contrastive": losses.contrastive_loss(out["image"], out["text"], *self.scale(), label_smoothing=self.label_smoothing)}
 
 

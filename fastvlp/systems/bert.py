@@ -37,6 +37,7 @@ class Bert(System):
         """The pseudo-likelihood, without pictures: each token but the first is hidden in turn (Salazar et al. 2020, arXiv:1910.14659)."""
         hidden = (texts.lengths - 1).clamp_min(0)
         owner = torch.arange(len(texts)).repeat_interleave(hidden)
+        # A caption of n words becomes n - 1 copies, each with another word hidden: one packed pass for all.
         copies = texts.take(owner)
         inside = torch.arange(copies.total) - (copies.lengths.cumsum(0) - copies.lengths).repeat_interleave(copies.lengths)
         which = 1 + torch.arange(len(owner)) - (hidden.cumsum(0) - hidden)[owner]

@@ -32,6 +32,7 @@ class Blip2(FrozenLmCaptioner):
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         prefix = Packed.from_padded(self.to_lm(self.qformer(self.queries, self.image(images).replace(pos=None))))
+        # Queries see one another, words see all queries and the words before them: the mask of a prefix.
         joined = prefix.join(self.embed_words(texts))
         return self.lm.joint(joined, prefix=prefix.cu_seqlens.diff()).last(texts)
 

@@ -42,6 +42,7 @@ class BriVl(Clip):
                                                        *self.scale(), batch_negatives=self.batch_negatives)}
 
     def after_step(self, out: Outputs, batch: Batch) -> None:
+        # Of all processes, so that the queues stay the same on each of them.
         for name, keys in zip(("image", "text"), losses.gather_batch(out["image_key"], out["text_key"]), strict=True):
             self.queues[name].enqueue(keys)
 

@@ -26,6 +26,7 @@ class Captioner(System):
         return {"words_loss": batch.per_token(self.caption_nll(batch.image, batch.text), "words")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
+        # The first token of a caption is given, not predicted.
         return {"words": batch.text.total - len(batch)}
 
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
@@ -45,6 +46,7 @@ class Captioner(System):
         """
         images = self.prepared("image", images)
         start, end = self.tokenizer.start if self.tokenizer else [], self.tokenizer.end if self.tokenizer else []
+        # A field's own ends win: the tokenizer of a recipe that sets them has none.
         ends = getattr(self.fields.get("text"), "ends", None) or ((start[0], end[-1]) if start and end else None)
         options = ({} if ends is None else {"start": ends[:1], "end": ends[1]}) | options
         if not {"start", "end"} <= options.keys():
@@ -80,6 +82,7 @@ class MaskedCaptioner(Captioner):
         """Of every word but the first of each caption: the caption's number, the state of a hidden word in its place, and the word."""
         counts = texts.lengths - 1
         rows = torch.arange(len(texts)).repeat_interleave(counts)
+        # The n-th word of a caption sees the n before it: one pass with a copy of the caption for each of its words.
         known = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows] + 1
         begun = texts.take(rows).first(known + 1)
         return rows.to(texts.x.device), self._behind(images.take(rows), begun.first(known)), begun.last(1).x
@@ -135,6 +138,7 @@ def write(
         words = logits.argmax(1) if top_p is None else _draw(logits.softmax(1), top_p, generator)
         for row, word in zip(open_, words.tolist(), strict=True):
             captions[row].append(word)
+        # Finished captions drop out, so that long ones do not cost the others anything.
         open_ = [row for row in open_ if captions[row][-1] != end]
     return [[word for word in caption[len(start) :] if word != end] for caption in captions]
 
@@ -142,5 +146,6 @@ def write(
 def _draw(chances: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One word [n] of each row, among the most likely ones of which all but the last have less than ``top_p`` together."""
     ranked, words = chances.sort(dim=1, descending=True, stable=True)
+    # A word stays if those before it have less than top_p together; so the likeliest one always stays.
     ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0)
     return words.gather(1, torch.multinomial(ranked, 1, generator=generator)).squeeze(1)

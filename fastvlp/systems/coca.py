@@ -29,10 +29,12 @@ class CoCa(Clip, Captioner):
                  pool_image: str = "attention") -> None:
         super().__init__(image, text, embed_dim, None, pool_image, "last")
         self.decoder, self.words, self.caption = decoder, nn.Linear(decoder.width, text.vocab_size, bias=False), caption
+        # Logits of size 1 from normalised states, so that the first loss is that of a uniform guess.
         nn.init.normal_(self.words.weight, std=decoder.width**-0.5)
 
     def encode(self, batch: Batch) -> Outputs:
         image, text = self.image(batch.image), self.text(batch.text)
+        # One pass of the text tower serves both losses.
         nll = next_token_nll(self.decoder(text, image), self.words, batch.text)
         return {"image": self.image_head(image), "text": self.text_head(text),
                 "caption_loss": self.caption * batch.per_token(nll, "words")}

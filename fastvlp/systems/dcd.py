@@ -36,12 +36,14 @@ class Dcd(Clip):
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         image, text, texts = losses.gather_batch(out["image"], out["text"], batch.text)
+        # The next samples in the batch, round its end: with a shuffled batch as random as any, and the same on every process.
         drawn = min(self.drawn, len(texts) - 1)  # of a batch that is smaller, all others
         if drawn < 1:
             raise ValueError("Dcd: the batch has one sample, and no other caption to compare its picture with; raise data.batch_size")
         places = (torch.arange(batch.first, batch.first + len(batch))[:, None] + torch.arange(drawn + 1)) % len(texts)
         with torch.no_grad():
             matched = torch.stack([self.teacher.score(batch.image, texts.take(column)) for column in places.unbind(1)], 1)
+            # log p -> log(p / (1 - p)): the teacher's scores are log-probabilities of a match, the students' are logits.
             logits = matched - (-matched.expm1()).log().clamp_min(-50.0)
             scores, chosen = logits[:, 1:].topk(min(self.hard, drawn), 1)
             chosen = places.to(chosen.device)[:, 1:].gather(1, chosen)
@@ -61,7 +63,7 @@ def paper() -> Recipe:
     made, taught = clip.paper(), vilt.paper()
     image, text = clip.vit_b(16, image_size=384, grid=24), clip.text_b(width=768, heads=12, vocab_size=30523, context_length=40,
                                                                              causal=False)
-    taught.model.image = clip.vit_b(16, image_size=384, grid=24)
+    taught.model.image = shipped.embedding(clip.vit_b(16, image_size=384, grid=24))
     return replace(made, model=fdl.Config(Dcd, image, text, taught.model, embed_dim=768),
                    data=replace(taught.data, fields=made.data.fields, batch_size=512),
                    schedule=Schedule(samples=10 * 145_000, warmup=283), optim=Optim(lr=5e-6, betas=(0.9, 0.98), weight_decay=0.01))

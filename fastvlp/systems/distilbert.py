@@ -28,6 +28,7 @@ class DistilBert(Bert):
         super().__init__(text)
         self.teacher, self.weights, self.temperature = freeze(teacher), weights, temperature
         self.start()
+        # run.start fills the teacher after construction: the student then starts from what was loaded, unless it was loaded itself.
         self.register_load_state_dict_post_hook(_start_from_loaded_teacher)
 
     def start(self) -> None:

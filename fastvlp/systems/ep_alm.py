@@ -43,11 +43,13 @@ class EpAlm(FrozenLmCaptioner):
     def states(self, images: Packed, texts: Packed) -> Packed:
         seen, each = self._seen(images), (self.last - self.first) // self.layers
         words = self.embed_words(texts)
+        # The prompt stands first, where the new tokens of later blocks will stand: words have one place throughout.
         tokens = Packed.from_padded(self.prompt.to(words.x.dtype).expand(len(texts), -1, -1)).join(words)
         language = tokens.lengths
         for number, block in enumerate(self.lm.joint.blocks):
             if self.first <= number < self.last:
                 one = self.to_lm(seen[min((number - self.first) // each, self.layers - 1)])
+                # The new token takes the place of the one before, so that the sequence does not grow.
                 tokens = Packed.from_padded(one[:, None].to(words.x.dtype)).join(tokens.last(language))
             tokens = tokens.replace(x=block(tokens.x, packed_attend(tokens, causal=True)))
         return tokens.replace(x=self.lm.joint.norm_out(tokens.x)).last(texts)

@@ -35,6 +35,7 @@ class Fiber(Albef):
         self.hidden_words = nn.Linear(text.width, text.vocab_size)
 
     def encode(self, batch: Batch) -> Outputs:
+        # Up to here a tower is the same with and without fusion: computed once, used by all three losses.
         patches, words = self.fusion.below(self.image, batch.image), self.fusion.below(self.text, batch.text)
         _, read = self.fusion.together(self.image, self.text, patches, self.fusion.below(self.text, batch.masked))
         nll = masked_word_nll(read, self.hidden_words, batch.text, batch.masked)

@@ -146,6 +146,7 @@ def _described(file: Path, described: Any, tokenizer: Path | None, room: int) ->
                             "data": {key: described["data"][key] for key in ("fields", "tokenizer") if key in described["data"]}})
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no description of a model: {type(error).__name__} {error}") from error
+    # Counted before anything is allocated: a hostile description of a few bytes could ask for all the memory there is.
     with contextlib.suppress(NotImplementedError), torch.device("meta"):  # a part that reads its own weights needs a real device
         try:
             size = sum(parameter.numel() for parameter in fdl.build(recipe.model).parameters())
@@ -184,6 +185,7 @@ def _from_checkpoint(folder: Path) -> System:
         read_state(state, folder / "state", alone=True)
     except CheckpointException as error:
         raise ValueError(f"{folder} does not fit its own description: {' '.join(str(error).split())[-300:]}") from error
+    # Averages of weights are what training wrote them for, so they win.
     system.load_state_dict({**state["model"], **state.get("ema", {})})
     return system
 

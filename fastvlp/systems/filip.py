@@ -35,6 +35,7 @@ class Filip(Clip):
 
     def encode(self, batch: Batch) -> Outputs:
         image, text = self.image_tokens(batch.image), self.text_tokens(batch.text)
+        # Chosen within the pair, before anything travels: other processes get a quarter of the tokens.
         if self.keep < 1:
             image, text = losses.nearest_tokens(image, text, self.keep), losses.nearest_tokens(text, image, self.keep)
         return {"image": image, "text": text}

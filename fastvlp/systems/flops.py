@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -20,25 +21,37 @@ import fastvlp_kernels  # noqa: F401  # makes the operators
 from fastvlp_kernels.packed import Packed
 
 
-def visible_pairs(lengths: Tensor, lengths_k: Tensor, causal: bool, prefix: Tensor | None = None) -> int:
+def visible_pairs(
+    lengths: Tensor, lengths_k: Tensor, causal: bool, prefix: Tensor | None = None, token_type: Tensor | None = None,
+    token_type_k: Tensor | None = None, sees: Tensor | None = None,
+) -> int:  # fmt: skip
     """Pairs of query and key that see each other, over all segments: integers [S] on the CPU; see ``packed_attention`` for the rest."""
-    if not causal:
+    if not causal and sees is None:
         return int((lengths.long() * lengths_k.long()).sum())
+    # Causal masks are aligned at the end: a query sees its own number of keys plus those that come before all queries.
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     starts = lengths.long().cumsum(0) - lengths
     row = torch.arange(len(owner)) - starts[owner]
     keys = lengths_k.long()[owner]
-    seen = row + 1 + keys - lengths[owner]
+    seen = row + 1 + keys - lengths[owner] if causal else keys
     if prefix is not None:
         seen = seen.maximum(prefix.long().cpu()[owner])
-    return int(seen.clamp(min=0).minimum(keys).sum())
+    seen = seen.clamp(min=0).minimum(keys)
+    if token_type is None or token_type_k is None or sees is None:
+        return int(seen.sum())
+    # Of each type, how many keys come before every key; a query sees a stretch of keys from the start of its segment's.
+    before = F.pad(F.one_hot(token_type_k.long().cpu(), len(sees)).cumsum(0), (0, 0, 1, 0))
+    first = (lengths_k.long().cumsum(0) - lengths_k)[owner]
+    return int(((before[first + seen] - before[first]) * sees.cpu()[token_type.long().cpu()]).sum())
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None,
-               key_size: Any, key_bias: Any, prefix: Tensor | None, causal: bool, *rest: Any, **options: Any) -> int:
+               key_size: Any, key_bias: Any, prefix: Tensor | None, causal: bool, scale: float, with_mass: bool, impl: str,
+               max_q: int | None = None, max_k: int | None = None, token_type: Tensor | None = None, token_type_k: Tensor | None = None,
+               sees: Tensor | None = None, **options: Any) -> int:
     lengths = cu_q.diff().cpu() if lengths is None else lengths
     lengths_k = cu_k.diff().cpu() if lengths_k is None else lengths_k
-    return 2 * q.shape[1] * (q.shape[2] + v.shape[2]) * visible_pairs(lengths, lengths_k, causal, prefix)
+    return 2 * q.shape[1] * (q.shape[2] + v.shape[2]) * visible_pairs(lengths, lengths_k, causal, prefix, token_type, token_type_k, sees)
 
 
 def _embedding(pixels: Tensor, sizes: Any, keep: Any, weight: Tensor, *rest: Any, out_val: Any, **options: Any) -> int:
@@ -53,11 +66,15 @@ def _attended(x: Tensor, y: Tensor, v: Tensor, *rest: Any, **options: Any) -> in
     return 2 * len(x) * (y.numel() + v.numel())
 
 
+def _by_type(x: Tensor, types: Any, weight: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * len(x) * weight[0].numel()
+
+
 # The formula of each operator with products, and which of its arguments are their operands.
 _OURS: dict[str, tuple[Callable[..., int], tuple[int, ...]]] = {
     "packed_attention": (_attention, (0, 1, 2)), "patch_embed": (_embedding, (0, 3)), "maxsim": (_similarities, (0, 1)),
     "similarity_logsumexp": (_similarities, (0, 1)), "pairwise_sigmoid": (_similarities, (0, 1)),
-    "similarity_attend": (_attended, (0, 1, 2)),
+    "similarity_attend": (_attended, (0, 1, 2)), "grouped_linear": (_by_type, (0, 2)),
 }
 _OPERANDS: dict[Any, tuple[int, ...]] = {}
 for _name, (_formula, _operands) in _OURS.items():
@@ -123,6 +140,7 @@ class FlopCount(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         formula = flop_registry.get(packet)
+        # Under ``no_grad`` composite operators arrive whole, and the products inside them would not be seen.
         if formula is None and _is_composite(func):
             with _Again(self):
                 return func.decompose(*args, **kwargs)
@@ -130,9 +148,11 @@ class FlopCount(TorchDispatchMode):
         if formula is not None:
             operands = args if packet not in _OPERANDS else [args[place] for place in _OPERANDS[packet]]
             flops = formula(*args, **kwargs, out_val=out)
+            # A product's backward is a product for each operand that needs a gradient.
             learning = sum(1 for one in operands if isinstance(one, Tensor) and one.ndim > 1 and self._hangs(one))
             self.forward[self.inside[-1]] += flops
             self.backward[self.inside[-1]] += flops * min(2, learning)
+        # Followed by hand, since under ``no_grad`` results carry no requires_grad.
         if packet is not torch.ops.aten.detach and any(self._hangs(one) for one in _tensors((*args, *kwargs.values()))):
             for one in _tensors(out if isinstance(out, list | tuple) else (out,)):
                 self._learns[one] = True

@@ -37,12 +37,11 @@ class FrozenLmCaptioner(Captioner):
 
 def small_lm(**text: Any) -> fdl.Config:
     """A captioner of six blocks over the shipped tokenizer's words; ``text``: of its text tower. ``run.start`` fills it."""
-    return fdl.Config(SimVlm, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER, **text), shipped.joint())
+    return fdl.Config(SimVlm, shipped.patches(), shipped.words(**text), shipped.joint())
 
 
 def large_lm(vocab_size: int, context_length: int, width: int = 4096, mlp_ratio: float = 4.0) -> fdl.Config:
     """A language model of the size of OPT's and LLaMA's: 32 blocks of 32 heads."""
-    # Of SimVlm's own image tower nothing is used, so that it is as small as it can be.
-    text = clip.text_b(width=width, heads=32, depth=1, vocab_size=vocab_size, context_length=context_length)
+    text = clip.text_b(width=width, vocab_size=vocab_size, context_length=context_length)
     joint = clip.joint_b(width=width, depth=32, heads=32, mlp_ratio=mlp_ratio)
-    return fdl.Config(SimVlm, clip.vit_b(16, depth=1), text, joint)
+    return fdl.Config(SimVlm, shipped.embedding(clip.vit_b(16)), shipped.embedding(text), joint)

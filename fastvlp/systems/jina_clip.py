@@ -27,6 +27,7 @@ class JinaClip(Clip):
         self.prefixes = tuple(prefixes)
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
+        # All prefixes from one sweep over the products, not one sweep each.
         loss = losses.contrastive_loss(out["image"], out["text"], *self.scale(), prefixes=self.prefixes,
                                        prefix_weights=[1 / len(self.prefixes)] * len(self.prefixes))
         return {"matryoshka": loss}

@@ -35,6 +35,7 @@ class LexLip(Clip):
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
         image, text = losses.gather_batch(out["image"], out["text"])
+        # The penalty squares means over the whole batch, and so compares samples: it cannot be a mean over processes.
         flops = sum(side.float().mean(0).square().sum() for side in (image, text))
         unit = F.normalize(out["image"], dim=-1), F.normalize(out["text"], dim=-1)
         return {"contrastive": self.loss(*unit, *self.scale(), local_sizes=batch.sizes or None), "flops": self.sparse * flops}

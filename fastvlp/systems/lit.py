@@ -17,6 +17,7 @@ class Lit(Clip):
 
     def __init__(self, image: Part, text: Part, embed_dim: int = 256, pool_image: str = "mean", pool_text: str = "mean",
                  strategy: str = "gather") -> None:
+        # Frozen before CLIP's head is made on top of it: the head learns.
         super().__init__(freeze(image), text, embed_dim, None, pool_image, pool_text, strategy)
 
 

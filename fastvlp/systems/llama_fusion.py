@@ -62,7 +62,7 @@ class LlamaFusion(Captioner):
 
 def recipe() -> Recipe:
     """Patches beside a frozen captioner of six blocks: ``run.start=runs/simvlm``."""
-    return replace(clip.recipe(), model=fdl.Config(LlamaFusion, shipped.image(depth=1), small_lm()), data=shipped.captions(),
+    return replace(clip.recipe(), model=fdl.Config(LlamaFusion, shipped.patches(), small_lm()), data=shipped.captions(),
                    eval=Eval(captions=("mini:val-openclipart",)))
 
 
@@ -73,7 +73,7 @@ def paper() -> Recipe:
     tokens stand for a million tokens a step; there four of five captions come before their picture, to make it.
     """
     made = clip.paper()
-    image = clip.vit_b(16, width=4096, depth=1, heads=32, image_size=256, grid=16)
+    image = shipped.embedding(clip.vit_b(16, width=4096, image_size=256, grid=16))
     # 4.5 gives a block as many weights as Llama's, whose feed-forward layer is gated, 14,336 wide, and whose keys have 8 heads.
     return replace(made, model=fdl.Config(LlamaFusion, image, large_lm(128256, 1024, mlp_ratio=4.5)),
                    data=replace(made.data, batch_size=3333), schedule=Schedule(steps=250_000, warmup=4000, final_lr=0.15),

@@ -41,6 +41,7 @@ class Mae(System):
         seen, left = kept_and_left(kept, whole, self.image.grid)
         tokens = self.narrow(self.image(kept).x)
         places = self.rows[whole.pos[:, 1].long()] + self.columns[whole.pos[:, 2].long()]
+        # The mask token everywhere, then the seen tokens over it; places are added to both.
         x = places + self.mask.expand_as(places).index_copy(0, seen, tokens.to(places.dtype))
         error = pixel_error(self.pixels(self.decoder(whole.replace(x=x, pos=None)).x[left]), whole.x[left])
         of_each = segment_sum(error, Packed.of(error, whole.lengths - kept.lengths))

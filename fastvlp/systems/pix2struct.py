@@ -37,6 +37,7 @@ class Pix2Struct(Captioner):
 def recipe() -> Recipe:
     """Captions on pages of 96 pixels in letters of 12, with all their patches."""
     decoder = fdl.Config(Decoder, width=192, depth=4, heads=3, vocab_size=shipped.CAPTIONER)
+    # No patch is left out and nothing is shifted: every letter counts.
     fields = {"image": Pages(height=12, keep=1.0, augment=0.0), "text": Caption(part="decoder", ends=shipped.ENDS)}
     model = fdl.Config(Pix2Struct, shipped.image(patch_size=8, image_size=96), decoder)
     return replace(

@@ -40,7 +40,7 @@ class ProtoClip(Clip):
         for side in SIDES:
             self.register_buffer(f"centroids_{side}", torch.zeros(clusters, projection))
             self.register_buffer(f"prototypes_{side}", torch.zeros(clusters, projection))
-        self.register_buffer("episodes", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("episodes", torch.zeros((), dtype=torch.int64))  # so that a resumed run knows whether prototypes are real
 
     def encode(self, batch: Batch) -> Outputs:
         out = super().encode(batch)

@@ -43,6 +43,7 @@ class PyramidDrop(Captioner):
         whole, tokens = patches.lengths, patches.join(self.text.embed(texts).replace(pos=None))
         for number, block in enumerate(self.joint.blocks):
             if number in self.drop_before:
+                # Shares of the picture's own tokens, not of what was left: rounding does not add up.
                 remain = (whole * self.keep ** (self.drop_before.index(number) + 1)).long()
                 tokens = drop_least_read(block, tokens, texts.lengths, remain)
             tokens = tokens.replace(x=block(tokens.x, packed_attend(tokens, causal=True)))
@@ -51,8 +52,7 @@ class PyramidDrop(Captioner):
 
 def recipe() -> Recipe:
     """Half of the tokens left after the second block, a quarter after the fourth."""
-    text = shipped.text(depth=1, vocab_size=shipped.CAPTIONER)
-    return replace(clip.recipe(), model=fdl.Config(PyramidDrop, shipped.image(), text, shipped.joint(), drop_before=(2, 4)),
+    return replace(clip.recipe(), model=fdl.Config(PyramidDrop, shipped.image(), shipped.words(), shipped.joint(), drop_before=(2, 4)),
                    data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
@@ -64,7 +64,7 @@ def paper() -> Recipe:
     """
     made = clip.paper()
     image = clip.vit_b(14, width=1024, depth=23, heads=16, image_size=336, grid=24)
-    text = clip.text_b(width=4096, depth=1, heads=32, vocab_size=32000, context_length=1472)
+    text = shipped.embedding(clip.text_b(width=4096, vocab_size=32000, context_length=1472))
     joint = clip.joint_b(width=4096, depth=32, heads=32)
     return replace(made, model=fdl.Config(PyramidDrop, image, text, joint, drop_before=(8, 16, 24)),
                    data=replace(made.data, batch_size=128), schedule=Schedule(samples=665_298, warmup=156),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import fiddle as fdl
 from fastvlp.data.batch import Stage
 from fastvlp.data.fields import Caption, Image
 from fastvlp.recipe import Data, Eval, Optim, Schedule
-from fastvlp.towers import Joint, Text, Vit
+from fastvlp.towers import Joint, Patches, Text, Vit, Words
 
 VOCABULARY = 4096  # of the shipped tokenizer
 MASK = VOCABULARY  # the id after it, for towers that see hidden words
@@ -41,6 +42,24 @@ def image(**changes: Any) -> fdl.Config:
 def text(**changes: Any) -> fdl.Config:
     """A text tower for the shipped tokenizer's captions."""
     return fdl.Config(Text, **{"width": 192, "depth": 4, "heads": 3, "vocab_size": VOCABULARY, "context_length": 24, **changes})
+
+
+def patches() -> fdl.Config:
+    """The embedding of that ViT alone."""
+    return embedding(image())
+
+
+def words(**changes: Any) -> fdl.Config:
+    """The embedding alone of captions that are predicted."""
+    return embedding(text(**{"vocab_size": CAPTIONER, **changes}))
+
+
+def embedding(tower: fdl.Config) -> fdl.Config:
+    """What embeds in a ``Vit`` or a ``Text``, for systems whose transformer is another part: the blocks would be weights without use."""
+    made = fdl.get_callable(tower)
+    kind = Patches if made is Vit else Words
+    known = {name: one.default for name, one in inspect.signature(made).parameters.items()} | tower.__arguments__
+    return fdl.Config(kind, **{name: known[name] for name in inspect.signature(kind).parameters})
 
 
 def joint(**changes: Any) -> fdl.Config:

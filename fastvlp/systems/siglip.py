@@ -21,6 +21,7 @@ class SigLip(Clip):
 
     def __init__(self, image: Part, text: Part, embed_dim: int = 256, pool_image: str = "mean", pool_text: str = "mean",
                  strategy: str = "ring", node_size: int | None = None) -> None:
+        # CLIP's bound of 100 was made for a softmax; the sigmoid's scale may grow beyond.
         super().__init__(image, text, embed_dim, Scale(10.0, largest=1000.0, bias=-10.0), pool_image, pool_text)
         self.loss = losses.SigLipLoss(strategy=strategy, node_size=node_size)
 

@@ -37,6 +37,7 @@ class SimVlm(Captioner):
     def encode(self, batch: Batch) -> Outputs:
         texts, given = batch.text, self._given(batch.text)
         index = torch.arange(texts.total) - (texts.cu_seqlens[:-1].long().cpu()).repeat_interleave(texts.lengths)
+        # No loss on the given words, nor on the last token, which has nothing behind it.
         silent = (index < given.repeat_interleave(texts.lengths)) | (index == texts.lengths.repeat_interleave(texts.lengths) - 1)
         targets = texts.x.roll(-1).masked_fill(silent.to(texts.x.device), IGNORE)
         return {"words_loss": batch.per_token(word_nll(self._states(batch.image, texts, given), self.words, targets), "words")}
@@ -59,14 +60,14 @@ class SimVlm(Captioner):
 
 def recipe() -> Recipe:
     """A captioner of the shipped pictures from one objective."""
-    model = fdl.Config(SimVlm, shipped.image(), shipped.text(vocab_size=shipped.CAPTIONER), shipped.joint())
+    model = fdl.Config(SimVlm, shipped.patches(), shipped.words(), shipped.joint())
     return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
 def paper() -> Recipe:
     """SimVLM-base: 12 layers of width 768, a million steps of 4,096 pairs."""
     made = clip.paper()
-    model = fdl.Config(SimVlm, clip.vit_b(16), clip.text_b(width=768, heads=12, vocab_size=32000, context_length=256),
-                       clip.joint_b())
+    text = clip.text_b(width=768, vocab_size=32000, context_length=256)
+    model = fdl.Config(SimVlm, shipped.embedding(clip.vit_b(16)), shipped.embedding(text), clip.joint_b())
     return replace(made, model=model, data=replace(made.data, batch_size=4096), schedule=Schedule(steps=1_000_000, warmup=10_000),
                    optim=Optim(lr=5e-4, betas=(0.9, 0.999), weight_decay=0.01, grad_clip=1.0), train=Train(amp="bf16"))

@@ -33,6 +33,7 @@ class Slip(Clip):
         self.temperature, self.weight = temperature, weight
 
     def encode(self, batch: Batch) -> Outputs:
+        # Both views go through the image tower packed, as two segments of each sample.
         views = F.normalize(self.views_head(segment_mean(self.image(batch.views))), dim=-1)
         return {**super().encode(batch), "views": views.unflatten(0, (-1, 2))}
 

@@ -35,6 +35,7 @@ class Solo(Captioner):
 
     def states(self, images: Packed, texts: Packed) -> Packed:
         order, lengths = with_row_marks(images)
+        # Patches and the three marks in one table, from which one lookup makes the sequence.
         patches = torch.cat([self.image.embed(images).x, self.marks.to(self.image.patch.weight.dtype)])
         framed = Packed.of(patches.index_select(0, order.to(patches.device, non_blocking=True)), lengths)
         return self.joint(framed.join(self.text.embed(texts).replace(pos=None)), causal=True).last(texts)
@@ -42,7 +43,7 @@ class Solo(Captioner):
 
 def recipe() -> Recipe:
     """A captioner without an image tower."""
-    model = fdl.Config(Solo, shipped.image(depth=1), shipped.text(depth=1, vocab_size=shipped.CAPTIONER), shipped.joint())
+    model = fdl.Config(Solo, shipped.patches(), shipped.words(), shipped.joint())
     return replace(clip.recipe(), model=model, data=shipped.captions(), eval=Eval(captions=("mini:val-openclipart",)))
 
 
@@ -53,8 +54,8 @@ def paper() -> Recipe:
     of about 1,000 tokens stand for their 128 sequences of 32,768 tokens.
     """
     made = clip.paper()
-    image = clip.vit_b(32, width=4096, depth=1, heads=32, image_size=1024, grid=32)
-    text = clip.text_b(width=4096, depth=1, heads=32, vocab_size=33_031, context_length=1024)
+    image, text = (shipped.embedding(tower) for tower in (clip.vit_b(32, width=4096, image_size=1024, grid=32),
+                                                          clip.text_b(width=4096, vocab_size=33_031, context_length=1024)))
     # 4.5 gives a block as many weights as Mistral's, whose feed-forward layer is gated, 14,336 wide, and whose keys have 8 heads.
     return replace(made, model=fdl.Config(Solo, image, text, clip.joint_b(width=4096, depth=32, heads=32, mlp_ratio=4.5)),
                    data=replace(made.data, batch_size=4096), schedule=Schedule(steps=3_481, warmup=200, final_lr=0.1),

@@ -67,11 +67,13 @@ class System(nn.Module):
     @property
     def compares(self) -> bool:
         """Whether samples are compared, so that micro-batches need a second forward."""
+        # The default objective only takes means of what ``encode`` gave, which micro-batches can add up.
         return type(self).objective is not System.objective
 
     @staticmethod
     def means(out: Outputs, batch: Batch) -> Losses:
         """This process's share of the mean of each ``*_loss`` over all samples of all processes."""
+        # Divided by all samples and not by this process's: processes may hold different numbers, and DDP divides by ``world`` once more.
         return {name: value.sum() * (batch.world / batch.total) for name, value in out.items()
                 if name.endswith("_loss") and isinstance(value, Tensor)}
 
@@ -79,6 +81,7 @@ class System(nn.Module):
         """Frozen parts stay in evaluation mode: no dropout, no running statistics."""
         super().train(mode)
         for module in self.modules():
+            # ``freeze`` leaves this mark; requires_grad alone would also be False of parts that a stage freezes for a while.
             if getattr(module, "_frozen", False):
                 for part in module.modules():
                     part.training = False
@@ -176,6 +179,7 @@ class Momentum(nn.Module):
         if not 0 <= momentum <= 1:
             raise ValueError(f"Momentum: momentum is {momentum}; it lies between 0 and 1")
         self.copy, self.momentum = freeze(copy.deepcopy(of)), momentum
+        # Not as a submodule: its weights belong to the system already and would be saved and trained twice.
         self.__dict__["of"] = of
         sixteen = [p for p in self.copy.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
         for number, parameter in enumerate(sixteen):

@@ -46,6 +46,7 @@ class UnifiedVlp(MaskedCaptioner):
         return {"hidden": int(hidden_words(batch.text, self.hide_ends(batch.masked, batch.draw < self.seq2seq)).sum())}
 
     def _states(self, images: Packed, texts: Packed, one_way: Tensor) -> Packed:
+        # Segment embeddings tell pictures from words, and say which task it is.
         parts = []
         for side, part in enumerate((self.image.embed(images), self.text.embed(texts))):
             kind = self.kinds[one_way.long(), side].repeat_interleave(part.cu_seqlens.diff(), 0, output_size=part.total)
@@ -61,8 +62,7 @@ class UnifiedVlp(MaskedCaptioner):
 def recipe() -> Recipe:
     """Three of four samples one way, the others both ways."""
     fields = {"image": Image(), **shipped.masked(Caption(max_captions=2, ends=shipped.ENDS)), "draw": Uniform()}
-    text = shipped.text(depth=1, vocab_size=shipped.CAPTIONER)
-    return replace(clip.recipe(), model=fdl.Config(UnifiedVlp, shipped.image(depth=1), text, shipped.joint(), shipped.MASK),
+    return replace(clip.recipe(), model=fdl.Config(UnifiedVlp, shipped.patches(), shipped.words(), shipped.joint(), shipped.MASK),
                    data=replace(shipped.PAIRS, fields=fields), eval=Eval(captions=("mini:val-openclipart",)))
 
 
@@ -70,9 +70,8 @@ def paper() -> Recipe:
     """BERT-base on Conceptual Captions, 30 epochs of 8 x 64 (the README's table); 10 x 10 patches stand for its 100 regions."""
     made = clip.paper()
     fields = {"image": Image(), **shipped.masked(Caption(length=20), 30522), "draw": Uniform()}
-    model = fdl.Config(UnifiedVlp, clip.vit_b(32, depth=1, image_size=320, grid=10),
-                       clip.text_b(width=768, heads=12, depth=1, vocab_size=30523, context_length=20),
-                       clip.joint_b(), 30522)
+    image, text = clip.vit_b(32, image_size=320, grid=10), clip.text_b(width=768, vocab_size=30523, context_length=20)
+    model = fdl.Config(UnifiedVlp, shipped.embedding(image), shipped.embedding(text), clip.joint_b(), 30522)
     return replace(made, model=model, data=replace(made.data, batch_size=512, fields=fields, tokenizer="bert-base-uncased/tokenizer.json"),
                    schedule=Schedule(samples=30 * 3_000_000, warmup=17_500),
                    optim=Optim(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01))

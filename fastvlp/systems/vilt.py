@@ -28,11 +28,13 @@ class Vilt(System):
     def __init__(self, image: Part, text: Part, joint: Part) -> None:
         super().__init__()
         self.image, self.text, self.joint = image, text, joint
+        # Patches and words pass through the same weights; this tells them apart.
         self.kinds = nn.Parameter(torch.randn(2, joint.width) * 0.02)
         self.match, self.words = nn.Linear(joint.width, 2), nn.Linear(joint.width, text.vocab_size)
 
     def encode(self, batch: Batch) -> Outputs:
         patches = self.image.embed(batch.image)
+        # Patches are embedded once and fused twice: with the own caption, some words hidden, and with another's.
         pair, other = self.fuse(patches, batch.masked), self.fuse(patches, batch.other)
         yes, no = (-self.match(segment_mean(fused)).log_softmax(-1)[:, kind] for fused, kind in ((pair, 1), (other, 0)))
         nll = masked_word_nll(pair.last(batch.text.lengths), self.words, batch.text, batch.masked)
@@ -55,7 +57,7 @@ def recipe() -> Recipe:
     made = clip.recipe()
     caption = Caption(max_captions=2)
     fields = {"image": Image(), **shipped.masked(caption), "other": Other(caption)}
-    model = fdl.Config(Vilt, shipped.image(), shipped.text(vocab_size=shipped.VOCABULARY + 1), shipped.joint())
+    model = fdl.Config(Vilt, shipped.patches(), shipped.words(vocab_size=shipped.VOCABULARY + 1), shipped.joint())
     return replace(made, model=model, data=replace(made.data, fields=fields), eval=Eval(pairs=("mini:val-openclipart",)))
 
 
@@ -64,7 +66,8 @@ def paper() -> Recipe:
     made = clip.paper()
     caption = Caption(length=40)
     fields = {"image": Image(), **shipped.masked(caption, 30522), "other": Other(caption)}
-    model = fdl.Config(Vilt, clip.vit_b(32, image_size=640, grid=20), clip.text_b(width=768, heads=12, vocab_size=30523, context_length=40),
+    model = fdl.Config(Vilt, shipped.embedding(clip.vit_b(32, image_size=640, grid=20)),
+                       shipped.embedding(clip.text_b(width=768, vocab_size=30523, context_length=40)),
                        clip.joint_b())
     return replace(made, model=model, data=replace(made.data, batch_size=4096, fields=fields, tokenizer="bert-base-uncased/tokenizer.json"),
                    schedule=Schedule(steps=200_000, warmup=20_000), optim=Optim(lr=1e-4, betas=(0.9, 0.98), weight_decay=0.01))

@@ -7,4 +7,6 @@ from fastvlp.towers.joint import Joint as Joint
 from fastvlp.towers.rwkv import RwkvImage as RwkvImage
 from fastvlp.towers.rwkv import RwkvText as RwkvText
 from fastvlp.towers.text import Text as Text
+from fastvlp.towers.text import Words as Words
+from fastvlp.towers.vit import Patches as Patches
 from fastvlp.towers.vit import Vit as Vit

@@ -53,6 +53,7 @@ class Decoder(nn.Module):
         check_packed("Decoder", self.width, words=words)
         attend, x = packed_attend(words, causal=True), words.x
         for block, cross in zip(self.blocks, self.cross, strict=True):
+            # cross is bound at once: when checkpointing calls it again, the loop's variable is the last one.
             def look(x: Tensor, cross: nn.Module = cross) -> Tensor:
                 seen: Packed = cross(words.replace(x=x), images)
                 return seen.x

@@ -23,6 +23,7 @@ def facet_features(text: Any, blocks: Iterable[nn.Module], captions: Packed, pro
         text: a tower of which the embedding is used. blocks: those to go through.
         captions: packed ids, each with an end, in whose place the prompts come. prompts: token ids, at least one each.
     """
+    # The caption's end comes off: a prompt goes on where the words stopped.
     lengths = captions.lengths - 1
     mask = facet_mask(lengths.tolist(), [len(prompt) for prompt in prompts], captions.x.device)
     behind = torch.tensor([sum((list(prompt) for prompt in prompts), [])] * len(captions), dtype=captions.x.dtype)

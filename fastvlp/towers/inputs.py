@@ -20,6 +20,7 @@ def positions(name: str, tokens: Packed, maker: str) -> Tensor:
 
 def inside(name: str, what: str, index: Tensor, count: int) -> None:
     """Refuse an index outside 0..count - 1, where looking costs nothing: on the CPU."""
+    # On a CUDA device the check would be a synchronisation in every step, and an index out of range ends in PyTorch's own assertion.
     if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
         return
     low, high = (int(bound) for bound in index.aminmax())

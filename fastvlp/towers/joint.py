@@ -31,6 +31,7 @@ class Joint(nn.Module):
             causal: a token sees those before it and itself.
         """
         check_packed("Joint", self.width, tokens=tokens)
+        # One mask for all blocks: it is made of lengths alone.
         attend, x = packed_attend(tokens, causal or prefix is not None, prefix), tokens.x
         for block in self.blocks:
             x = block(x, attend)

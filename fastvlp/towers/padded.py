@@ -26,6 +26,7 @@ def encode(tower: Vit | Text, x: Tensor, mask: Tensor, pos: Tensor | None = None
     if any(tower.merge):
         raise ValueError(f"padded.encode: merge is {list(tower.merge)}, so that rows differ in length; use the packed tower itself")
     if pos is None:
+        # Places at padding are valid ones, since they are looked up, too; what comes of them is masked.
         pos = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[None, :, None].expand(x.shape[0], -1, 3)
     everything = Packed.from_padded(x).replace(pos=pos.flatten(0, 1))
     tokens = tower.embed(everything).x.unflatten(0, x.shape[:2])

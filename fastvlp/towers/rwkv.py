@@ -31,6 +31,7 @@ class RwkvImage(Patches):
     def forward(self, images: Packed) -> Packed:
         """Packed patches as for ``Vit`` -> the tokens after the last block, normalised: [T, C]."""
         tokens = self.embed(images)
+        # Neighbours are found once for all blocks; a patch that was dropped is nobody's.
         look = partial(shift, index=neighbours(inputs.positions("RwkvImage", images, "pack_images"), images.cu_seqlens), heads=self.heads)
         return _through(self, tokens, look)
 

@@ -19,6 +19,7 @@ def take_layers(small: nn.Module, large: nn.Module) -> None:
     for name, tensor in target.items():
         where = name.split(".")
         if where[0] == "blocks":
+            # Spread evenly: neighbouring layers do nearly the same, so that the ones between are missed least.
             where[1] = str(int(where[1]) * many // few)
         found = source.get(".".join(where))
         if found is None or found.shape != tensor.shape or few > many:

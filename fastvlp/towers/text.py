@@ -28,6 +28,7 @@ class Words(nn.Module):
         self.width, self.vocab_size, self.context_length = width, vocab_size, context_length
         self.tokens = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.tokens.weight, std=0.02)
+        # Both embeddings start small and are normalised together: what counts is their ratio, words first.
         self.places = nn.Parameter(torch.randn(context_length, width) * 0.01)
         self.norm_in = nn.LayerNorm(width)
 

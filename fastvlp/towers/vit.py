@@ -32,6 +32,7 @@ class Patches(nn.Module):
                              f"{grid * patch_size}")
         self.width, self.patch_size, self.image_size, self.grid, self.mean, self.std = width, patch_size, image_size, grid, mean, std
         self.patch = nn.Linear(3 * patch_size**2, width)
+        # One table for rows and one for columns: any shape of picture has places, also shapes that training never saw.
         self.rows = nn.Parameter(torch.randn(grid, width) * width**-0.5)
         self.columns = nn.Parameter(torch.randn(grid, width) * width**-0.5)
         self.norm_in = nn.LayerNorm(width)
@@ -53,6 +54,7 @@ class Patches(nn.Module):
         pos = inputs.positions(name, images, "pack_images")
         mean, std = 255 * self.mean, 255 * self.std
         pixels = images.x.to(self.patch.weight.dtype)
+        # A uint8 batch was just converted, so that its copy may be changed in place; the caller's floats may not.
         pixels = pixels.sub_(mean).mul_(1 / std) if images.x.dtype == torch.uint8 else (pixels - mean) / std
         return images.replace(x=self.norm_in(self.patch(pixels) + self.places(pos)))
 

@@ -32,6 +32,7 @@ def first_decides(world: World, act: Callable[[], T]) -> T:
             found = act()
         except (ValueError, OSError) as caught:
             error = caught
+    # The error travels, too: processes that waited for a result that never comes would hang until the timeout.
     found, error = world.told((found, error))
     if error is not None:
         raise error
@@ -46,6 +47,7 @@ def all_or_none(world: World, act: Callable[[], T]) -> T:
         found = act()
     except (ValueError, OSError, RuntimeError) as caught:
         error = caught
+    # Every process takes part in this exchange, also one that failed: leaving would let the others wait.
     for rank, theirs in enumerate(world.gather(None if error is None else str(error))):
         if theirs is not None and world.size > 1:
             raise ConfigError(f"process {rank}: {theirs}") from error
@@ -63,6 +65,7 @@ def check(world: World, facts: Callable[[], Mapping[str, str]]) -> None:
     if world.size == 1:
         return
     everyone = world.gather(dict(facts()))
+    # In the order in which keys were met, so that all processes name the same ones.
     differing = [key for key in {key: None for theirs in everyone for key in theirs}
                  if any(theirs.get(key) != everyone[0].get(key) for theirs in everyone)]
     if not differing:
@@ -117,5 +120,6 @@ def weights_digest(system: nn.Module) -> str:
     """Names the weights of a system by name, shape and sum of each."""
     digest = hashlib.sha256()
     for name, tensor in system.state_dict().items():
+        # Sums in float64 tell seeds and checkpoints apart; hashing gigabytes of weights would take longer than starting.
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.double().sum().item()!r}".encode())
     return digest.hexdigest()[:16]

@@ -43,14 +43,17 @@ def begin(folder: Path, step: int) -> Path:
 
 def finish(temporary: Path, trainer: dict[str, Any], random: list[Any], keep: int) -> Path:
     """Complete a checkpoint whose ``state`` is written, and delete all but the last ``keep``."""
-    torch.save(random, temporary / RANDOM)
+    with (temporary / RANDOM).open("wb") as file:
+        torch.save(random, file)
     (temporary / TRAINER).write_text(json.dumps(trainer), encoding="utf-8")
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     sums = {str(path.relative_to(temporary)): [path.stat().st_size, _sha256(path)] for path in files}
     (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": sums}), encoding="utf-8")
+    # To the disk before the rename: else a crash of the machine may leave the new name on files that were never written.
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
     final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".partial"))
+    # A folder of the same step is of another past, which resuming has left.
     if final.exists():
         set_aside(final)
     temporary.rename(final)
@@ -133,6 +136,7 @@ def verify(path: Path) -> dict[str, Any]:
                                   "that wrote it")
         for name, (size, digest) in manifest["files"].items():
             file = path / name
+            # A manifest is a stranger's file, too: it must not make us read outside of its folder.
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise Damaged(f"{path / MANIFEST} is damaged: it names {name}")
             if not _exists(file):
@@ -140,7 +144,7 @@ def verify(path: Path) -> dict[str, Any]:
             if file.stat().st_size != size or _sha256(file) != digest:
                 raise Damaged(f"{path} is damaged: {name} is not what was written")
         trainer = json.loads((path / TRAINER).read_text(encoding="utf-8"))
-        if not isinstance(trainer, dict) or not {"recipe", "counters"} <= trainer.keys():
+        if not _describes_a_run(trainer):
             raise CheckpointError(f"{path / TRAINER} does not describe a training run")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} holds no {MANIFEST}; name a folder such as runs/NAME/checkpoints/step-00000200") from error
@@ -179,9 +183,26 @@ def _unreadable(path: Path, error: OSError | MemoryError) -> CheckpointError:
 
 
 def random_states(path: Path) -> list[Any]:
-    """The generators' states, by process."""
-    states: list[Any] = torch.load(path / RANDOM, map_location="cpu", weights_only=True)
+    """The generators' states, by process.
+
+    Raises:
+        CheckpointError: the file holds something else, or cannot be read.
+    """
+    try:
+        states = torch.load(path / RANDOM, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except Exception as error:  # a pickle may fail in any way
+        raise CheckpointError(f"{path / RANDOM} holds no states of random generators") from error
+    if not isinstance(states, list):
+        raise CheckpointError(f"{path / RANDOM} holds no states of random generators")
     return states
+
+
+def _describes_a_run(trainer: Any) -> bool:
+    counters = trainer.get("counters") if isinstance(trainer, dict) and isinstance(trainer.get("recipe"), dict) else None
+    counts = [counters.get(name) for name in ("step", "samples")] if isinstance(counters, dict) else [None]
+    return all(isinstance(count, int) and 0 <= count < 1 << 63 for count in counts)
 
 
 def _sha256(path: Path) -> str:

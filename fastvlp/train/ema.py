@@ -24,14 +24,17 @@ class Ema:
         self.decay = decay
         self.updates = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # In 16 bits a step of 1 - decay is below half a unit of the average, which would never move.
         self.averages = {name: _wide(p.detach()).clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, counts: Tensor) -> None:
         """Move the averages towards the present weights where ``counts``, 0-d on their device, is true; the host is not asked."""
+        # A short warm-up, or the average would stay near the random start for 1 / (1 - decay) steps.
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = [local_tensor(average) for average in self.averages.values()]
         weights = [_wide(local_tensor(p)) for p in self.parameters.values()]
+        # A step that was skipped has weight 0: a product instead of a branch, which would ask the device.
         torch._foreach_lerp_(averages, weights, [counts.to(average.dtype) * (1 - decay) for average in averages])
         self.updates += 1
 

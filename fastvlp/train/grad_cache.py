@@ -48,6 +48,7 @@ class GradCache:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self._towers, self._loss, self._shared, self._autocast = list(towers), loss, shared, autocast
+        # The towers' last micro-batches come in one call: a wrapper such as DistributedDataParallel wants one forward for one backward.
         self._together = together or (lambda *last: (*(tower(x) for tower, x in zip(self._towers, last, strict=True)), *shared()))
 
     def backward(self, *batches: Sequence[Any], scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss) -> Tensor:
@@ -73,6 +74,7 @@ class GradCache:
             raise ValueError(f"GradCache: {[len(batch) for batch in batches]} micro-batches for {len(self._towers)} towers; "
                              "give each tower a list of at least one")
         last = [batch[-1] for batch in batches]
+        # Nothing was split: the plain step, without a second forward.
         if all(len(batch) == 1 for batch in batches):
             with self._autocast():
                 loss = _single(self._loss(*self._together(*last)))

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastvlp._schema import ConfigError
 from fastvlp.data.batch import Batch, take_samples
 from fastvlp.systems.system import Losses, Outputs, System
+from fastvlp.train.spans import BACKWARD, FORWARD, span
 from fastvlp_kernels.packed import Packed
 
 Parts = Sequence[Tensor]  # int64 rows of each micro-batch
@@ -39,8 +40,9 @@ def gradients(system: System, whole: Batch, parts: Parts, *, autocast: Autocast 
     Raises:
         ConfigError: the system has neither an objective nor losses, or a ``*_loss`` is not one number a sample.
     """
+    # Everything at once needs no second forward, whatever the objective compares.
     if len(parts) == 1:
-        with autocast():
+        with span(FORWARD), autocast():
             out = system.encode(whole)
             losses = _terms(system, out, whole)
         _backward(losses, scale_loss)
@@ -55,7 +57,7 @@ def _accumulated(system: System, whole: Batch, parts: Parts, autocast: Autocast,
     for number, rows in enumerate(parts):
         part = whole.take(rows)
         _reduce_gradients(system, number == len(parts) - 1)
-        with autocast():
+        with span(FORWARD), autocast():
             out = system.encode(part)
             found = _terms(system, out, part)
         _backward(found, scale_loss)
@@ -95,18 +97,20 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
         What ``objective`` gave.
     """
     states, outs = [], []
-    with torch.no_grad(), autocast():
+    with span(FORWARD), torch.no_grad(), autocast():
         for encode in first:
+            # The second forward has to drop the same patches and weights as the first.
             states.append(random_state())
             outs.append(detached(encode()))
     after = random_state()
     counts = {name: [len(tensor(out[name])) if name in out else 0 for out in outs] for name in _names(outs)}
+    # What the objective sees are leaves of its own graph: its backward stops here, at the outputs, with their gradients.
     leaves = _end_to_end(outs)
     del outs
     for value in leaves.values():
         if tensor(value).is_floating_point():
             tensor(value).requires_grad_()
-    with autocast():
+    with span(FORWARD), autocast():
         losses, found = objective(leaves)
     _backward(losses, scale_loss)
 
@@ -115,11 +119,13 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
               for name, value in leaves.items() if (leaf := tensor(value)).is_floating_point()}
     for number, (encode, state) in enumerate(zip(second, states, strict=True)):
         set_random_state(state)
-        with autocast():
+        with span(FORWARD), autocast():
             out = encode()
         pairs = [(tensor(out[name]), share[number]) for name, share in shares.items() if name in out and tensor(out[name]).requires_grad]
         if pairs:
-            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+            with span(BACKWARD):
+                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+    # As if each part had been encoded once: what is drawn next does not depend on the number of micro-batches.
     set_random_state(after)
     return losses, found
 
@@ -140,7 +146,8 @@ def _terms(system: System, out: Outputs, batch: Batch) -> Losses:
 def _backward(losses: Losses, scale_loss: ScaleLoss) -> None:
     loss = sum(value.reshape(()) for value in losses.values())
     if isinstance(loss, Tensor) and loss.requires_grad:  # a system whose trainable parts took no part in this batch has no graph
-        scale_loss(loss).backward()
+        with span(BACKWARD):
+            scale_loss(loss).backward()
 
 
 def _reduce_gradients(system: nn.Module, now: bool) -> None:
@@ -176,6 +183,7 @@ def _end_to_end(outs: Sequence[Outputs]) -> Outputs:
 
 def _in_order(outs: Outputs, parts: Parts, samples: int) -> Outputs:
     """A row a sample in the order of the batch."""
+    # Parts were balanced by cost, so that their rows are not in the order of the batch.
     order = torch.cat(list(parts)).argsort()
     return {name: take_samples(value, order, samples) for name, value in outs.items()}
 

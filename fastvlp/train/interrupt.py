@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 # Ctrl-C; a scheduler's end; a closed terminal; the warnings that clusters send before they take a machine away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-SAME = 0.5  # seconds in which a signal that comes again is the same one, from the scheduler to the group and from torchrun to its processes
+SAME = 5.0  # seconds in which a signal that comes again is the same one: from the scheduler to all, and from a busy torchrun once more
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class StopRequest:
     """While entered, the first signal of ``SIGNALS`` is kept in ``signum``; a second one ends the process at once with status 128 + number.
 
     A thread of its own answers, so that both are heard while the main one is inside of a compiler or waits for another process. Only
-    Ctrl-C counts as a second one at once; others are often sent twice, and count half a second after the first.
+    Ctrl-C counts as a second one at once; others are often sent twice, and count five seconds after the first.
 
     Outside the main thread, where Python allows no handlers, nothing is installed.
     """
@@ -55,6 +55,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._ends = socket.socketpair()
             self._ends[1].setblocking(False)
+            # Python runs a handler only between bytecodes of the main thread, which may sit in a collective; this thread always hears.
             self._thread = threading.Thread(target=self._listen, args=(self._ends[0],), name="fastvlp-signals", daemon=True)
             self._thread.start()
             for signum in SIGNALS:
@@ -187,6 +188,7 @@ def say(text: str) -> None:
 
 def end_at_once(status: int) -> None:
     """Leave, and take the loading processes along."""
+    # os._exit runs nothing that would end them, and they hold the shards and the memory.
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)

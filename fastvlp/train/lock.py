@@ -31,12 +31,14 @@ class RunLock:
     def __enter__(self) -> RunLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Not "w": opening must not erase who holds it.
             self._file = (self.folder / NAME).open("a+")
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             raise ConfigError(f"{error.filename or self.folder}: {error.strerror}; choose a run.dir that can be written") from error
         try:
+            # The kernel lets go when the process dies, however it does; a file that only exists would outlive a SIGKILL.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)

@@ -27,6 +27,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, start: int) -> None:
+        # Steps that are trained again are written again: what a run wrote after its checkpoint is cut off.
         kept = [line for line in lines(path) if line["step"] <= start] if start else []
         temporary = path.with_suffix(".partial")
         try:
@@ -34,6 +35,7 @@ class JsonLines:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        # Flushed at every line: a killed run leaves all but the last one whole.
         self.file = path.open("a", buffering=1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from fastvlp.train.log import Log
 from fastvlp.train.memory import keep_freed_memory
 from fastvlp.train.parallel import World, join
 from fastvlp.train.progress import Progress, Rates
+from fastvlp.train.spans import CHECKPOINT, DATA, DEVICE, LOGGING, span
 from fastvlp.train.start import Early, counted, headline, prepare
 from fastvlp.train.step import Pending, Trainer, TrainingError
 
@@ -59,6 +60,7 @@ def _run(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog, be
     recipe = counted(recipe, world)
     folder = Path(recipe.run.dir) / recipe.run.name
     progress = Progress(recipe.steps, recipe.train.print_every, enabled=world.rank == 0)
+    # Before anything is read or written: processes that were started differently never get to a collective of different sizes.
     agreement.check(world, lambda: agreement.settings(recipe, world.device))
     system, stream = agreement.all_or_none(world, lambda: prepare(recipe, world))
     data = agreement.data_digest(stream.indices)
@@ -70,6 +72,7 @@ def _run(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog, be
             said = take_weights(system, recipe.run.start)
             progress.say(f"run.start: {said}")
         agreement.check(world, lambda: {"data": data, "weights": agreement.weights_digest(system)})
+        # Every process writes its own part of a sharded checkpoint, and so all have to see one folder.
         if recipe.train.shard != 1:
             agreement.same_file(world, folder / lock.NAME, "where a sharded run writes its checkpoints")
         trainer = Trainer(recipe, system.to(world.device), world, len(stream.sources))
@@ -91,6 +94,7 @@ def _run(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog, be
         try:
             return report.finish(recipe, trainer, folder, log, progress, skipped=skipped, startup_seconds=startup_seconds,
                                  beat=fit.at_the_end)
+        # After the last step everything is saved; what is left may be cut short.
         except RuntimeError:  # another process heard the signal first, and is gone
             fit.at_the_end()
             raise
@@ -140,22 +144,24 @@ class Fit:
     progress: Progress
     stop: StopRequest
     watchdog: Watchdog
+    until: int | None = None  # the step after which it ends, if that is not the recipe's last
 
     def run(self, began: float) -> tuple[dict[str, int], float]:
-        """Train to the last step; returns the samples that were skipped, by reason, and the seconds before the first step."""
+        """Train to the end; returns the samples that were skipped, by reason, and the seconds before the first step."""
         recipe, trainer, counters = self.recipe, self.trainer, self.trainer.counters
         world = trainer.world
         saver = state.Saver(trainer, self.folder / "checkpoints", self.data)
         trainer.rate = flops.MatrixRate(world.device, trainer.amp_dtype or torch.float32)
         # A device computes while the host prepares: its numbers are read a step later. The host's own are there at once.
-        late = world.device.type != "cpu"
+        late, end = world.device.type != "cpu", self.until or recipe.steps
         waiting: list[tuple[Pending, float]] = []
         startup_seconds, mark = 0.0, time.perf_counter()
         batches = self._batches()
         with contextlib.closing(batches):
-            while counters.step < recipe.steps:
+            while counters.step < end:
                 self.watchdog.doing(f"waiting for batch {counters.step}")
-                batch = self._next(batches)
+                with span(DATA):
+                    batch = self._next(batches)
                 if batch is None:  # this process alone was told to stop while it waited
                     while waiting:
                         mark = self._settle(*waiting.pop(0), counters.step - len(waiting), mark)
@@ -169,9 +175,10 @@ class Fit:
                 self.watchdog.doing(f"computing step {counters.step}")
                 waiting.append((trainer.step(batch, self.stop.signum or (BAD_DATA if self._bad_data() else 0)), waited))
                 counters.positions = list(batch.positions)
-                stopping, last = waiting[-1][0].stop, counters.step == recipe.steps
+                stopping, last = waiting[-1][0].stop, counters.step == end
                 due = recipe.train.checkpoint_every and counters.step % recipe.train.checkpoint_every == 0
                 scoring = recipe.eval.every and counters.step % recipe.eval.every == 0 and not last
+                # Loss and norm of a step are read while the next one computes; before a checkpoint, a score or the end everything is read.
                 while len(waiting) > (1 if late and not (due or last or stopping or scoring) else 0):
                     mark = self._settle(*waiting.pop(0), counters.step - len(waiting), mark)
                 if stopping:
@@ -180,6 +187,7 @@ class Fit:
                     self._save(saver, wait=not recipe.train.asynchronous or last)
                 if scoring:
                     self._score(saver)
+                # What was just spent on saving and scoring is no time of a step.
                 if due or scoring or not late:  # nothing is being computed now
                     trainer.rate.again()
                     mark = time.perf_counter()
@@ -242,16 +250,18 @@ class Fit:
     def _settle(self, pending: Pending, waited: float, step: int, mark: float) -> float:
         """Read and tell a step's numbers; returns the time."""
         recipe, counters = self.recipe, self.trainer.counters
-        values = self.trainer.settle(pending)
+        with span(DEVICE):
+            values = self.trainer.settle(pending)
         now = time.perf_counter()
         seconds = now - mark
         counters.seconds += seconds
         tokens, used = sum(pending.tokens.values()), pending.flops / seconds / pending.rate
-        if step % recipe.train.log_every == 0 or step == recipe.steps:
-            self.log.write(step, **values, samples_per_second=pending.samples / seconds, tokens_per_second=tokens / seconds, mfu=used,
-                           waiting_for_data=waited / seconds, seconds=counters.seconds)
-        note = f"  {counters.nonfinite} skipped" if counters.nonfinite else ""
-        self.progress.update(step, Rates(seconds, pending.samples, tokens, waited, used), values, note)
+        with span(LOGGING):
+            if step % recipe.train.log_every == 0 or step == recipe.steps:
+                self.log.write(step, **values, samples_per_second=pending.samples / seconds, tokens_per_second=tokens / seconds, mfu=used,
+                               waiting_for_data=waited / seconds, seconds=counters.seconds)
+            note = f"  {counters.nonfinite} skipped" if counters.nonfinite else ""
+            self.progress.update(step, Rates(seconds, pending.samples, tokens, waited, used), values, note)
         return now
 
     def _episode(self) -> None:
@@ -265,7 +275,8 @@ class Fit:
         step = self.trainer.counters.step
         self.watchdog.doing(f"saving step {step}")
         try:
-            saver.save(wait)
+            with span(CHECKPOINT):
+                saver.save(wait)
         except OSError as error:
             raise TrainingError(f"no checkpoint at step {step}: {error.filename or self.folder}: {error.strerror or error}; "
                                 f"{STAYS}") from error

@@ -34,11 +34,13 @@ def parameter_groups(model: nn.Module, config: Optim) -> list[dict]:
     layer = _layers([name for name, _ in named])
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in named:
+        # Decay pulls towards 0, which is right for matrices of products; a norm's scale, a bias or a row of a table is not one.
         free = parameter.ndim < 2 or id(parameter) in tables or name.rpartition(".")[2] in _POSITIONS
         scale = config.scales.get(max((key for key in config.scales if _begins(name, key)), key=len, default=""), 1.0)
         if config.layer_decay is not None:
             scale *= config.layer_decay ** layer[name]
         decay = 0.0 if free else config.weight_decay
+        # As few groups as there are pairs of numbers: the fused optimizer makes one launch for each.
         groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "scale": scale})["params"].append(parameter)
     return list(groups.values())
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastvlp._schema import ConfigError
 from fastvlp.systems.system import System
+from fastvlp.train.spans import PROCESSES, span
 
 FORWARDS = ("encode", "objective", "after_step", "before_episode", "embed_image", "embed_text", "score", "caption_nll", "caption_hits",
             "generate")
@@ -56,6 +57,7 @@ class World:
         """As many integers of every process, by rank; on the CPU, so that no device is waited for."""
         if self.size == 1:
             return [list(values)]
+        # The group's CPU backend: on NCCL the same exchange would wait for everything that the device has queued.
         mine = torch.tensor(values, dtype=torch.int64)
         gathered = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(gathered, mine)
@@ -118,6 +120,7 @@ def join(device_name: str, timeout: float = 1800.0) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield World(0, 1, device)
         return
+    # Both: decisions are exchanged on the CPU while the device computes.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
@@ -181,16 +184,19 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
     for block in blocks:
         if checkpointing is not None:
             _checkpoint(block, selective=checkpointing == "selective")
+        # Block by block: one graph serves all blocks of a tower, and what lies between (packing, losses) stays eager.
         if compile:
             block.compile(dynamic=True, **({} if compile is True else {"backend": compile}))
     if world.size == 1:
         return system
+    # Shards are the inner dimension: neighbours by rank share a node and its fast links; replicas average between nodes.
     mesh = init_device_mesh(world.device.type, (world.size // split, split), mesh_dim_names=("replicate", "shard"))
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     for block in blocks:
         fully_shard(block, mesh=mesh, offload_policy=policy)
         if hasattr(block, "queries_keys_values"):  # asked for on its own where tokens are ranked before the block
             register_fsdp_forward_method(block, "queries_keys_values")
+    # The root holds what no block does: embeddings, norms, heads. They are used again at the start of the backward, and so stay.
     fully_shard(system, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
     for name in FORWARDS:
         register_fsdp_forward_method(system, name)
@@ -209,6 +215,7 @@ _KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten
 def _checkpoint(block: nn.Module, selective: bool) -> None:
     """Replace the instance's forward by one that computes itself again in backward; names in the state dict stay as they are."""
     def policy(context: Any, operator: Any, *args: Any, **keywords: Any) -> CheckpointPolicy:
+        # Products cost most to compute again and little to keep, beside what norms and activations would.
         kept = operator in _KEPT or "packed_attention" in str(operator)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -218,7 +225,10 @@ def _checkpoint(block: nn.Module, selective: bool) -> None:
 
 def whole_tensor(value: Tensor) -> Tensor:
     """All of a tensor whose parts lie on several processes (a collective call)."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    with span(PROCESSES):
+        return value.full_tensor()
 
 
 def local_tensor(value: Tensor) -> Tensor:

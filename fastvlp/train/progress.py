@@ -60,6 +60,7 @@ class Progress:
         rates = {"samples": took.samples / took.seconds, "tokens": took.tokens / took.seconds, "step": took.seconds,
                  "waiting": took.waited / took.seconds, "mfu": took.mfu}
         for name, value in rates.items():
+            # Smoothed over about ten steps: packed batches of pictures differ in work.
             self.rates[name] = value if name not in self.rates else 0.9 * self.rates[name] + 0.1 * value
         if not self.enabled or (now < self._next and step < self.total):
             return
@@ -71,6 +72,7 @@ class Progress:
                 f"{human(memory_in_use(), 'B')}  ETA {clock((self.total - step) * self.rates['step'])}{note}")
         if self.live:
             width = shutil.get_terminal_size().columns
+            # Back to the start and clear to the end: a shorter line leaves nothing of a longer one, and a full one would wrap.
             self._write("\r\x1b[K" + line[: width - 1])
             self._open = True
         else:

@@ -87,6 +87,7 @@ def finish(recipe: Recipe, trainer: Trainer, folder: Path, log: Log, progress: P
     counters, world, system = trainer.counters, trainer.world, trainer.system
     began = time.perf_counter()
     with trainer.evaluation_weights():
+        # Gathered by all processes, also where only the first one writes.
         state = get_model_state_dict(system, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if world.rank == 0:
             files.save(folder / "model", system, recipe, state)  # type: ignore[arg-type]  # torch types any value
@@ -98,6 +99,7 @@ def finish(recipe: Recipe, trainer: Trainer, folder: Path, log: Log, progress: P
         return summary
     if plots.available():
         plots.curves(folder / "log.jsonl", folder / "curves.png")
+        # The sheet reads pictures again, one process's work that the others would have to wait for.
         if recipe.eval.retrieval and world.size == 1 and evaluate.embeds_both(system):
             with trainer.evaluation_weights():
                 _sheet(recipe, system, folder / "retrieval.png")
@@ -112,6 +114,7 @@ def finish(recipe: Recipe, trainer: Trainer, folder: Path, log: Log, progress: P
         **scores, "nonfinite_steps": counters.nonfinite, "skipped_samples": skipped, "processes": world.size,
         "device": str(world.device), "threads": torch.get_num_threads(), "torch": torch.__version__, "fastvlp": __version__,
     }
+    # results.json says that a run is finished, so that it appears whole or not at all.
     temporary = folder / f".{RESULTS}.partial"
     try:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

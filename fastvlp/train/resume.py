@@ -48,6 +48,7 @@ def find(recipe: Recipe, folder: Path, data: str, say: Callable[[str], object]) 
     path, described = found
     changed = _changes(described, recipe)
     grave = [line for line in changed if not line.startswith(_HARMLESS)]
+    # What a name stands for must not change silently; a checkpoint that was named explicitly is a wish.
     if grave and where == "auto":
         raise ConfigError(f"{folder} holds a run with other settings ({_short(grave)}); choose another run.name, start over with "
                           "--resume none, or continue from it with --resume PATH")

@@ -63,6 +63,7 @@ class Saver:
         if present:
             return
         temporary = self._temporary = self._together(lambda: checkpoint.begin(self.folder, step))
+        # Taken now: an asynchronous save must not see the numbers of a later step.
         trainer, generators = {**describe(self.trainer), "data": self.data}, world.gather(random_state(world.device))
         target, planner = str(temporary / checkpoint.STATE), DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         values = _values(self.trainer)
@@ -112,6 +113,7 @@ class Saver:
                 found = act()
             except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
                 failed = _as_os_error(error, self._temporary or self.folder)
+        # Its error, too: who waits for the first process's result would wait for ever.
         found, failed = world.told((found, failed))
         if failed is not None:
             raise failed
@@ -140,14 +142,17 @@ def restore(trainer: Trainer, path: Path, described: dict[str, Any]) -> None:
             raise CheckpointError(f"{path} cannot be read: {cause.strerror or cause}; nothing was changed") from error
         raise CheckpointError(f"{path} does not fit this model: {_first_line(error)}; run.start takes weights as far as they "
                               "fit") from error
-    set_state_dict(trainer.system, trainer.optimizer, model_state_dict=values["model"], optim_state_dict=values["optim"])
-    if trainer.ema is not None:
-        trainer.ema.updates = described["ema_updates"] or 0
-    trainer.scaler.load_state_dict(described["scaler"])
-    trainer.counters = Counters(**described["counters"])
     generators = checkpoint.random_states(path)
-    if len(generators) == trainer.world.size:
-        set_random_state(generators[trainer.world.rank], trainer.world.device)
+    try:
+        set_state_dict(trainer.system, trainer.optimizer, model_state_dict=values["model"], optim_state_dict=values["optim"])
+        if trainer.ema is not None:
+            trainer.ema.updates = int(described["ema_updates"] or 0)
+        trainer.scaler.load_state_dict(described["scaler"])
+        trainer.counters = Counters(**described["counters"])
+        if len(generators) == trainer.world.size:
+            set_random_state(generators[trainer.world.rank], trainer.world.device)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whole, as its sums say, and no work of ours
+        raise CheckpointError(f"{path} does not describe a training run of this fastvlp: {_first_line(error)}") from error
 
 
 def _values(trainer: Trainer) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from fastvlp.train.ema import Ema
 from fastvlp.train.gradients import gradients
 from fastvlp.train.optim import build_optimizer
 from fastvlp.train.parallel import World, parallelize, whole_tensor
+from fastvlp.train.spans import COPY, UPDATE, span
 from fastvlp_kernels.packed import Packed
 
 
@@ -44,6 +45,11 @@ class Counters:
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        counts = [self.step, self.samples, *self.positions, *self.tokens.values(), self.nonfinite, self.nonfinite_in_a_row, self.seconds]
+        if not all(isinstance(count, int | float) and count >= 0 for count in counts):  # of a checkpoint that strangers wrote
+            raise TypeError(f"counters are numbers, not {counts}")
 
 
 @dataclasses.dataclass
@@ -109,7 +115,8 @@ class Trainer:
         stage = schedule.stage_at(self.recipe, step)
         self._freeze(stage.frozen)
         batch, parts, stop, tokens, cost, rate = self._agree(batch, stop)
-        batch = batch.to(self.world.device, non_blocking=True)
+        with span(COPY):
+            batch = batch.to(self.world.device, non_blocking=True)
         if self._counted[0] is not stage:
             few = batch.take(range(min(flops.SAMPLES, *batch.sizes)))
             self._counted = stage, flops.needed_per_cost(self.system, few, few.cost(self.widths), self.world, self.autocast())
@@ -117,17 +124,19 @@ class Trainer:
         lr = schedule.learning_rate(self.recipe, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        self.scaler.unscale_(self.optimizer)
-        norm = self._gradient_norm()
+        with span(UPDATE):
+            self.scaler.unscale_(self.optimizer)
+            norm = self._gradient_norm()
         terms = torch.stack([value.float() for value in losses.values()])
         mean = self.world.sum(terms) / self.world.size
         finite = torch.isfinite(norm) & torch.isfinite(mean).all()
-        self._update(finite)
-        if self.ema is not None:
-            self.ema.update(finite)
-        if not self._after_step or bool(finite):  # a queue must not take features that are no numbers
-            with torch.no_grad():
-                self._follow(out, batch)
+        with span(UPDATE):
+            self._update(finite)
+            if self.ema is not None:
+                self.ema.update(finite)
+            if not self._after_step or bool(finite):  # a queue must not take features that are no numbers
+                with torch.no_grad():
+                    self._follow(out, batch)
         counters.step += 1
         counters.samples += batch.total
         for name, count in tokens.items():

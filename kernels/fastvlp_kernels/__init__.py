@@ -1,6 +1,8 @@
 """Operators for vision-language pre-training; each folder holds one, with its mathematics, its implementations and its PyTorch op."""
 
 from fastvlp_kernels.bi_wkv import bi_wkv as bi_wkv
+from fastvlp_kernels.bias_activation import bias_activation as bias_activation
+from fastvlp_kernels.grouped_linear import grouped_linear as grouped_linear
 from fastvlp_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from fastvlp_kernels.maxsim import maxsim as maxsim
 from fastvlp_kernels.packed import Packed as Packed

@@ -42,6 +42,7 @@ def why_not(impl: str, device: torch.device) -> str:
             return f"{package} is not installed: {how}"
         if device.type != "cuda":
             return f"it needs a CUDA device and the tensors are on {device.type}"
+        # flash-attn ships no code for older chips; xformers does.
         if impl != "xformers" and torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs a CUDA device of compute capability 8.0 (A100) or more"
     return ""
@@ -59,10 +60,12 @@ def choose(op: str, impl: str | None, device: torch.device, implementations: Seq
     """
     named = impl if impl is not None else os.environ.get("FASTVLP_IMPL")
     if named is None:
+        # The list is by preference and holds one that runs everywhere, so there always is a first.
         return next(name for name in implementations if not why_not(name, device))
     if named not in implementations:
         source = "impl" if impl is not None else "FASTVLP_IMPL"
         raise ValueError(f"{op}: {source}={named!r} is unknown; allowed: {', '.join(implementations)}")
+    # An implementation that was asked for by name is never silently replaced: a measurement would then be of something else.
     reason = why_not(named, device)
     if reason:
         raise RuntimeError(f"{op}: impl={named!r} cannot run here: {reason}")

@@ -14,6 +14,7 @@ def plain_tensors(op: str, required: int = 1, /, **tensors: Tensor | None) -> No
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} is {type(tensor).__name__}; it must be a torch.Tensor (torch.as_tensor makes one of an array)")
+        # By name: importing DTensor takes long, and most processes never make one.
         if type(tensor).__name__ == "DTensor":
             raise TypeError(f"{op}: {name} is a DTensor, which this operator does not take; pass {name}.to_local() or {name}.full_tensor()")
         if tensor.layout != torch.strided:

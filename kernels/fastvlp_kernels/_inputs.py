@@ -20,6 +20,7 @@ def product_dtype(op: str, x: Tensor, requested: torch.dtype | None) -> torch.dt
             raise TypeError(f"{op}: compute_dtype={requested}; allowed: {allowed}")
         return requested
     device = x.device.type
+    # Autocast leaves float64 alone as PyTorch's own products do, and knows no "meta" device.
     if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
@@ -40,6 +41,7 @@ def scalar(op: str, name: str, value: float | Tensor, x: Tensor, dtype: torch.dt
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{op}: {name} is {type(value).__name__}; it must be a number or a tensor with one element")
+        # Filled on the device: a copy of a Python number from the host would wait for the device.
         return torch.full((), value, dtype=dtype, device=x.device)
     if type(value).__name__ == "DTensor":
         raise TypeError(f"{op}: {name} is a DTensor, which this operator does not take; pass {name}.to_local() or {name}.full_tensor()")

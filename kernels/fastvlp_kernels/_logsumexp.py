@@ -31,6 +31,7 @@ class LogSumExp(NamedTuple):
 
     def probability(self, logit: Tensor) -> Tensor:
         """exp(logit - log-sum-exp), float64; 0 where nothing was summed."""
+        # The two large numbers cancel first, and exactly; what is left is small and keeps its digits.
         p = ((logit.double() - self.reference.double()) - self.log.double()).exp()
         return p.masked_fill(self.reference == -torch.inf, 0.0)
 
@@ -42,12 +43,14 @@ class LogSumExp(NamedTuple):
 def from_sums(reference: Tensor, total: Tensor, dtype: torch.dtype) -> LogSumExp:
     """Of ``total``, sums of exp(S - reference) that are 0 where nothing was summed, as two numbers of ``dtype``."""
     shift, rest = reference.double(), total.double().log()
+    # The first number is the sum rounded, the second what the rounding lost.
     near = (shift + rest).to(dtype)
     return LogSumExp(near, torch.where(near.isinf(), 0.0, (shift - near.double()) + rest).to(dtype))
 
 
 def logsumexp(S: Tensor, axis: int) -> LogSumExp:
     """Of a matrix that exists, differentiable as often as wished."""
+    # Detached: the result does not depend on which reference is taken, so its gradient is zero.
     reference = S.detach().amax(axis)
     shift = torch.where(reference.isfinite(), reference, 0.0)
     log = (S - shift.unsqueeze(axis)).logsumexp(axis)
@@ -56,6 +59,7 @@ def logsumexp(S: Tensor, axis: int) -> LogSumExp:
 
 def merge(*parts: LogSumExp) -> LogSumExp:
     """The log-sum-exp of everything that the parts sum."""
+    # As above: any reference will do, and this one lies so near the sum that ``log`` is about 0.
     with torch.no_grad():
         values = torch.stack([part.reference.double() + part.log.double() for part in parts])
         reference = values.logsumexp(0).to(parts[0].reference.dtype)

@@ -28,6 +28,7 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
             device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
             if not torch.is_autocast_enabled(device):
                 return body(*args, **kwargs)
+            # The caller has chosen the dtype of each product; autocast would round accumulators and statistics as well.
             with torch.autocast(device, enabled=False):
                 return body(*args, **kwargs)
 
@@ -44,12 +45,14 @@ def differentiate(
     def refuse(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(f"{name}: second derivatives are not available; use impl='reference' for them")
 
+    # PyTorch would refuse second derivatives too, but without saying what to do instead.
     forward.register_autograd(gradients, setup_context=setup)
     backward.register_autograd(refuse)
 
 
 def has_tangent(*inputs: Tensor | None) -> bool:
     """Whether forward mode differentiates with respect to one of ``inputs``."""
+    # Outside of forward mode, which is nearly always, one comparison is all that this costs.
     if forward_ad._current_level < 0:
         return False
     return any(x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
@@ -95,6 +98,7 @@ def choose(
     if chosen in COMPILED:
         if torch.float64 in dtypes:
             unable = "computes in float32, bfloat16 or float16, not in float64"
+        # Refused only where the kernel was asked for by argument; FASTVLP_IMPL is a wish for all operators, not all of which can.
         if unable and impl == chosen:
             raise RuntimeError(f"{name}: impl={impl!r} {unable}; use impl='cpu'")
         chosen = "cpu" if unable else chosen

@@ -56,6 +56,7 @@ def multiply(
         along: in the last call with 16-bit operands, (beside [M, N or more], sums float32 [M], to which <beside_i, total_i> is added).
     """
     N = out.shape[1]
+    # cuBLAS can add float32 products to what is there; of 16-bit operands it would round the running sum to 16 bits after each call.
     if a.dtype == torch.float32:
         if total is None:
             total = torch.mm(a, b[:, :N])
@@ -66,6 +67,7 @@ def multiply(
         return
     tiles_n = triton.cdiv(N, CONFIG["BLOCK_N"])
     beside, sums = (None, None) if along is None else along
+    # One row per tile of columns, summed below: atomics would add in another order in each run.
     parts = None if sums is None else sums.new_empty(tiles_n, len(sums))
     _product_kernel[(triton.cdiv(a.shape[0], CONFIG["BLOCK_M"]) * tiles_n,)](
         a, a.stride(0), a.stride(1), b, b.stride(0), total, out, alpha, beside, parts, a.shape[0], N, a.shape[1], b.shape[1],

@@ -37,6 +37,7 @@ class Batch(NamedTuple):
         if self.start is not None:
             x.narrow(0, self.start, self.tokens.numel()).copy_(values.flatten())
         else:
+            # Padding points at real tokens and must not overwrite them.
             real = self.inside.flatten().nonzero().squeeze(1)
             x.index_copy_(0, self.tokens.flatten().index_select(0, real), values.flatten().index_select(0, real))
 
@@ -45,6 +46,7 @@ def batches(lengths: Tensor, device: torch.device, limit: int, square: bool = Fa
     """The segments that are not empty, shortest first, in batches of at most ``limit`` padded tokens (or squares of the width)."""
     sizes = lengths.tolist()
     starts = [end - n for end, n in zip(itertools.accumulate(sizes), sizes, strict=True)]
+    # By length, so that neighbours pad each other little.
     order = sorted((s for s, n in enumerate(sizes) if n), key=sizes.__getitem__)
     last = 0
     while last < len(order):
@@ -55,10 +57,12 @@ def batches(lengths: Tensor, device: torch.device, limit: int, square: bool = Fa
             last += 1
         chosen = order[first:last]
         width, full = sizes[chosen[-1]], sizes[chosen[0]] == sizes[chosen[-1]]
+        # Segments of one length that also lie one after the other (a batch of equal images) are read as a view, without a gather.
         together = full and starts[chosen[-1]] - starts[chosen[0]] == (len(chosen) - 1) * width
         segments, start, count = torch.tensor([chosen, [starts[s] for s in chosen], [sizes[s] for s in chosen]], device=device)
         place = torch.arange(width, device=device)
         inside = place < count[:, None]
+        # Padding repeats the first token of its segment, so that every index is valid and a gather needs no mask.
         tokens = start[:, None] + (place if full else place * inside)
         yield Batch(segments, tokens, inside, full, starts[chosen[0]] if together else None)
 
@@ -84,6 +88,7 @@ def check_longest(op: str, name: str, longest: int | None, lengths: Tensor | Non
     """
     if longest is None:
         return
+    # True is an int in Python, and a length of 1 by accident.
     if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)) or longest < 0:
         raise ValueError(f"{op}: {name}={longest}; it must be the length of the longest segment, an int, or None where it is not known")
     if lengths is not None and len(lengths) and int(lengths.max()) > longest:
@@ -147,6 +152,7 @@ def read_lengths(op: str, name: str, cu_seqlens: Tensor, given: str, lengths: Te
 
 def known_lengths(op: str, cu_seqlens: Tensor, lengths: Tensor | None, total: int) -> Tensor | None:
     """``host_lengths``, but None where only the device knows them."""
+    # Reading the device would make the host wait for all that is queued on it.
     return None if lengths is None and cu_seqlens.device.type != "cpu" else host_lengths(op, cu_seqlens, lengths, total)
 
 
@@ -173,4 +179,5 @@ def counted(lengths: Tensor, number: float, share: bool, each: Tensor | None) ->
     if each is not None:
         each = each.to(lengths.device)
         return (lengths.double() * each.double()).floor().long() if each.is_floating_point() else each.long()
+    # In float32 a product that is whole could be rounded to just below and lose one token.
     return (lengths.double() * number).floor().long() if share else torch.full_like(lengths, int(number))

@@ -64,6 +64,7 @@ def counts(cu_seqlens: Tensor, number: float, share: bool, each: Tensor | None, 
         share = each.is_floating_point()
         each = each.to(cu_seqlens.device, torch.float64 if share else torch.int64).contiguous()
     if S:
+        # Triton passes Python floats as float32, which would round shares otherwise than the host does; the bits go as an integer.
         (bits,) = struct.unpack("q", struct.pack("d", number))
         _count_kernel[(triton.cdiv(S, BLOCK_S),)](
             cu_seqlens, each, count, S, bits, SHARE=share, MERGE=merge, PROTECTED=protected, GHOST_LAST=ghost_last, BLOCK=BLOCK_S

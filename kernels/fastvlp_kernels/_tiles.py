@@ -36,12 +36,14 @@ class Tiles:
         self.M, self.N = len(x), len(y)
         self.y = self.exact(y)
         self.scale, self.row_bias, self.col_bias = scale, row_bias, col_bias
+        # Two different numbers below zero: no unknown id equals another one, and the tiles need one comparison only.
         self.row_ids = None if row_ids is None else row_ids.masked_fill(row_ids < 0, -1)
         self.col_ids = None if col_ids is None else col_ids.masked_fill(col_ids < 0, -2)
         self.tile_m, self.tile_n = tile_sides(self.M, self.N)
         self._buffers = [self.y.new_empty(self.tile_m * self.tile_n) for _ in range(2)]
 
     def exact(self, features: Tensor) -> Tensor:
+        # Rounded as the GPU's operands are, then multiplied in float32 as its tensor cores do.
         return features.to(self.dtype).to(self.acc)
 
     def rows(self) -> Iterator[slice]:

@@ -31,6 +31,21 @@ def span(cu_ptr, segment, T):
 
 
 @triton.jit
+def tile_of(cu_ptr, tile, S, blocks, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
+    """The segment of a tile and the tile's place in it."""
+    if SEARCH:
+        low = tile * 0
+        high = low + S
+        while high - low > 1:
+            middle = (low + high) // 2
+            before = tl.load(cu_ptr + middle).to(tl.int32) // BLOCK + middle <= tile
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        return low, tl.maximum(tile - tl.load(cu_ptr + low).to(tl.int32) // BLOCK - low, 0)
+    return tile // blocks, tile % blocks
+
+
+@triton.jit
 def dot_tile(
     x_ptr, stride_x, y_ptr, stride_y, first_m, first_n, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -41,6 +56,7 @@ def dot_tile(
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     offs_k = tl.arange(0, BLOCK_K)
+    # Rows beyond the end read the last one again: no masks in the loop, and the caller drops what they give.
     rows = tl.minimum(first_m.to(tl.int64) + tl.arange(0, BLOCK_M), M - 1)
     cols = tl.minimum(first_n.to(tl.int64) + tl.arange(0, BLOCK_N), N - 1)
     p_x = x_ptr + rows[:, None] * stride_x + offs_k[None, :]
@@ -118,6 +134,7 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     missing = -x.shape[1] % WIDTH_MULTIPLE
     if missing:
         return pad(x, (0, missing))
+    # Triton loads 16 bytes at a time only where it can prove that each row starts on such a boundary.
     if x.stride(1) != 1 or x.stride(0) % 16:
         x = x.contiguous()
     return x

@@ -118,6 +118,7 @@ class Packed:
             raise ValueError(f"Packed.to_padded: width {width} is less than the longest segment, {self.max_seqlen}")
         rows = len(self)
         mask = torch.arange(width, device=self.x.device) < self.cu_seqlens.diff()[:, None]
+        # Nothing to pad: a view.
         if rows * width == self.total:
             return self.x.unflatten(0, (rows, width)), mask
         places = _places(self.cu_seqlens, self.total, width)
@@ -176,6 +177,7 @@ class Packed:
         whole = Packed.cat(parts)
         lengths = torch.stack([part.lengths for part in parts], 1).flatten()
         starts = (whole.lengths.cumsum(0) - whole.lengths).view(len(parts), len(self)).T.flatten()
+        # Pieces in the order of the result, with lengths known on the host: one gather per tensor and no wait for the device.
         joined = whole._pieces(starts, lengths)
         return Packed.of(joined.x, torch.stack([part.lengths for part in parts]).sum(0), joined.size, joined.pos)
 
@@ -211,6 +213,7 @@ class Packed:
         pos = torch.cat(positions) if len(positions) == len(parts) else None
         size = None
         if any(part.size is not None for part in parts):
+            # A token without a size stands for itself alone.
             size = torch.cat([torch.ones(part.total, device=like.device) if part.size is None else part.size for part in parts])
         return Packed.of(torch.cat([part.x for part in parts]), torch.cat([part.lengths for part in parts]), size, pos)
 
@@ -228,6 +231,7 @@ class Packed:
         total, device = int(lengths.sum()), self.x.device
         shift = starts - (lengths.cumsum(0) - lengths)
         counts = lengths.to(device, non_blocking=True)
+        # The output size is told, or PyTorch would read the sum of the counts from the device.
         shift = shift.to(device, non_blocking=True).repeat_interleave(counts, output_size=total)
         index = torch.arange(total, device=device) + shift
         size, pos = (None if extra is None else extra.index_select(0, index) for extra in (self.size, self.pos))

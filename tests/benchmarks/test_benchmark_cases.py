@@ -71,7 +71,8 @@ def test_the_exact_loss_of_words_equals_autograd_on_all_logits(monkeypatch):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("op", ["matryoshka", "patch_embed", "linear_cross_entropy", "similarity_topk", "residual_norm"])
+@pytest.mark.parametrize("op", ["matryoshka", "patch_embed", "linear_cross_entropy", "similarity_topk", "residual_norm",
+                                "bias_activation", "grouped_linear"])  # fmt: skip
 def test_ours_and_eager_agree_with_the_exact_results(op):
     case = find(op)
     problem = case.problem(case.shapes("cpu", True)[-1], CPU)

@@ -8,7 +8,7 @@ import torch
 
 import fastvlp_kernels
 from benchmarks import __main__ as command_line
-from benchmarks.soak import data, ranks, training
+from benchmarks.soak import data, files, ranks, saves, training
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def test_a_short_soak_runs_every_part_and_loses_nothing(tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     assert code == 0 and out.endswith("nothing was lost\n"), out
     found = {part["part"]: part for part in parts}
-    assert list(found) == ["operators", "data", "ranks", "training"]
+    assert list(found) == ["operators", "data", "files", "ranks", "training", "saves"]
     assert found["data"]["faults"] >= 20 and found["ranks"]["faults"] >= 1
     # How many cases fit into seconds is the machine's affair; one is always made.
     assert all(part["cases"] >= 1 and part["first_seed"] == 6 and part["failure"] == "" and part["failed_seed"] is None for part in parts)
@@ -92,6 +92,53 @@ def test_a_training_that_goes_on_otherwise_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "MOST_KILLS", 1)
     with pytest.raises(AssertionError, match=r"after \d+ kills \d+ of \d+ tensors differ, the first is "):
         training.case(0, tmp_path, CPU)
+
+
+@pytest.mark.slow
+def test_a_save_that_loses_something_is_found(monkeypatch, tmp_path):
+    right = training.settings
+
+    def settings(seed, folder, name):
+        values = right(seed, folder, name)
+        return values | {"changes": [*values["changes"], "schedule.steps=2", f"run.seed={seed + (name == 'parts')}"]}
+
+    monkeypatch.setattr(training, "settings", settings)
+    with pytest.raises(AssertionError, match=r"at system call \d+ of \d+: \d+ of \d+ tensors differ"):
+        saves.case(0, tmp_path, CPU)
+
+
+def raises(seed, folder, base):
+    raise KeyError(f"{seed}")
+
+
+def eats(seed, folder, base):
+    bytearray(2 << 30)
+
+
+def burns(seed, folder, base):
+    while True:
+        pass
+
+
+def crashes(seed, folder, base):
+    os.abort()
+
+
+@pytest.mark.parametrize("kind, message", [(raises, "raises: exit code 1\n.*KeyError: '5'"), (eats, "eats: exit code 1\n.*MemoryError"),
+                                           (burns, "burns: exit code -24"), (crashes, "crashes: exit code -6")], ids=lambda kind: str(kind)[:9])
+def test_a_file_that_is_neither_used_nor_refused_is_found(kind, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "KINDS", (files.a_caption, kind))
+    monkeypatch.setattr(files, "SECONDS", 1)
+    with pytest.raises(AssertionError, match=f"(?s){message}"):
+        files.case(5, tmp_path, CPU)
+
+
+def test_files_of_strangers_are_the_same_for_the_same_seed(tmp_path):
+    import random
+
+    assert files.case(3, tmp_path, CPU) == len(files.KINDS)
+    made = [{files.damaged(data, random.Random(seed)) for data in files.pictures()} for seed in (1, 1, 2)]
+    assert made[0] == made[1] != made[2] and not made[2] & set(files.pictures())
 
 
 def test_a_training_that_fails_says_why(tmp_path):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from PIL import Image
 
 import fastvlp
 from fastvlp import cli, config
+from fastvlp.commands import recipes
 from tests.train.conftest import COLOURS, one_thread, recipe, recipe_of, settings, shard  # noqa: F401  (fixtures)
+
+OWN = "for your own pictures and captions: fastvlp train RECIPE data=SHARDS"
 
 
 def call(capsys, *arguments):
@@ -58,9 +62,36 @@ def test_recipes_are_listed_with_their_papers_and_what_they_show(capsys):
     place = lines.index("clip (default); clip:paper")
     assert code == 0 and lines[place + 1].startswith("    CLIP (Radford et al. 2021, arXiv:2103.00020): ")
     assert "8 % zero-shot" in lines[place + 2]
-    own = lines.index("for your own pictures and captions: fastvlp train RECIPE data=SHARDS")
-    assert [line.split(";")[0].split(" (")[0] for line in lines[:own:3]] == config.names() and len(config.names()) >= 15
+    own = lines.index(OWN)
+    assert [line.split(";")[0].split(" (")[0] for line in lines[:own:4]] == config.names() and len(config.names()) >= 15
     assert lines[own + 1::2] == ["clip-vit-b-32", "clip-vit-b-16", "clip-vit-s-16", "siglip-b-16"]
+
+
+def test_what_is_said_to_be_measured_is_of_systems_that_there_are(capsys):
+    """The shipped numbers, whoever measured them: a line for each, and the other systems are not measured."""
+    import fastvlp.systems
+
+    found = json.loads((Path(fastvlp.systems.__path__[0]) / "measured.json").read_text())
+    assert set(found) <= set(config.names())
+    lines = call(capsys, "recipes")[1].splitlines()
+    for name, line in zip(config.names(), lines[3:lines.index(OWN):4], strict=True):
+        assert (line == "    not measured") == (name not in found)
+    for entry in found.values():
+        assert entry["seeds"] >= 1 and entry["samples"] > 0 and entry["seconds"] > 0 and entry["threads"] == 1
+        assert entry["machine"] and not entry["commit"].endswith("+"), "measured on code that is in no commit"
+        for score in entry["scores"]:
+            assert score["name"] and 0 < score["value"] < 100 and score["items"] > 0 and score["of"]
+        assert entry["scores"]
+
+
+def test_a_measured_recipe_s_line():
+    entry = {"scores": [{"name": "mean reciprocal rank both ways", "value": 0.25, "items": 500, "of": "pairs"},
+                        {"name": "nats a token", "value": 3.5, "items": 500, "of": "captions"}],
+             "samples": 12800, "seconds": 60.4, "minutes": 1.0, "threads": 1, "machine": "cpu-x-2core", "torch": "2.13", "commit": "abc",
+             "timestamp": "2026", "seeds": 3, "start": {"": "simvlm a=1", "image": "clip"}}  # fmt: skip
+    assert recipes.measured(entry) == (
+        "measured: mean reciprocal rank both ways 0.250 (500 pairs); nats a token 3.500 (500 captions); 12,800 samples in 60 s, 1 thread "
+        "of cpu-x-2core, seeds: 3, commit abc; starts with all of simvlm, image of clip")
 
 
 @pytest.mark.parametrize("command", [["recipes", "clip"], ["train", "clip", "--help"]])

@@ -121,6 +121,15 @@ def test_only_the_promised_formats_are_decoded(form):
         decode(data)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP"])
+def test_one_decoder_is_asked_for(form, monkeypatch):
+    """Pillow, left to choose, tries all that it has on a broken file."""
+    asked, open_image = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file, formats=None: asked.append(formats) or open_image(file, formats=formats))
+    decode(encoded(picture(1), form))
+    assert asked == [(form,)]
+
+
 @pytest.mark.parametrize("low, high", [(-1.7, 2.6), (0, 255), (0, 1.01), (-0.01, 1), (0, float("nan")), (0, float("inf"))])
 def test_floats_outside_0_to_1_are_refused(low, high):
     with pytest.raises(ValueError, match=r"must be in 0\.\.1: divide by 255, undo the normalisation"):

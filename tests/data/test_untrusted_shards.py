@@ -52,6 +52,8 @@ BAD_SIZES = {"negative": _header(size=b"-0000001000"), "signed": _header(size=b"
              "pax word": _pax(b"size", b"abc") + _header(), "pax of 5,000 digits": _pax(b"size", b"9" * 5000) + _header(),
              "pax negative": _pax(b"size", b"-1024") + _header(), "pax in other digits": _pax(b"size", "\u0661".encode()) + _header(),
              "pax of an exabyte": _pax(b"size", b"1" + b"0" * 18) + _header(), "global": _pax(b"size", b"-1", b"g") + _header(),
+             "pax without a length": _header(b"pax", b"00000000100\0", b"x") + b"=" * 64 + bytes(448) + _header(),  # read for ever once
+             "pax in zeros": _header(b"pax", b"00000000100\0", b"x") + bytes(512) + _header(),
              "long name of a gigabyte": _header(size=b"10000000000", kind=b"L"),
              "pax of a gigabyte": _header(size=b"10000000000", kind=b"x"),
              "sparse map without end": (_header(kind=b"S")[:482] + b"\1" + _header(kind=b"S")[483:])}

@@ -29,7 +29,7 @@ CHANGES = {
     "coca": (*NARROW, "model.embed_dim=16", "model.decoder.width=32", "model.decoder.depth=1", "model.decoder.heads=2",
              "model.decoder.source=32"),
     "albef": (*NARROW, "model.embed_dim=16", "model.fusion.width=32", "model.fusion.depth=1", "model.fusion.heads=2"),
-    "vilt": (*NARROW, "model.joint.width=32", "model.joint.depth=1", "model.joint.heads=2"),
+    "vilt": ("model.image.width=32", "model.text.width=32", "model.joint.width=32", "model.joint.depth=1", "model.joint.heads=2"),
 }
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastvlp
 from benchmarks.rivals import import_open_clip
+from fastvlp.losses import ALONE
 from fastvlp_kernels._testing import forbid_large_tensors
 from tests.kernels.interpreter import in_a_process
 
@@ -245,7 +246,7 @@ def rank_of_two(rank, transformers, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = []
     for name in ("CLIP", "Siglip"):
-        for group in (None, dist.group.WORLD):
+        for group in (ALONE, None, dist.group.WORLD):
             model = build(transformers, name)
             fastvlp.accelerate(model, group=group)
             wrapped = DistributedDataParallel(model, find_unused_parameters=True)
@@ -258,10 +259,10 @@ def rank_of_two(rank, transformers, folder):
 
 
 def test_pairs_of_all_processes(transformers, tmp_path):
-    """With a group, DDP's average is the stock loss of both batches together; without, the mean of their own."""
+    """With a group (None: all), DDP's average is the stock loss of both batches together; alone, the mean of their own."""
     in_a_process(two_ranks, str(tmp_path))
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for place, (name, pairs) in enumerate((name, pairs) for name in ("CLIP", "Siglip") for pairs in (6, 12)):
+    for place, (name, pairs) in enumerate((name, pairs) for name in ("CLIP", "Siglip") for pairs in (6, 12, 12)):
         model, whole = build(transformers, name), inputs(name, 12)
         batches = [{key: value[start : start + pairs] for key, value in whole.items()} for start in range(0, 12, pairs)]
         loss = sum(model(**batch, return_loss=True).loss for batch in batches) / len(batches)

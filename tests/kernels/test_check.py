@@ -6,6 +6,8 @@ import torch
 from fastvlp_kernels import (
     Packed,
     bi_wkv,
+    bias_activation,
+    grouped_linear,
     linear_cross_entropy,
     maxsim,
     merge_plan,
@@ -24,6 +26,8 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
 X, HEADS = torch.randn(6, 4), torch.randn(6, 2, 4)
 CALLS = {
     bi_wkv: {"r": HEADS, "k": HEADS, "v": HEADS, "w": HEADS, "u": HEADS[0], "cu_seqlens": CU},
+    bias_activation: {"x": X},
+    grouped_linear: {"x": X, "types": torch.arange(6) % 2, "weight": torch.ones(2, 3, 4)},
     linear_cross_entropy: {"x": X, "weight": X, "targets": torch.arange(6)},
     maxsim: {"x": X, "cu_x": CU, "y": X, "cu_y": CU},
     merge_plan: {"metric": X, "cu_seqlens": CU},

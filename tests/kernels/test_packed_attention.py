@@ -19,7 +19,16 @@ def randn(*shape, dtype=torch.float64, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def loop(q, k, v, lengths_q, lengths_k, size=None, bias=None, prefix=None, causal=False, scale=None):
+# A query of type 0 sees types 0 and 2, one of type 1 types 0 and 1, one of type 2 nothing.
+SEES = torch.tensor([[True, False, True], [True, True, False], [False, False, False]])
+
+
+def types_of(tokens):
+    """int8 [tokens] in 0..2."""
+    return (torch.arange(tokens) * 7 % 5 % 3).to(torch.int8)
+
+
+def loop(q, k, v, lengths_q, lengths_k, size=None, bias=None, prefix=None, causal=False, scale=None, types=False):
     """Each query of each head by itself: sum_j w_j v_j / sum_j w_j over the keys it sees."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -28,6 +37,9 @@ def loop(q, k, v, lengths_q, lengths_k, size=None, bias=None, prefix=None, causa
     for s, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         for i in range(n):
             seen = [j for j in range(m) if not causal or j <= i + m - n or (prefix is not None and j < prefix[s])]
+            if types:
+                row = SEES[int(types_of(len(q))[first_q + i])]
+                seen = [j for j in seen if row[int(types_of(len(k))[first_k + j])]]
             keys = torch.tensor([first_k + j for j in seen], dtype=torch.int64)
             for h in range(heads):
                 if not seen:
@@ -50,7 +62,7 @@ def loop(q, k, v, lengths_q, lengths_k, size=None, bias=None, prefix=None, causa
 
 def compare(
     lengths_q, lengths_k=None, *, heads=2, kv_heads=2, width=5, value_width=5, impl=None,
-    size=False, bias=0, prefix=False, causal=False, scale=None,
+    size=False, bias=0, prefix=False, causal=False, scale=None, types=False,
 ):
     """Value, mass and every gradient in float64 against the loop."""
     keys = lengths_q if lengths_k is None else lengths_k
@@ -61,10 +73,12 @@ def compare(
     prefixes = torch.arange(1, 1 + 3 * len(lengths_q), 3) % 4 if prefix else None
     leaves = [q, k, v] + ([key_bias] if bias else [])
     weight = randn(sum(lengths_q), heads, value_width, seed=6)
-    exact, exact_mass = loop(q, k, v, lengths_q, keys, sizes, key_bias, prefixes, causal, scale)
+    exact, exact_mass = loop(q, k, v, lengths_q, keys, sizes, key_bias, prefixes, causal, scale, types)
     zero = 0 * sum(leaf.sum() for leaf in leaves)  # so that every leaf has a gradient, 0 if nothing sees it
     arguments = (q, k, v, cu(lengths_q), None if lengths_k is None else cu(lengths_k))
     options = {"key_size": sizes, "key_bias": key_bias, "prefix_len": prefixes, "causal": causal, "scale": scale, "impl": impl}
+    if types:
+        options |= {"token_type": types_of(len(q)), "token_type_k": None if lengths_k is None else types_of(len(k)), "sees": SEES}
     ours, mass = packed_attention(*arguments, **options, return_key_mass=True)
     plain = packed_attention(*arguments, **options)
     torch.testing.assert_close(mass, exact_mass.to(mass.dtype), rtol=1e-5, atol=1e-5)
@@ -88,8 +102,11 @@ BATCHES = {
 VARIANTS = {
     "plain": {}, "causal": {"causal": True}, "prefix": {"causal": True, "prefix": True}, "sizes": {"size": True}, "bias": {"bias": 1},
     "head bias": {"bias": 2}, "all": {"causal": True, "prefix": True, "size": True, "bias": 2}, "scale": {"scale": 0.7, "causal": True},
+    # which PyTorch's own attention makes NaN of: it hides before it scales
+    "no scale": {"scale": 0.0, "causal": True}, "negative scale": {"scale": -0.5, "causal": True},
     "grouped heads": {"heads": 4, "kv_heads": 2}, "one key head": {"heads": 3, "kv_heads": 1, "bias": 2, "causal": True},
-    "wide values": {"value_width": 7},
+    "wide values": {"value_width": 7}, "types": {"types": True, "kv_heads": 1},
+    "all and types": {"causal": True, "prefix": True, "size": True, "bias": 2, "types": True},
 }
 
 
@@ -101,7 +118,7 @@ def test_equal_to_the_loop(batch, variant, impl):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("variant", ["plain", "causal", "prefix", "sizes", "all", "one key head", "wide values"])
+@pytest.mark.parametrize("variant", ["plain", "causal", "prefix", "sizes", "all", "one key head", "wide values", "types", "all and types"])
 def test_cross_attention_equal_to_the_loop(variant, impl):
     for lengths_q, lengths_k in (([1, 1, 1], [4, 0, 2]), ([2, 5, 0, 2], [3, 2, 4, 3]), ([3, 3], [0, 0])):
         compare(lengths_q, lengths_k, impl=impl, **VARIANTS[variant])
@@ -204,11 +221,12 @@ def test_a_nan_stays_in_its_segment(variant):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("operand", ["q", "k", "v", "key_bias", "scale"])
-def test_a_nan_is_passed_on(operand, value):
-    """Also where a row of scores is nothing but NaN, which PyTorch's fused attention takes for a query without keys."""
+@pytest.mark.parametrize("operand, biased", [(operand, biased) for operand in ("q", "k", "v", "scale") for biased in (False, True)]
+                         + [("key_bias", True)])
+def test_a_nan_is_passed_on(operand, biased, value):
+    """Also where a row of scores is nothing but NaN, which PyTorch's fused attention, without a mask, takes for a query without keys."""
     inputs = {name: randn(7, 2, 4, dtype=torch.float32, seed=s) for s, name in enumerate("qkv")}
-    inputs |= {"key_bias": torch.zeros(7), "scale": 0.5}
+    inputs |= {"key_bias": torch.zeros(7) if biased else None, "scale": 0.5}
     if operand == "scale":
         inputs["scale"] = torch.nan
     else:
@@ -269,3 +287,23 @@ def test_hidden_keys_and_queries_without_keys_give_zero():
     assert (out[:2] == 0).all() and torch.equal(out[2:], v[2].expand(2, 2, 3)) and mass.tolist() == [0, 0, 4, 0]
     gradients = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(torch.isfinite(g).all() for g in gradients) and (gradients[0] == 0).all() and (gradients[2][2] == 2).all()
+
+
+def test_types_with_dropout_of_weights():
+    """So rare that nothing is dropped: the padded path hides what the others hide."""
+    q, k, v = (randn(9, 2, 4, seed=seed) for seed in range(3))
+    options = {"token_type": types_of(9), "sees": SEES, "causal": True}
+    want = packed_attention(q, k, v, cu([4, 5]), **options)
+    torch.testing.assert_close(packed_attention(q, k, v, cu([4, 5]), **options, dropout_p=1e-12), want)
+
+
+def test_types_as_masks_of_scaled_dot_product_attention():
+    """32 types, of which each sees itself and those before it."""
+    q, k, v = (randn(64, 2, 4, seed=seed).float().requires_grad_() for seed in range(3))
+    kinds = torch.arange(64) // 2
+    out = packed_attention(q, k, v, cu([64]), token_type=kinds, sees=torch.ones(32, 32).tril().bool())
+    mask = kinds[:, None] >= kinds
+    expected = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -102,6 +102,8 @@ def test_xformers_is_called_as_it_wants(monkeypatch, allowed, causal):
         *[(impl, {"key_size": torch.ones(11)}, "takes no key_size") for impl in ("flash-attn", "xformers")],
         ("xformers", {"key_bias": torch.ones(11)}, "takes no key_bias"),
         ("flash-attn", {"prefix_len": torch.ones(4).long(), "causal": True}, "takes no prefix_len"),
+        *[(impl, {"token_type": torch.zeros(6).long(), "token_type_k": torch.zeros(11).long(), "sees": torch.ones(1, 1).bool()},
+           "takes no token_type") for impl in ("flash-attn", "xformers")],
         ("flash-attn", {"dtype": torch.float32}, "does not compute in torch.float32"),
         ("xformers", {"dtype": torch.float64}, "does not compute in torch.float64"),
         ("flash-attn", {"value_width": 8}, "values as wide as keys"),

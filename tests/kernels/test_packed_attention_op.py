@@ -7,6 +7,7 @@ from fastvlp_kernels import Packed
 from fastvlp_kernels.packed_attention import op, packed_attention
 
 CU = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+TYPES, SEES = torch.tensor([0, 1, 1, 0, 1], dtype=torch.int8), torch.tensor([[True, False], [True, True]])
 
 
 def qkv(dtype=torch.float32, heads=2, tokens=5, width=4):
@@ -22,18 +23,21 @@ def test_opcheck(causal, extras):
     if extras == "all":
         size, bias, prefix = torch.rand(5) + 0.5, torch.randn(2, 5, requires_grad=True), torch.tensor([1, 0, 2])
     forward = (q, k, v, CU, CU, lengths, lengths, size, bias, prefix, causal, 0.5, extras == "all", "cpu")
+    types = (TYPES, TYPES, SEES) if extras == "all" else (None, None, None)
+    forward += (None, None, *types)
     torch.library.opcheck(torch.ops.fastvlp.packed_attention.default, forward)
     out, lse, _ = torch.ops.fastvlp.packed_attention(*forward)
     saved = (torch.randn_like(out), q, k, v, out, lse, CU, CU, lengths, None, size, bias, prefix)
     saved = [None if x is None else x.detach() for x in saved]
     for needs in ([True, True, True, extras == "all"], [True, False, False, False]):
-        torch.library.opcheck(torch.ops.fastvlp.packed_attention_backward.default, (*saved, causal, 0.5, needs, "cpu"))
+        torch.library.opcheck(torch.ops.fastvlp.packed_attention_backward.default, (*saved, causal, 0.5, needs, "cpu", None, None, *types))
 
 
 @pytest.mark.parametrize("lengths", [None, CU.diff().long()])
 def test_compiled_in_one_graph(lengths):
     def attend(q, k, v, bias):
-        return packed_attention(q * 1.5, k, v, CU, key_bias=bias, causal=True, lengths=lengths).square().sum()
+        out = packed_attention(q * 1.5, k, v, CU, key_bias=bias, causal=True, lengths=lengths, token_type=TYPES, sees=SEES)
+        return out.square().sum()
 
     leaves = [*qkv(), torch.randn(5, requires_grad=True)]
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -80,7 +84,7 @@ def test_autocast_decides_the_dtype():
 def test_only_needed_gradients_are_made(monkeypatch):
     seen = []
     real = op.cpu.backward
-    monkeypatch.setattr(op.cpu, "backward", lambda *args: seen.append(args[-1]) or real(*args))
+    monkeypatch.setattr(op.cpu, "backward", lambda *args: seen.append(args[-3]) or real(*args))
     q, k, v = qkv()
     packed_attention(q, k.detach(), v.detach(), CU).sum().backward()
     packed_attention(q.detach(), k.detach(), v, CU, key_bias=torch.zeros(5, requires_grad=True)).sum().backward()
@@ -168,6 +172,13 @@ def attend(**changes):
         ({"lengths": torch.ones(2, dtype=torch.int64)}, ValueError, r"lengths has shape \(2,\)"),
         ({"lengths": torch.ones(3, dtype=torch.int64, device="meta")}, ValueError, "must be on the CPU"),
         ({"k": torch.zeros(5, 2, 4, device="meta")}, ValueError, "move them to one device"),
+        ({"sees": SEES}, ValueError, "give token_type and sees, or none of them"),
+        ({"token_type": TYPES, "sees": SEES, "cu_seqlens_k": CU}, ValueError, "other keys than queries need token_type_k too"),
+        ({"token_type": TYPES[1:], "sees": SEES}, ValueError, r"token_type has shape \(4,\); it must have shape \(5,\)"),
+        ({"token_type": TYPES, "sees": SEES.int()}, ValueError, r"sees is torch.int32 \(2, 2\); it must be bool \[types, types\] of 1 to"),
+        ({"token_type": TYPES, "sees": torch.ones(33, 33).bool()}, ValueError, r"sees is torch.bool \(33, 33\)"),
+        ({"token_type": TYPES + 1, "sees": SEES}, ValueError, "token_type goes from 1 to 2; sees has the types 0 to 1"),
+        ({"token_type": TYPES.float(), "sees": SEES}, TypeError, "token_type is torch.float32; it must be an integer tensor"),
         ({"impl": "flash"}, ValueError, "impl='flash' is unknown; allowed: triton, cpu, reference, flash-attn"),
     ],
 )

@@ -9,7 +9,7 @@ from fastvlp_kernels._testing import error
 from fastvlp_kernels.packed_attention import packed_attention
 from tests.kernels.aot import SHARED_LIMIT, Recorder
 from tests.kernels.interpreter import interpreted
-from tests.kernels.test_packed_attention import cu, loop, randn
+from tests.kernels.test_packed_attention import SEES, cu, loop, randn, types_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -23,7 +23,7 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 def compare(
     lengths_q, lengths_k=None, longest=(None, None), dtype=torch.float32, heads=2, kv_heads=2, width=8, value_width=8, size=False, bias=0,
-    prefix=False, causal=False, device="cpu", leaves_needed=4, exactly=None,
+    prefix=False, causal=False, device="cpu", leaves_needed=4, exactly=None, types=False,
 ):
     """Value, mass and gradients of the Triton path against the loop in float64."""
     keys = lengths_q if lengths_k is None else lengths_k
@@ -46,11 +46,15 @@ def compare(
     def ours(q, k, v, key_bias=None):
         q, k, v = ((x if need else x.detach()) for x, need in zip((q, k, v), wanted, strict=True))
         starts = cu(lengths_q).to(device), None if lengths_k is None else cu(keys).to(device)
+        kinds = {}
+        if types:
+            token_type, token_type_k = (types_of(len(x)).to(device) for x in (q, k))
+            kinds = {"token_type": token_type, "token_type_k": token_type_k, "sees": SEES.to(device)}
         return packed_attention(q, k, v, *starts, *longest, key_size=sizes, key_bias=key_bias, prefix_len=prefixes, causal=causal,
-                                return_key_mass=True, impl="triton")  # fmt: skip
+                                return_key_mass=True, impl="triton", **kinds)  # fmt: skip
 
     wanted = [i < leaves_needed if leaves_needed > 0 else i >= len(inputs) + leaves_needed for i in range(3)]
-    exact = exactly or (lambda q, k, v, b=None: loop(q, k, v, lengths_q, keys, sizes, b, prefixes, causal))
+    exact = exactly or (lambda q, k, v, b=None: loop(q, k, v, lengths_q, keys, sizes, b, prefixes, causal, types=types))
     for index, (mine, want) in enumerate(zip(run(ours, dtype), run(exact, torch.float64), strict=True)):
         if want.numel():
             found = error(mine, want)
@@ -66,7 +70,9 @@ def interpreted_cases() -> None:
     for longest in ((None, None), (40, 40)):
         compare(MIXED, longest=longest)
         compare(MIXED, longest=longest, dtype=torch.bfloat16, causal=True, size=True, bias=2, heads=4)
-        compare(MIXED, longest=longest, dtype=torch.float16, causal=True, prefix=True, bias=1)
+        compare(MIXED, longest=longest, dtype=torch.float16, causal=True, prefix=True, bias=1, types=True)
+        compare([9, 37], [20, 3], (longest[0], longest[1]), dtype=torch.bfloat16, types=True)
+    compare([70, 100], [130, 90], dtype=torch.float16, types=True, kv_heads=1)
     compare([70, 100], [130, 0], dtype=torch.float16, size=True, bias=1)
     compare([100, 5], [100, 90], (100, 100), dtype=torch.bfloat16, width=80, value_width=72, heads=1, kv_heads=1)
     compare([90, 3], dtype=torch.bfloat16, causal=True, prefix=True, heads=2, kv_heads=1)
@@ -118,7 +124,7 @@ def resident_cases() -> None:
         compare([150, 131], longest=(150, 150), dtype=torch.bfloat16, size=True, bias=2, heads=1, kv_heads=1)
         compare([90, 3], longest=(90, 90), dtype=torch.float16, causal=True, prefix=True, heads=2, kv_heads=1)
     compare([70, 1], [130, 190], (70, 190), dtype=torch.float16, bias=1)
-    compare([5, 1], [200, 240], (5, 240), dtype=torch.bfloat16)
+    compare([5, 1], [200, 240], (5, 240), dtype=torch.bfloat16, types=True)
     compare([3, 2], [100, 90], (3, 100), dtype=torch.bfloat16, width=72, value_width=80, heads=1, kv_heads=1)
     compare([5, 1, 0, 9, 24, 1] * 3, longest=(24, 24), dtype=torch.float16, causal=True, bias=1, width=24, value_width=72, kv_heads=1)
     only_the_device_knows()
@@ -165,7 +171,7 @@ def test_interpreted(cases):
     interpreted(cases)
 
 
-def launches(monkeypatch, dtype, width, lengths, longest, extras) -> dict[str, Recorder]:
+def launches(monkeypatch, dtype, width, lengths, longest, extras, types=False) -> dict[str, Recorder]:
     """The launches of a forward and a backward over 64 segments of ``lengths`` queries and keys, not run."""
     recorders = {}
     modules = {name: import_module(f"fastvlp_kernels.packed_attention.{name}") for name in set(KERNELS.values())}
@@ -176,13 +182,14 @@ def launches(monkeypatch, dtype, width, lengths, longest, extras) -> dict[str, R
     q, k = (torch.zeros(S * n, heads, width, dtype=dtype) for n in lengths)
     starts = [cu([n] * S) for n in lengths] if lengths[0] != lengths[1] else [cu([lengths[0]] * S)] * 2
     terms = (torch.ones(len(k)), torch.ones(heads, len(k)), torch.ones(S, dtype=torch.int64)) if extras else (None, None, None)
+    kinds = (torch.zeros(len(q), dtype=torch.int32), torch.zeros(len(k), dtype=torch.int32)) if types else (None, None)
     ends = (*starts, *(lengths if longest else (None, None)))
-    out, lse, _ = modules["triton"].forward(q, k, k, *ends, *terms, extras, 0.1, extras, True)
-    modules["triton_backward"].backward(out, q, k, k, out, lse, *ends, *terms, extras, 0.1, [True, True, True, extras], True)
+    out, lse, _ = modules["triton"].forward(q, k, k, *ends, *terms, extras, 0.1, extras, True, *kinds)
+    modules["triton_backward"].backward(out, q, k, k, out, lse, *ends, *terms, extras, 0.1, [True, True, True, extras], True, *kinds)
     return recorders
 
 
-# Data type, head width, lengths of queries and keys, whether they are known, and whether everything optional is used.
+# Data type, head width, lengths of queries and keys, whether they are known, and whether everything optional, and types, are used.
 COMPILED = {
     "tiny": (torch.bfloat16, 64, (4, 4), True, True),
     "short": (torch.bfloat16, 64, (50, 50), True, True),
@@ -192,16 +199,19 @@ COMPILED = {
     "72": (torch.float16, 72, (100, 100), True, False),
     "pooling": (torch.bfloat16, 80, (1, 256), True, False),
     "float32": (torch.float32, 64, (50, 50), False, True),
+    "short types": (torch.bfloat16, 64, (50, 50), True, True, True), "middle types": (torch.bfloat16, 64, (197, 197), True, False, True),
+    "types": (torch.bfloat16, 64, (600, 600), False, True, True), "wide types": (torch.bfloat16, 128, (600, 600), True, True, True),
+    "float32 types": (torch.float32, 64, (50, 50), False, True, True),
 }
 
 
-EVERYWHERE = ("tiny", "short", "middle", "long", "three tiles")
+EVERYWHERE = ("tiny", "short", "middle", "long", "three tiles", "types", "wide types")
 
 
 @pytest.mark.parametrize(("case", "arch"), [(c, a) for a in SHARED_LIMIT for c in COMPILED if a == 90 or c in EVERYWHERE])
 def test_compiled_ahead_of_time(case, arch, monkeypatch):
-    dtype, width, lengths, longest, extras = COMPILED[case]
-    for name, recorder in launches(monkeypatch, dtype, width, lengths, longest, extras).items():
+    dtype = COMPILED[case][0]
+    for name, recorder in launches(monkeypatch, *COMPILED[case]).items():
         for launch in range(len(recorder.launches)):
             compiled, options = recorder.compile(arch, launch), recorder.launches[launch]
             compiled.assert_fits()

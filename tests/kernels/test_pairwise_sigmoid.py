@@ -236,3 +236,18 @@ def test_poisoned_memory(monkeypatch):
         torch.use_deterministic_algorithms(False)
     for a, b in zip(clean, poisoned, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("M, N", [(3, cpu.TILE + 6), (cpu.TILE + 6, 3)])
+@pytest.mark.parametrize("trained", ["", "x", "y", "xy"])
+def test_the_gradient_of_the_scale_is_that_of_all_tiles(M, N, trained):
+    """Whichever of the features are frozen: it is read off another product then."""
+    x, y = (F.normalize(torch.randn(n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), dim=1) for n in (M, N))
+    products = x @ y.T
+    signs = 2 * torch.eye(M, N, dtype=torch.float64) - 1
+    exact = (-signs * torch.sigmoid(-signs * (3 * products - 1)) * products).sum()
+    x.requires_grad_("x" in trained)
+    y.requires_grad_("y" in trained)
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    pairwise_sigmoid(x, y, scale, -1.0, impl="cpu").backward()
+    torch.testing.assert_close(scale.grad, exact, rtol=1e-11, atol=0)

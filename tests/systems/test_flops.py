@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastvlp.ops import grouped_linear
 from fastvlp.systems.flops import FlopCount, visible_pairs
 from fastvlp.systems.system import freeze
 from fastvlp.towers import padded
@@ -61,6 +62,17 @@ def test_pytorch_s_own_counter_sees_our_operators():
     assert counter.get_total_flops() == plain(tower, packed)
 
 
+def test_a_linear_layer_by_types_counts_as_one():
+    layer = torch.nn.Linear(4, 5)
+    weight, x = torch.stack([layer.weight] * 3), torch.randn(7, 4)
+    found = []
+    for call in (lambda: grouped_linear(x, torch.arange(7) % 3, weight), lambda: layer(x)):
+        with FlopCounterMode(display=False) as counter, FlopCount() as counted:
+            call()
+        found.append((counter.get_total_flops(), counted.needed))
+    assert found[0] == found[1] == (2 * 7 * 4 * 5, 2 * 2 * 7 * 4 * 5)
+
+
 @pytest.mark.parametrize("name", ["dlip", "brivl", "blip2"])
 def test_without_gradients_the_same_is_counted(name):
     """Momentum copies and teachers run without gradient, always; what trains is told apart all the same."""
@@ -81,12 +93,19 @@ def test_without_gradients_the_same_is_counted(name):
 def test_visible_pairs_are_those_of_a_mask(seed):
     generator = torch.Generator().manual_seed(seed)
     lengths, keys, prefix = (torch.randint(0, 7, (6,), generator=generator) for _ in range(3))
-    causal = full = given = 0
+    types = [torch.randint(0, 3, (int(side.sum()),), generator=generator) for side in (lengths, keys)]
+    sees = torch.randint(0, 2, (3, 3), generator=generator).bool()
+    causal = full = given = typed = typed_all = first_q = first_k = 0
     for n, m, p in zip(lengths.tolist(), keys.tolist(), prefix.tolist(), strict=True):
         for query in range(n):
             for key in range(m):
                 full += 1
                 causal += key <= query + m - n
                 given += key <= query + m - n or key < p
+                pair = bool(sees[types[0][first_q + query], types[1][first_k + key]])
+                typed, typed_all = typed + (pair and (key <= query + m - n or key < p)), typed_all + pair
+        first_q, first_k = first_q + n, first_k + m
     assert visible_pairs(lengths, keys, False) == full and visible_pairs(lengths, keys, True) == causal
     assert visible_pairs(lengths, keys, True, prefix) == given
+    assert visible_pairs(lengths, keys, True, prefix, *types, sees) == typed
+    assert visible_pairs(lengths, keys, False, None, *types, sees) == typed_all

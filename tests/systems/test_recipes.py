@@ -10,12 +10,13 @@ import torch
 from fastvlp import cli, config
 from fastvlp.data.fields import bind
 from fastvlp.systems.system import System
-from fastvlp.train import plots
+from fastvlp.train import Trainer, plots
 from tests.train.conftest import COLOURS, log_lines, write_shard
 
 TOWERS = {part: {"width": 32, "depth": 1, "heads": 2} for part in ("image", "text")}
 IMAGE, JOINT = {"image": TOWERS["image"]}, {"width": 32, "depth": 1, "heads": 2}
-LM = {**TOWERS, "joint": JOINT}
+EMBEDDINGS = {part: {"width": 32} for part in ("image", "text")}
+LM = {**EMBEDDINGS, "joint": JOINT}
 DEEP = {**LM, "joint": {**JOINT, "depth": 6}}
 SMALL = {
     "adem_vl": {**IMAGE, "lm": LM, "grids": [2, 1], "hidden": 8, "alpha": 1.0, "beta": 1.0},
@@ -38,13 +39,13 @@ SMALL = {
     "jina_clip": {**TOWERS, "embed_dim": 32, "prefixes": [8, 16, 32]},
     "lexlip": TOWERS,
     "lit": {**TOWERS, "embed_dim": 16},
-    "llama_fusion": {**IMAGE, "lm": LM},
+    "llama_fusion": {"image": EMBEDDINGS["image"], "lm": LM},
     "m2_encoder": {**TOWERS, "embed_dim": 16},
     "mae": {**IMAGE, "decoder": {"width": 16, "depth": 1, "heads": 2}},
     "navit": {**TOWERS, "image": {**TOWERS["image"], "heads": 4}, "embed_dim": 16},
     "pix2struct": {**IMAGE, "decoder": JOINT},
     "proto_clip": {**TOWERS, "embed_dim": 16, "clusters": 4, "hidden": 32, "projection": 16},
-    "pyramid_drop": DEEP,
+    "pyramid_drop": {**DEEP, **IMAGE},
     "rwkv_clip": {**TOWERS, "embed_dim": 16},
     "scaling_down": {**TOWERS, "embed_dim": 16},
     "siglip": {**TOWERS, "embed_dim": 16},
@@ -83,7 +84,11 @@ def test_twenty_steps(name, boxes, tmp_path, monkeypatch, capsys):
     command = ["train", name, f"data.train=[{boxes}]", "data.batch_size=8", "data.workers=0", "eval.workers=0", "schedule.steps=20",
                "schedule.warmup=2", "optim.lr=3e-3", f"run.dir={tmp_path}", "run.device=cpu", "run.name=small",
                *changes(SMALL[name], "model"), *(f"eval.{key}=[{boxes}]" for key in sets), f"eval.classes={boxes.parent / 'classes.txt'}"]
+    idle, update = set(), Trainer._update
+    monkeypatch.setattr(Trainer, "_update", lambda trainer, finite: idle.update(
+        name for name, p in trainer.system.named_parameters() if p.requires_grad and p.grad is None) or update(trainer, finite))
     assert cli.main(command) == 0, capsys.readouterr().err
+    assert not idle, "weights that take no part"
     losses = [line["loss"] for line in log_lines(tmp_path / "small") if "loss" in line]
     assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5])
     results = json.loads((tmp_path / "small" / "results.json").read_text())

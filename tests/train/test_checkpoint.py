@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def write(folder, step, keep=2):
     temporary = checkpoint.begin(folder, step)
     (temporary / checkpoint.STATE).mkdir()
     (temporary / checkpoint.STATE / "part.distcp").write_bytes(bytes(range(256)) * 20 + bytes([step]))
-    return checkpoint.finish(temporary, {"recipe": {}, "counters": {"step": step}}, [random_state(CPU)], keep)
+    return checkpoint.finish(temporary, {"recipe": {}, "counters": {"step": step, "samples": 9}}, [random_state(CPU)], keep)
 
 
 def flip(file, at):
@@ -32,13 +33,26 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_what_is_named_a_checkpoint_is_on_the_disk(tmp_path, monkeypatch):
+    """Every file and folder is flushed before the name is given, and the name after it: a machine that loses its power loses neither."""
+    done = []
+    rename, fsync = os.rename, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(("flush", os.readlink(f"/proc/self/fd/{file}"))) or fsync(file))
+    monkeypatch.setattr(os, "rename", lambda old, new: done.append(("rename", str(new))) or rename(old, new))
+    final = write(tmp_path, 1)
+    partial = tmp_path / ".step-00000001.partial"
+    named = done.index(("rename", str(final)))
+    everything = {partial, *(partial / path.relative_to(final) for path in final.rglob("*"))}
+    assert {Path(place) for kind, place in done[:named]} == everything and done[named + 1:] == [("flush", str(tmp_path))]
+
+
 def test_the_last_ones_are_kept_and_the_newest_is_found(tmp_path):
     folder = tmp_path / "checkpoints"
     for step in (5, 10, 15, 200):
         write(folder, step)
     assert [path.name for path in checkpoint.checkpoints(folder)] == names(folder) == ["step-00000015", "step-00000200"]
     found, described = checkpoint.latest(folder, print)
-    assert found == folder / "step-00000200" and checkpoint.verify(found) == described == {"recipe": {}, "counters": {"step": 200}}
+    assert found == folder / "step-00000200" and checkpoint.verify(found) == described == {"recipe": {}, "counters": {"step": 200, "samples": 9}}
     assert sorted(str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()) == NAMES
 
 
@@ -198,3 +212,30 @@ def test_random_generators_go_on_where_they_were(tmp_path):
     expected = [draw() for _ in range(3)]
     set_random_state(checkpoint.random_states(saved)[0], CPU)
     assert [draw() for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize("content", [{}, [], {"recipe": {}, "counters": []}, {"recipe": {}, "counters": {"step": 1}},
+                                     {"recipe": {}, "counters": {"step": "1", "samples": 1}}, {"recipe": 1, "counters": {}},
+                                     {"recipe": {}, "counters": {"step": -1, "samples": 1}}])
+def test_a_stranger_s_description_that_is_none(tmp_path, content):
+    temporary = checkpoint.begin(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="trainer.json does not describe a training run") as caught:
+        checkpoint.verify(checkpoint.finish(temporary, content, [], 1))
+    assert not isinstance(caught.value, Damaged)
+
+
+class Bomb:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("states", [[Bomb()], {"python": 1}, None])
+def test_a_stranger_s_generators_run_nothing(tmp_path, monkeypatch, states):
+    monkeypatch.chdir(tmp_path)
+    saved = checkpoint.finish(checkpoint.begin(tmp_path, 1), {"recipe": {}, "counters": {"step": 1, "samples": 1}}, states, 1)
+    checkpoint.verify(saved)
+    with pytest.raises(CheckpointError, match="random.pt holds no states of random generators"):
+        checkpoint.random_states(saved)
+    assert names(tmp_path) == ["step-00000001"]

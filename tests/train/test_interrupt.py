@@ -2,6 +2,7 @@
 
 import ctypes
 import io
+import multiprocessing
 import os
 import resource
 import signal
@@ -92,6 +93,37 @@ def test_the_first_signal_is_answered_and_the_second_ends_at_once(wait):
     child.hear("SIGINT heard: stopping with a checkpoint after this step; once more stops at once")
     child.send(signal.SIGINT)
     assert child.status() == 130
+
+
+def test_the_second_one_takes_the_loading_processes_along():
+    def act(tell):
+        with StopRequest():
+            worker = multiprocessing.Process(target=time.sleep, args=(60,))  # as it is, it would be waited for at the end
+            worker.start()
+            tell(f"worker {worker.pid}.")
+            stuck_in_c()
+
+    child = Child(act)
+    worker = int(child.hear(".").removeprefix("worker ").partition(".")[0])
+    child.send(signal.SIGINT)
+    child.hear("once more stops at once")
+    child.send(signal.SIGINT)
+    assert child.status() == 130
+    assert gone(worker)
+
+
+def gone(process, seconds=10.0):
+    """Whether a process that is nobody's child any more ends within some seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            state = open(f"/proc/{process}/stat").read().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM], ids=lambda n: n.name)

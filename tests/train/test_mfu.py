@@ -85,7 +85,7 @@ def test_more_threads_get_larger_products(threads, side, monkeypatch):
 
 def test_two_processes_need_what_their_tokens_need_and_have_both_rates(settings, tmp_path):
     """Replicated, sharded and compiled; tests/train/two_counted.py counts by the formulas of the layers."""
-    settings["data"]["batch_size"] = 15  # eight and seven of which seven are counted
+    settings["data"]["batch_size"] = 16  # all of them are counted
     path = tmp_path / "recipe.yaml"
     path.write_text(config.dump(recipe_of(settings)))
     pair = run("--standalone", "--nproc-per-node", "2", "-m", "tests.train.two_counted", path, module="torch.distributed.run")

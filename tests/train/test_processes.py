@@ -3,8 +3,10 @@
 import os
 import random
 import signal
+import sys
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -75,6 +77,29 @@ def test_ctrl_c_writes_a_checkpoint_and_ends_with_130(long, tmp_path):
     saved, = checkpoints(tmp_path / "runs" / "run" / "checkpoints")
     step = verify(saved)["counters"]["step"]
     assert f"stopped at step {step}" in err and "continues" in err and "Traceback" not in err
+
+
+def test_sigterm_to_everything_of_a_torchrun_is_a_checkpoint_and_143(settings, tmp_path):
+    """To torchrun, which sends it on, to both of its processes and to their readers, as a scheduler does; nothing stays behind."""
+    settings["schedule"]["steps"] = 5000
+    settings["data"]["workers"] = 1
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.dump(recipe_of(settings)))
+    code = "import sys; from fastvlp.cli import main; code = main(sys.argv[1:]); print('code', code, flush=True); sys.exit(code)"
+    launcher = start("--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code, "train", path,
+                     "train.checkpoint_every=0", module="torch.distributed.run")
+    wait_for_log(tmp_path / "runs" / "run" / "log.jsonl", 1, launcher)
+    everything = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    assert len(everything) == 5
+    for process in everything:
+        process.send_signal(signal.SIGTERM)
+    out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1 and out.count(f"code {128 + signal.SIGTERM}") == 2, out + err
+    saved, = checkpoints(tmp_path / "runs" / "run" / "checkpoints")
+    step = verify(saved)["counters"]["step"]
+    assert err.count(f"stopped at step {step}; the same command continues from here") == 2 and "DataLoader" not in err
+    assert log_lines(tmp_path / "runs" / "run")[-1]["step"] == step
+    assert not psutil.wait_procs(everything[1:], timeout=60)[1]
 
 
 def test_a_second_ctrl_c_ends_at_once():

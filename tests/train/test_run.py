@@ -220,6 +220,16 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(settings):
     assert values["grad_norm"] > 1e-2 and seen == [pytest.approx(1e-3, rel=1e-3)]
 
 
+@pytest.mark.parametrize("moved, bound", [(7.0, 100.0), (-2.0, 1.0)])
+def test_the_scale_is_brought_back_into_its_bounds_after_each_step(settings, moved, bound):
+    """CLIP's section 2.5: without it training comes apart."""
+    trainer, batches = trainer_with(settings, bad=set())
+    with torch.no_grad():
+        trainer.system.scale.log_scale.fill_(moved)
+    settled(trainer, batches)
+    assert trainer.system.scale()[0].item() == pytest.approx(bound)
+
+
 def test_a_stage_freezes_parts_and_the_next_trains_them(settings):
     settings["schedule"] = {"steps": 4, "stages": [{"until": 0.5, "frozen": ["image", "text.blocks.0"]}, {}]}
     trainer, batches = trainer_with(settings, bad=set())

@@ -175,6 +175,19 @@ def test_a_finished_run_that_goes_on_in_its_folder_keeps_its_results(settings):
     assert [line["step"] for line in log_lines(folder_of(settings)) if "loss" in line] == list(range(1, 13))
 
 
+def test_what_follows_the_step_that_was_named_is_of_another_past(settings, capsys):
+    """Else the next start would take the old run's last checkpoint for this one's."""
+    settings["train"]["keep"] = 9
+    train(recipe_of(settings))
+    settings["run"]["resume"] = str(folder_of(settings) / "checkpoints" / "step-00000004")
+    settings["schedule"]["steps"] = 6
+    assert train(recipe_of(settings))["steps"] == 6
+    assert saved(settings) == ["step-00000004", "step-00000006"] and "step-00000010 is of another past" in capsys.readouterr().out
+    assert {path.name for path in (folder_of(settings) / "checkpoints" / "aside").iterdir()} == {"step-00000008", "step-00000010"}
+    settings["run"]["resume"] = "auto"
+    assert train(recipe_of(settings))["steps"] == 6
+
+
 def test_a_damaged_checkpoint_of_a_run_that_was_named_is_passed_over(settings, capsys):
     train(recipe_of(settings))
     broken = folder_of(settings) / "checkpoints" / "step-00000010" / "trainer.json"

@@ -65,6 +65,7 @@ class Caption(Field):
             raise ValueError(f"Caption: ends is {self.ends}, the tokenizer's own are {tokenizer.start} and {tokenizer.end} and length is "
                              f"{length}; leave ends out where the tokenizer has its own, and give at least 3 tokens")
         part = part_of(self.part, model)
+        # Found out here: on a GPU an id beyond the table ends the process in an assertion without a name.
         for name, value, most in (("length", length, getattr(part, "context_length", None)),
                                   ("the tokenizer's vocabulary", tokenizer.vocab_size, getattr(part, "vocab_size", None)),
                                   ("mask_id + 1", (self.mask_id or 0) + 1, getattr(part, "vocab_size", None)),
@@ -92,6 +93,7 @@ class Caption(Field):
             captions = sample.captions[:self.max_captions]
             rest: list[str] = []
             for number in numbers:
+                # Without putting back until all were drawn, so that more picks show more captions.
                 rest = rest or list(captions)
                 chosen.append(rest.pop(number % len(rest)))
         if self.shear is None:
@@ -131,6 +133,7 @@ class Caption(Field):
         count = len(words)
         if count == 0:  # an empty caption
             return tokens
+        # Of whole words, as a hidden piece is given away by the rest of its word.
         hidden = mix(np.repeat(seed, count), np.arange(count)).argsort(kind="stable")[:max(1, int(count * self.mask + 0.5))]
         masked = np.array(tokens)
         masked[first:first + body][np.isin(word_of, hidden)] = self.mask_id

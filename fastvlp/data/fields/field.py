@@ -124,6 +124,7 @@ def with_bound(one: Self, **values: Any) -> Self:
     """A copy of a frozen field with what its constructor does not take."""
     other = copy.copy(one)
     for name, value in values.items():
+        # dataclasses.replace cannot set fields that the constructor does not take.
         object.__setattr__(other, name, value)
     return other
 

@@ -106,6 +106,7 @@ class Image(Pictures):
         size, patch, _, _ = self.at(stage)
         pictures = [sample.picture(size, patch) for sample in samples for _ in range(self.views)]
         if self.views > 1:
+            # Each view draws its own crop and its own patches.
             words = mix(np.repeat(words, self.views), np.tile(np.arange(self.views), len(words)) + VIEW)
         return self.pack(pictures, words, stage)
 

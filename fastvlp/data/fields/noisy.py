@@ -38,5 +38,6 @@ class Noisy(Other):
         return self.field([self._shown(sample) for sample in samples], words, stage)
 
     def _shown(self, sample: Record) -> Record:
+        # By name and not by draw: a wrong caption is wrong in every epoch, as on the web.
         number = int.from_bytes(hashlib.blake2b(sample.key.encode(), digest_size=8).digest(), "big")
         return sample.other if number < self.share * 2**64 else sample

@@ -36,6 +36,7 @@ class Resolutions(Image):
         steps = max(0, size - self.smallest) // patch + 1
         sides = np.minimum(size, self.smallest + patch * (_uniform(words, SIDE) * steps).astype(np.int64))
         pictures = [sample.picture(side, patch) for sample, side in zip(samples, sides.tolist(), strict=True)]
+        # A stage may keep less than ``least``; the range then is a single number.
         least = min(self.least, keep)
         return self.pack(pictures, words, stage, least + (keep - least) * _uniform(words, KEPT))
 

@@ -42,17 +42,17 @@ def softmax_block_backward(
     of_column: Tensor,
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of sum_i of_row_i * (row_i - positive_i) + sum_j of_column_j * (column_j - positive_j), of this block's part.
+    """This block's part of the gradients of sum_i of_row_i * (row_i - positive_i) + sum_j of_column_j * (column_j - positive_j).
 
     Args:
-        row, column: [m] and [n] the log-sum-exps of the whole matrix. of_row, of_column: their gradients. A positive pair must have the
-            same gradient in both. positive: this block's, as ``softmax_block`` gave them; not read without an offset.
-        wants: which of the gradients of image, text and scale.
+        row, column: [m] and [n], log-sum-exps of the whole matrix. of_row, of_column: their gradients, equal for a positive pair.
+        positive: of ``softmax_block``; not read without an offset. wants: which of the gradients of image, text and scale.
 
     Returns:
-        image and text in the dtype of the features, scale in float32 (float64 for float64); None where not wanted.
+        image and text in the features' dtype, scale in float32 (float64 for float64); None where not wanted.
     """
     nothing = LogSumExp(of_row.new_empty(0), of_row.new_empty(0))
+    # A positive pair stands in its row and in its column, hence twice; inside the operator it meets p before anything is rounded.
     grads = ResultGrads(of_row, of_column, None, None, None if offset is None else -2 * of_row)
     results = Results(row, column, nothing, nothing, positive)
     found = logsumexp_backward(grads, results, Needs(*wants[:3]), image, text, scale, offset=offset, compute_dtype=image.dtype)
@@ -86,12 +86,12 @@ class Both(Generic[Of]):
 
 
 class DistillBlock(NamedTuple):
-    """What a student and its teacher say about one block, m images and n texts.
+    """A student and its teacher over one block of m images and n texts.
 
     Attributes:
-        row, column: [m] and [n], log-sum-exps of both. positive: the student's, [m]; without any, of 0 elements.
-        mean: [m, D], the student's texts averaged with the softmax over a row of the teacher's similarities.
-        similarity: [n], <text_j, mean of the student's images with the softmax over column j>.
+        row, column: [m] and [n], log-sum-exps of both. positive: the student's, [m] or empty.
+        mean: [m, D], the student's texts averaged by the teacher's softmax over rows.
+        similarity: [n], <text_j, the student's images averaged by the softmax over column j>.
     """
 
     row: Both[LogSumExp]
@@ -123,16 +123,15 @@ def distill_block_backward(
     wants: Sequence[bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """This block's part of the gradients of sum_ij A_ij * S_ij for the student's image [m, D], text [n, D] and scale.
+    """This block's part of the gradients of sum_ij A_ij S_ij for the student's image [m, D], text [n, D] and scale.
 
-    With a, d (``of_row``) and a', d' (``of_column``) the weights of the contrastive and of the distilled loss, P and P' the softmax of the
-    student's similarities S over rows and columns, T and T' that of the teacher's:
-    A_ij = (a_i + d_i) P_ij + (a'_j + d'_j) P'_ij - 2 a_i [j = i + offset] - d_i T_ij - d'_j T'_ij.
-    Left out are the terms that the merged averages give without a product: -d_i T_ij for the image, and both of the teacher for the scale.
+    P, P' are the student's softmax over rows and columns, T, T' the teacher's, a, a' and d, d' weights of the contrastive and the distilled
+    part: A_ij = (a_i + d_i) P_ij + (a'_j + d'_j) P'_ij - 2 a_i [j = i + offset] - d_i T_ij - d'_j T'_ij.
+    Left out is what the merged averages give for nothing: -d_i T_ij for the image, and the teacher's terms for the scale.
 
     Args:
-        row, column: log-sum-exps of the whole matrices. of_row, of_column: (a, d) [m] and (a', d') [n]. The others: see ``distill_block``.
-        wants: which of the gradients, in the dtype of sums; None where not wanted.
+        row, column: log-sum-exps of the whole matrices. of_row, of_column: (a, d) [m] and (a', d') [n].
+        wants: which gradients, in the dtype of sums; None where not wanted.
     """
     nothing = LogSumExp(positive.new_empty(0), positive.new_empty(0))
     of_positive = None if offset is None else -2 * of_row.student
@@ -142,11 +141,13 @@ def distill_block_backward(
         grads, results, Needs(*wants[:3]), image.student, text.student, scale.student, offset=offset, compute_dtype=dtype
     )
     of_image, of_text, of_scale = (part if wanted else None for part, wanted in zip(found, wants[:3], strict=False))
+    # The teacher's part: minus scale * T times the other side's features, by the teacher's softmax, which is never stored.
     by_row, by_column = (-scale.student * weights.teacher[:, None] for weights in (of_row, of_column))
     if of_image is not None:
         of_image += _spread(text.teacher, image.teacher, scale.teacher, column.teacher, by_column * text.student, dtype)
     if of_text is not None:
         of_text += _spread(image.teacher, text.teacher, scale.teacher, row.teacher, by_row * image.student, dtype)
+        # This block's softmax over columns, brought to the whole column by its share of the sum.
         part = attend_forward(text.teacher, image.teacher, image.student, scale.teacher, compute_dtype=dtype)
         of_text += by_column * column.teacher.probability(part.lse.value()).to(part.out.dtype)[:, None] * part.out
     return of_image, of_text, of_scale

@@ -1,10 +1,8 @@
-"""The way of the texts round the processes of a batch: from node to node over the slow links, and to everyone inside a node.
+"""The way of the texts round the processes of a batch: between nodes in rings, and to everyone inside a node.
 
-A node is ``node_size`` consecutive members. The members of the same place in all nodes form a ring, in which each passes on what was its
-own to begin with and then what it got: over the slow links every node receives every text once, through as many links as it has members.
-Inside the node the pieces are handed to everyone, so that one block of the matrix is [b, texts of a node]. Gradients of the texts go the
-opposite way: summed inside a node over its members, then carried from node to node, each adding its sum, until they are home. All of this
-happens while another block is computed. Nodes of one member make the plain ring; a single node gathers.
+A node is ``node_size`` consecutive members. Members of the same place in all nodes form a ring, so that each text crosses the slow links
+once per node, over as many links as a node has members; inside a node pieces go to everyone. Gradients go the opposite way, summed inside
+each node. All of it happens while another block is computed. Nodes of one member make the plain ring; a single node gathers.
 """
 
 from __future__ import annotations
@@ -26,10 +24,8 @@ class Circulated:
     """Where a round ended.
 
     Attributes:
-        own: [b, D] the gradient of this member's texts as far as it is here, in the dtype of sums; None if there are no gradients.
-        home: brings the rest of it.
-        held: what a round back in the opposite direction begins with: the last block, and, where a node has several members, the text
-            that this member had to hand on before.
+        own: [b, D] the gradient of this member's texts so far, in the dtype of sums, or None. home: brings the rest.
+        held: what a round back begins with: the last block, and the text that this member had to hand on before.
     """
 
     own: Tensor | None
@@ -74,18 +70,16 @@ class Ring:
 
 
 def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, held: Sequence[Tensor] = ()) -> Circulated:
-    """Call ``visit(block, owners)`` for all texts of the batch, each block of texts of the members ``owners`` while the next is on its way.
+    """Call ``visit(block, owners)`` for all texts of the batch, each block while the next is on its way.
 
-    Outward, the own texts come first, then the others of this node, then node by node. Back, with ``held`` of a round in the other
-    direction, it is the reverse, so that the last hop home happens while the own texts are visited.
+    Outward: the own texts, the others of this node, then node by node. Back, with ``held``, the reverse, so that work covers the last hop.
 
     Args:
-        text: [b, D] this member's, contiguous, in the dtype in which texts travel.
-        direction: 1 or -1, by which texts move from node to node.
-        visit: returns this member's part of the gradient of the block, or always None.
+        text: [b, D] this member's, contiguous, in the dtype that travels. direction: 1 or -1, between nodes.
+        visit: gives this member's part of the block's gradient, or always None.
 
     Raises:
-        RuntimeError: a member died, or did not answer within the process group's timeout.
+        RuntimeError: a member died, or did not answer in time.
     """
     ring, members = Ring(batch, direction), batch.members
     width, nodes = ring.width, ring.nodes
@@ -97,6 +91,7 @@ def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, hel
     block, shard = (held[0], held[-1]) if back else (text, text)
     before, own, part, carried = text, None, None, None
 
+    # Each turn: start what travels, compute the block that is here, wait, sum up what came.
     for turn in range(1 + lag if back else 0, home + 1):
         exchange = Exchange(members)
         if turn == nodes:
@@ -106,6 +101,7 @@ def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, hel
             following = ring.empty(turn, shard)
             pieces = ring.split(turn, following)
             if ring.place in pieces:
+                # What came from the ring is part of the node's block like what the peers hand over.
                 pieces[ring.place].copy_(shard)
             for place in peers:
                 exchange.send(shard, ring.rank(0, place))
@@ -122,9 +118,11 @@ def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, hel
         if carried is not None:
             exchange.send(carried, there)
             gradients.append(exchange.receive(carried.new_empty(ring.rows(turn - 2 * lag), carried.shape[1]), behind))
+        # All of a turn's messages start as one group: NCCL would block on the first of two that wait for each other.
         transfer = exchange.start()
 
         made = None
+        # The own texts need nobody: they cover the first hop outward and the last one home.
         if turn == (home if back else 0):
             own = visit(text, [members.rank])
         elif turn - lag < nodes + back:
@@ -135,6 +133,7 @@ def circulate(batch: SplitBatch, text: Tensor, direction: int, visit: Visit, hel
         transfer.wait()
 
         if lag:
+            # Inside a node gradients travel as features do; the sum over members is made on arrival, in float32.
             part = None if made is None else made.to(batch.travels)
         elif made is not None:
             gradients.append(made)

@@ -40,7 +40,7 @@ class SideBatches:
         """What all members bring, after one collective that makes sure that all do the same.
 
         Args:
-            rest: what may need a gradient beside features. keywords: what else has to be alike, by its name.
+            rest: what may need a gradient beside features. keywords: what else must be alike.
 
         Raises:
             RuntimeError, ValueError: another member refused its input, or the members differ.
@@ -60,6 +60,7 @@ def numbers_of_all(numbers: Tensor | None, batch: SplitBatch) -> Tensor | None:
     """The numbers [N] of all members, unrounded: integers, or what is added to similarities."""
     if numbers is None or batch.members.size == 1:
         return numbers
+    # A bias is added to similarities: it must not be rounded as features are.
     if numbers.is_floating_point():
         return gather_rows(numbers[:, None], replace(batch, dtype=batch.sums))[:, 0]
     return batch.members.gather_rows(numbers[:, None].long(), batch.sizes)[:, 0]
@@ -82,6 +83,7 @@ def gather_sides(
     ends = [sum(batch.sizes) for batch in batches]
     groups = [numbers_of_all(side, batch) for side, batch in zip(ids, batches, strict=True)]
     of_images, of_texts = groups
+    # Images and texts of equal id must get equal numbers, and so are numbered together.
     if terms.averages and of_images is not None and of_texts is not None:
         groups = list(number_groups(torch.cat([of_images, of_texts]).long()).split(ends))
     elif terms.excludes:

@@ -18,11 +18,9 @@ from .split_batch import SplitBatch
 
 
 class DistillRing(torch.autograd.Function):
-    """Both losses: a trip for the statistics, and one back for the gradients, as ``SoftmaxRing`` makes them.
+    """Both losses: a trip for the statistics and one back for the gradients, as ``SoftmaxRing``; a text travels with its teacher's.
 
-    A text travels with its teacher's. With T and T' the softmax of the teacher's similarities over rows and over columns, the averages
-    sum_j T_ij text_j of a row merge from block to block by their log-sum-exps; of a column only <text_j, sum_i T'_ij image_i> is
-    needed, one number, which merges over processes like its log-sum-exps.
+    Rows' averages sum_j T_ij text_j merge by their log-sum-exps; of a column one number is enough, <text_j, sum_i T'_ij image_i>.
     """
 
     @staticmethod
@@ -43,6 +41,7 @@ class DistillRing(torch.autograd.Function):
         def visit(block: Tensor, owners: list[int]) -> None:
             found = distill_block(images, _both(block, image, batch), scales, offset_of(batch, owners), batch.dtype)
             if rows:
+                # Two averages with log-sum-exps a and b merge with the weight sigmoid(b - a): no sum of exponentials is ever stored.
                 mean.lerp_(found.mean, torch.sigmoid(found.row.teacher.minus(rows[0].teacher))[:, None])
                 rows[:] = [Both(*(merge(*pair) for pair in zip(rows[0], found.row, strict=True)))]
             else:
@@ -54,6 +53,7 @@ class DistillRing(torch.autograd.Function):
 
         held = circulate(batch, texts, 1, visit).held
         (row,), (positive,) = rows, positives
+        # One exchange merges student and teacher, and says which share of each column's sum was here.
         column, share = members.merge(LogSumExp(columns[0:4:2], columns[1:4:2]))  # each [2, N]
         own = batch.own(column)
         similarity = members.sum(columns[4] * share[1]).split(batch.sizes)[rank]
@@ -89,6 +89,7 @@ class DistillRing(torch.autograd.Function):
         of_text = circulate(batch, texts, -1, visit, held).gradient()
         of_image, of_scale = totals.values
         if of_image is not None:
+            # What the averages of the first trip give without another product.
             of_image = (of_image - scale * of_row.teacher[:, None] * mean).to(ctx.dtypes[0])
         if of_scale is not None:
             of_scale = of_scale - of_row.teacher[0] * similarity

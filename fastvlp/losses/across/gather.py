@@ -61,6 +61,7 @@ class MergeColumns(torch.autograd.Function):
         if sums:
             whole, share = LogSumExp(reference, batch.members.sum(log)), torch.ones_like(log[:, :1])
         else:
+            # The gradient of a merged log-sum-exp for one process's part is that part's share of the sum.
             whole, share = batch.members.merge(LogSumExp(reference, log))
         ctx.save_for_backward(share)
         ctx.batch = batch
@@ -102,6 +103,7 @@ class SoftmaxGather(torch.autograd.Function):
         batch: SplitBatch = ctx.batch
         rank = batch.members.rank
         weights = batch.members.gather(gradient * (batch.factor / 2))
+        # Upstream gradients differ between processes (loss scaling, weights): a column's is that of the process that owns its text.
         of_columns = torch.cat([weight.expand(size) for weight, size in zip(weights, batch.sizes, strict=True)])
         of_image, of_texts, of_scale = softmax_block_backward(
             image, texts, scale, batch.start(rank), row, column, positive, weights[rank].expand(len(image)), of_columns, ctx.trains
@@ -127,6 +129,7 @@ class SigmoidGather(torch.autograd.Function):
     @staticmethod
     @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # The loss is one number, so that its gradients were made with it and only wait for their factor.
         of_image, of_texts, of_scale, of_bias = ctx.saved_tensors
         batch: SplitBatch = ctx.batch
         factor = gradient * batch.factor

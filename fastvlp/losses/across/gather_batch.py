@@ -21,27 +21,25 @@ Rows = TypeVar("Rows", Tensor, Packed)
 
 
 def gather_batch(*parts: Rows, group: Group = None) -> tuple[Rows, ...]:
-    """The rows (or segments) of all processes of ``group``, in the order of ranks, from this process's rows of each part.
+    """The rows (or segments) of all processes of ``group``, in the order of ranks, with gradients.
 
-    A loss that every process computes from the whole batch is, as their mean, that loss; and once DDP has averaged, every gradient is that
-    of one process with the whole batch. That makes any function of this module exact across processes::
+    It makes any function of the whole batch exact across processes (the mean of the losses, and all gradients once DDP has averaged)::
 
         image, text = gather_batch(image, text)
         loss = rank_clip_loss(image, text, scale)
 
-    Every process then makes all the products, O(N * N * D), and holds O(N * D). ``ClipLoss``, ``SigLipLoss``, ``CoCaLoss``,
-    ``DistillClipLoss`` and ``contrastive_loss(..., group=...)`` share that work out.
+    Every process makes all the products; ``ClipLoss``, ``SigLipLoss``, ``CoCaLoss``, ``DistillClipLoss`` and
+    ``contrastive_loss(..., group=...)`` share them out.
 
     Args:
-        parts: tensors [b, ...], floating-point (float32, float64, bfloat16, float16), int64, int32, uint8 or bool; or ``Packed``. The
-            number of rows may differ between processes and between parts, everything else must not.
-        group: the processes that share a batch; None: all. Without torch.distributed, or for a group of one, the parts come back.
+        parts: tensors [b, ...] (float32, float64, bfloat16, float16, int64, int32, uint8, bool) or ``Packed``; only b may differ.
+        group: None: all processes; without torch.distributed the parts come back.
 
     Returns:
-        As many parts. Gradients are summed over processes in float32, and travel in the dtype of the part (float16: in float32).
+        As many parts. Gradients are summed in float32, and travel in the part's dtype (float16: in float32).
 
     Raises:
-        TypeError, ValueError: a part is of another kind, or the processes differ; then all of them raise.
+        TypeError, ValueError: another kind, or the processes differ; then all of them raise.
     """
     members = Members.of(NAME, group)
     tensors, wrong = [], None
@@ -54,6 +52,7 @@ def gather_batch(*parts: Rows, group: Group = None) -> tuple[Rows, ...]:
             raise wrong
         return parts
     if wrong is not None:
+        # The others are in a collective already, or will be: told, they raise, too, instead of waiting.
         tell_refusal(members)
         raise wrong
     alike: dict[str, object] = {"loss or strategy": NAME, "number of tensors": len(tensors)}
@@ -83,6 +82,7 @@ def _gather(tensor: Tensor, members: Members, sizes: tuple[int, ...]) -> Tensor:
     if tensor.is_floating_point():
         whole = gather_rows(flat, SplitBatch(members, sizes, tensor.dtype, sum_dtype(tensor.dtype)))
     else:
+        # Not every backend moves booleans.
         whole = members.gather_rows(flat.to(torch.uint8) if tensor.dtype == torch.bool else flat, sizes).to(tensor.dtype)
     return whole.reshape(sum(sizes), *tensor.shape[1:])
 

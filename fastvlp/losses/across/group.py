@@ -104,8 +104,8 @@ class Members:
     def scatter_sum(self, rows: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
         """This member's rows [sizes[rank], D] of the sum over members of ``rows`` [sum(sizes), D].
 
-        A reduce-scatter as one all-to-all and a sum in ``dtype`` on arrival: it moves the same bytes, takes unequal sizes on every
-        backend, and rounds low-precision rows once where a reduction in transit would round them at every hop.
+        One all-to-all and a sum in ``dtype`` on arrival: unequal sizes on every backend, and 16-bit rows are rounded once, not at every
+        hop.
         """
         own = sizes[self.rank]
         arrived = rows.new_empty(self.size * own, rows.shape[1])
@@ -128,6 +128,7 @@ class Members:
         """The log-sum-exp over members, and the share that this member's ``partial`` has in it: exp(partial - logsumexp), 0 of nothing."""
         largest = partial.reference.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        # Nothing was summed anywhere: -inf minus -inf would be NaN.
         largest.masked_fill_(largest == -torch.inf, 0.0)
         part = ((partial.reference.double() - largest.double()) + partial.log.double()).exp()
         total = self.sum(part)

@@ -1,8 +1,6 @@
 """The losses of which each process holds a part of the texts at a time, as a plain ring or grouped by nodes.
 
-Every trip lasts as long as the larger of all block computations and all hops. Features travel in the dtype of the products, and so do
-gradients inside a node; between nodes they are sums that each node adds to, and travel in float32, since lower precision would round them
-again at every hop.
+Features, and gradients inside a node, travel in the dtype of the products; between nodes, where every hop adds to them, in float32.
 """
 
 from __future__ import annotations
@@ -44,10 +42,8 @@ class Totals:
 
 
 class SoftmaxRing(torch.autograd.Function):
-    """The softmax loss: a trip for the statistics, and one back, the other way round, for the gradients.
-
-    The way back begins with the block that the way there ended with, and ends with this process's own, so that no hop of it stands
-    alone. Of the whole batch a process keeps one number per column.
+    """The softmax loss: a trip for the statistics, and one back for the gradients, which begins with the block that the first ended with,
+    so that no hop stands alone. Of the whole batch a process keeps one number per column.
     """
 
     @staticmethod
@@ -80,6 +76,7 @@ class SoftmaxRing(torch.autograd.Function):
         held = ctx.saved_tensors[8:]
         row, column = LogSumExp(*statistics[:2]), LogSumExp(*statistics[2:])
         batch: SplitBatch = ctx.batch
+        # A process may weigh its loss otherwise than others: the columns of its block get its weight, rows here ours.
         weights = batch.members.gather(gradient * (batch.factor / 2))
         of_row = weights[batch.members.rank].expand(len(image))
         totals = Totals(batch.sums)
@@ -99,10 +96,10 @@ class SoftmaxRing(torch.autograd.Function):
 
 
 class SigmoidRing(torch.autograd.Function):
-    """The sigmoid loss and its gradients in one trip; the last hop, which brings the text gradients home, may take until the backward.
+    """The sigmoid loss and its gradients in one trip; the last hop may take until the backward.
 
-    The text gradients are summed over processes before any of them is differentiated, so that the upstream gradient must be the
-    same number on all of them. It is compared, and a difference is an error.
+    Text gradients are summed over processes before any is differentiated, so that the upstream gradient must be one number; a difference is
+    an error.
     """
 
     @staticmethod
@@ -132,6 +129,7 @@ class SigmoidRing(torch.autograd.Function):
         if of_text is not None:
             everyone = batch.members.gather(factor)
             same = ((everyone == factor) | everyone.isnan() | factor.isnan()).all()
+            # Text gradients were summed on their way, before the upstream gradients were known; asked without a wait for the device.
             torch._assert_async(same, UNEQUAL)
             of_text = (summed([of_text, *ctx.home.wait()], batch.sums) * factor).to(ctx.dtypes[1])
         if of_image is not None:

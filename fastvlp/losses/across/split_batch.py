@@ -22,10 +22,8 @@ class SplitBatch:
     """One batch of pairs spread over its members.
 
     Attributes:
-        members: the processes. sizes: how many pairs each of them has.
-        dtype: of the operands of matrix products, and of features on their way.
-        sums: of statistics and accumulated gradients: float32 (float64 for float64).
-        node_size: how many consecutive members share fast links; what ``strategy="gather"`` does is the same for any.
+        sizes: pairs of each member. dtype: of products, and of features that travel.
+        sums: of statistics and gradients, float32 (float64 for float64). node_size: consecutive members with fast links.
     """
 
     members: Members
@@ -95,11 +93,10 @@ def agree(loss: str, members: Members, counts: Sequence[int], alike: Mapping[str
     """``counts`` of each member, by one collective of 2 KiB, which also makes sure that all call the loss alike.
 
     Args:
-        counts: as many on all members. alike: what must be equal, by what it is, as numbers and short texts.
+        counts: as many on all members. alike: what must be equal, by name, as numbers and short texts.
 
     Raises:
-        RuntimeError: another member refused its input.
-        ValueError: the members differ; the message says in what, and who.
+        RuntimeError: another member refused its input. ValueError: the members differ (in what, and who).
     """
     calls = _tell(members, json.dumps([counts, {name: str(value) for name, value in alike.items()}]))
     for rank, call in enumerate(calls):
@@ -123,8 +120,10 @@ def _tell(members: Members, text: str) -> list[Any]:
     written = text.encode()
     if len(written) > LENGTH:
         raise ValueError(f"a call of a loss is described in {len(written)} bytes, {LENGTH} at most: fewer or shorter arguments are needed")
+    # Bytes in a tensor: object collectives of torch pickle, and take two exchanges.
     told = torch.frombuffer(bytearray(written.ljust(LENGTH)), dtype=torch.uint8).to(members.control_device())
     rows = members.gather(told).cpu()
+    # Nearly always all tell the same: one comparison instead of W parses.
     if bool((rows == rows[0]).all()):
         return [json.loads(bytes(rows[0].tolist()))] * len(rows)
     return [json.loads(bytes(row.tolist())) for row in rows]

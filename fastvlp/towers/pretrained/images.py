@@ -33,6 +33,7 @@ class ImageModel(nn.Module):
         super().__init__()
         self.model: Any = model
         self.width, self.patch_size, self.image_size, self.grid = width, patch_size, image_size, image_size // patch_size
+        # Patches are raw pixels in 0..255; the model's mean and deviation in 0..1 are folded into one subtraction and one product.
         shift, scale = (255 * torch.as_tensor(numbers, dtype=torch.float64).expand(3) for numbers in (mean, std))
         self.mean, self.std = ((numbers / 255).tolist() for numbers in (shift, scale))
         like = next(model.parameters())
@@ -108,6 +109,7 @@ class PaddedImages(ImageModel):
 
     def __init__(self, model: nn.Module, image_size: int, mean: Numbers, std: Numbers, method: str = "forward", last: bool = False) -> None:
         training, like = model.training, next(model.parameters())
+        # A blank picture says width, grid and class tokens of any model, whatever its configuration calls them.
         with torch.no_grad():
             picture = torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
             tokens = _tokens(getattr(model.eval(), method)(picture), last)
@@ -127,8 +129,10 @@ class PaddedImages(ImageModel):
         assert images.pos is not None
         counts = images.lengths.to(pixels.device, non_blocking=True)
         owner = torch.arange(count, device=pixels.device).repeat_interleave(counts, output_size=images.total)
+        # Patches go to their places on a blank canvas: dropped ones stay at the mean, and what came of them is not read back.
         place = (owner * g + images.pos[:, 1]) * g + images.pos[:, 2]
         canvas = pixels.new_zeros(count * g * g, pixels.shape[1]).index_copy(0, place, pixels)
+        # [picture, row, column, y, x, channel] to [picture, channel, row y, column x].
         canvas = canvas.view(count, g, g, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(count, 3, g * p, g * p)
         tokens = _tokens(getattr(self.model, self.method)(canvas), self.last)
         patches = tokens[:, self.leading :].flatten(0, 1).index_select(0, place)
@@ -156,4 +160,5 @@ def with_prefix(patches: Packed, prefix: Tensor) -> Packed:
 
 def project(convolution: Any, pixels: Tensor) -> Tensor:
     """Pixels [T, P*P*3] (row, column, channel) by the weights of a convolution with kernel and stride P: [T, C]."""
+    # A convolution whose stride is its kernel is a matrix product over patches, which ragged pictures need no canvas for.
     return F.linear(pixels, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)

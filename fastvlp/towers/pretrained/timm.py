@@ -43,6 +43,7 @@ def timm_tower(name: str | nn.Module, pretrained: bool | str | os.PathLike[str] 
     mean, std = about["mean"] if mean is None else mean, about["std"] if std is None else std
     vit, naflexvit = importlib.import_module("timm.models.vision_transformer"), importlib.import_module("timm.models.naflexvit")
     attention = importlib.import_module("timm.layers.attention").Attention
+    # Exact classes: a subclass may attend or normalise in a way that packing would silently change.
     plain = all(type(block) is vit.Block and type(block.attn) is attention for block in getattr(module, "blocks", (module,)))
     if type(module) is naflexvit.NaFlexVit and plain and module.rope is None:
         return NaFlexVit(module, image_size or 384, mean, std)
@@ -65,6 +66,7 @@ class TimmVit(PackedImages):
 
     def prepare(self) -> None:
         """Leave out what comes after the tokens, and let blocks attend inside segments."""
+        # Pooling and projection are the system's; what is left in place would train without ever being used.
         self.model.attn_pool, self.model.fc_norm, self.model.head = None, nn.Identity(), nn.Identity()
         for block in self.model.blocks:
             block.attn = TimmAttention(block.attn)
@@ -112,11 +114,13 @@ class NaFlexVit(TimmVit):
         sizes = segment_maximum(images.pos[:, 1:].long() + 1, images)
         counts = images.lengths.to(pixels.device, non_blocking=True)
         owner = torch.arange(len(images), device=pixels.device).repeat_interleave(counts, output_size=images.total)
+        # Its embedding resizes positions picture by picture, over padded pictures; only that part runs padded, the blocks do not.
         longest = int(sizes.prod(1).max())
         row, column = images.pos[:, 1].long(), images.pos[:, 2].long()
         place = owner * longest + row * sizes[owner, 1] + column
         full = pixels.new_zeros(len(images) * longest, pixels.shape[1]).index_copy(0, place, pixels).unflatten(0, (len(images), longest))
         index = torch.arange(longest, device=pixels.device).expand(len(images), -1)
+        # A picture without patches has width 0.
         wide = sizes[:, 1:].clamp_min(1)
         valid = index < sizes.prod(1, keepdim=True)
         coordinates = torch.stack((index // wide, index % wide), -1) * valid[..., None]

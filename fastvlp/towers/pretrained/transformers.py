@@ -50,6 +50,7 @@ def transformers_tower(model: Any, side: str | None = None, packed: bool = True,
     elif isinstance(model, (str, os.PathLike)):
         config = library.AutoConfig.from_pretrained(model)
         _change(_config_of(config, side), changes)
+        # Without dtype, AutoModel would give the checkpoint's, float16 for many: training wants master weights.
         model = library.AutoModel.from_pretrained(model, config=config, dtype=torch.get_default_dtype())
     else:
         config = copy.deepcopy(_config_of(model, side))
@@ -62,6 +63,7 @@ def transformers_tower(model: Any, side: str | None = None, packed: bool = True,
         raise ValueError(f"transformers_tower: {type(model).__name__} is {'an image' if image else 'a text'} model, and side is {side!r}")
     packs = type(model).__name__ in PACKED if image else "position_ids" in inspect.signature(model.forward).parameters
     if packed and packs and model._supports_attention_backend:
+        # transformers' own switch: every model that supports it calls our function, whatever its blocks are named.
         library.AttentionInterface.register(TRANSFORMERS, attention_of_transformers)
         model.set_attn_implementation(TRANSFORMERS)
         text = ClipText if hasattr(model, "final_layer_norm") and hasattr(model, "encoder") else PackedText
@@ -88,6 +90,7 @@ def _model_of(model: Any, side: str | None) -> Any:
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
     if getattr(model, "pooler", None) is not None:
+        # A pooler that is never called has parameters without gradient, which DDP waits for.
         model.pooler = None
     if isinstance(getattr(model, "head", None), nn.Module):
         model.head = nn.Identity()
@@ -168,6 +171,7 @@ class PaddedText(nn.Module):
         inputs.places(type(self.model).__name__, texts, self.vocab_size, self.context_length)
         if not texts.total:
             return texts.replace(x=next(self.model.parameters()).new_zeros(0, self.width))
+        # What stands at padding is masked, but looked up: its id has to be one.
         ids, mask = texts.to_padded(self.padding)
         found = self.model(input_ids=ids, attention_mask=mask.long())
         return texts.replace(x=Packed.from_padded(found.last_hidden_state, texts.lengths).x)

@@ -37,6 +37,8 @@ def levels(chunk: int) -> tuple[Tensor, Tensor]:
     pairs [levels, L, L]: 1 where i and j lie in one block but on both sides of its middle."""
     i, j = torch.arange(chunk)[:, None], torch.arange(chunk)
     sums, pairs, half = [j < i, j > i], [], 1
+    # Pairs of a chunk by the smallest block that holds both: split in its middle, the decay between them is a product of two factors
+    # below 1, one of each token. A quotient of decays from the chunk's start would overflow.
     while half < chunk:
         middle = i // (2 * half) * 2 * half + half
         sums.append(((i < j) & (j < middle)) | ((middle <= j) & (j < i)))
@@ -65,6 +67,7 @@ def _states(k: Tensor, v: Tensor, f: Factors) -> Tensor:
     chunks = k.shape[-3]
     left[..., 0, :, :] = 0
     right[..., -1, :, :] = 0
+    # The only loop over time: one step a chunk, each way, all segments and heads together.
     for c in range(1, chunks):
         left[..., c, :, :] = torch.addcmul(first[..., c - 1, :, :], left[..., c - 1, :, :], decay[..., c - 1, :, :])
         right[..., -c - 1, :, :] = torch.addcmul(second[..., -c, :, :], right[..., -c, :, :], decay[..., -c, :, :])
@@ -74,6 +77,7 @@ def _states(k: Tensor, v: Tensor, f: Factors) -> Tensor:
 def _products(r: Tensor, k: Tensor, u: Tensor, f: Factors) -> Tensor:
     """[..., L, L]: what r_t makes of k_s within a chunk."""
     pairs = levels(r.shape[-2])[1].to(r)
+    # A token reads itself with weight u, and no decay.
     A = torch.diag_embed((r * u * k).sum(-1))
     for pair, half in zip(pairs, f.halves, strict=True):
         A.addcmul_((r * half) @ (k * half).mT, pair)
@@ -108,6 +112,7 @@ def _scatter(out: Tensor, values: Tensor, inside: Tensor, tokens: Tensor) -> Non
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """out [T, H, V]."""
     dtype, out = sum_dtype(v.dtype), torch.empty_like(v, memory_format=torch.contiguous_format)
+    # Bounded, since exp(w) overflows where exp(-exp(w)) is 0 anyway, and inf * 0 would be NaN.
     u, rates = u.to(dtype)[:, None, None], w.to(dtype).exp().clamp_max_(LARGEST)
     for tokens, inside, rows in _cut(lengths, v, _width(k, v)):
         b_r, b_k, b_v = (_gather(x, tokens, inside, dtype) for x in (r, k, v))
@@ -158,6 +163,7 @@ def backward(
                 dv = _products(b_k, b_r, wide_u, f) @ b_y + _both(b_k, f.before, f.after) @ adjoint
                 _scatter(results[2], dv, inside, rows)
         if needs[3]:
+            # A state that passes the chunk is decayed by all of its tokens, so that each gets value times gradient.
             through = (left * d_left).sum(-1) + (right * d_right).sum(-1)
             dlog += (f.all * through)[..., None, :]
         for i, values in ((0, dr), (1, dk), (3, -rate * dlog)):

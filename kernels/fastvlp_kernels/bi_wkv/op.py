@@ -95,6 +95,7 @@ def bi_wkv(
     """
     cu_seqlens = check_segments(NAME, "v", v, cu_seqlens, lengths)
     _check_tensors(r, k, v, w, u)
+    # States of K x V stay in registers while a program walks the chunks.
     wide = "computes heads of at most 128 channels" if max(k.shape[2], v.shape[2]) > 128 else ""
     chosen = _op.choose(NAME, impl, v.device, IMPLEMENTATIONS, (v.dtype, w.dtype, u.dtype), (r, k, v, w, u), wide)
     if chosen == "reference":

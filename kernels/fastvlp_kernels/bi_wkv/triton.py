@@ -99,12 +99,14 @@ def _states_kernel(
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """states [slots, 2, H, K, V]: sum of k_s v_s decayed up to the chunk, over the tokens s before it, and over those after it."""
+    # Only states depend on the chunk before; products inside chunks run afterwards, all at once.
     segment, head, side = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     start, n = span(cu_ptr, segment, T)
     start = start.to(tl.int64)
     end, chunks = start + n, tl.cdiv(n, CHUNK)
     cols_k, cols_v = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    # A token decays by what lies between it and the end of its chunk, in the direction of the walk.
     members = tl.where(side == 0, j > i, j < i)
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     for step in range(0, chunks):

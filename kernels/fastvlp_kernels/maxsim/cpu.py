@@ -88,6 +88,7 @@ def _first(S: Tensor, dim: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
     maximum = S.amax(dim, keepdim=True)
     shape = [1] * 3
     shape[dim] = length
+    # The first of equal maxima has the highest rank, so that one more maximum finds it.
     rank = torch.arange(length, 0, -1, dtype=S.dtype, device=S.device).view(shape)
     ranks = torch.eq(S, maximum, out=buffer.flatten()[: S.numel()].view(S.shape)).mul_(rank)
     # A NaN equals nothing and has rank 0: any place will do.
@@ -138,6 +139,7 @@ def forward(
                 part = torch.cat([_split(S, piece, 0).amax(1) for piece in X.pieces])
                 if not X.begins:
                     part = torch.maximum(part, highest[Y.tokens])
+                # A segment that tiles cut has its maximum only when the last of them is seen.
                 if not X.ends:
                     highest[Y.tokens] = part[0]
                     continue
@@ -225,6 +227,7 @@ def backward(
     to_x = _arranged(g_y_to_x, t, t.y.lengths if mean else None)
     dx, dy = (torch.zeros_like(side.features) if need else side.features.new_empty(0) for side, need in ((t.x, need_x), (t.y, need_y)))
     for group in _groups(t.x.plan.tiles):
+        # Places are found again instead of kept: they would take as much memory as there are tokens times segments.
         columns, rows = _places(t, group, to_y is not None, to_x is not None)
         first = group[0].tokens.start
         for X, Y in itertools.product(group, t.y.plan.tiles):

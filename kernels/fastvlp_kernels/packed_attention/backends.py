@@ -15,13 +15,14 @@ Lengths = Callable[[], tuple[Tensor, Tensor]]
 def packed_attention(
     name: str, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int | None, max_k: int | None, lengths: Lengths,
     key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool,
+    sees: Tensor | None = None,
 ) -> Tensor:
     """out [Tq, H, e] by the backend ``name``; ``lengths()`` gives those of queries and keys on the CPU.
 
     Raises:
         RuntimeError: the backend cannot compute this.
     """
-    reason = unable(name, q, v, key_size, key_bias, prefix_len, causal, with_mass)
+    reason = unable(name, q, v, key_size, key_bias, prefix_len, causal, with_mass, sees)
     if reason:
         _refuse(name, reason)
     if name == "xformers":
@@ -32,12 +33,13 @@ def packed_attention(
 
 def unable(
     name: str, q: Tensor, v: Tensor, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool,
-    with_mass: bool,
+    with_mass: bool, sees: Tensor | None = None,
 ) -> str:  # fmt: skip
     """What the backend ``name`` cannot do of what is asked for; an empty string when it can do everything."""
     if with_mass:
         return "does not return the mass of keys (return_key_mass)"
     given = {"key_size": key_size is not None, "key_bias": key_bias is not None, "prefix_len": causal and prefix_len is not None}
+    given["token_type"] = sees is not None
     for option, used in given.items():
         if used:
             return f"takes no {option}"
@@ -52,22 +54,23 @@ def unable(
 
 def preferred(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor | None, lengths_k: Tensor | None, max_q: int | None, max_k: int | None,
-    key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, with_mass: bool,
+    key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, with_mass: bool, sees: Tensor | None = None,
 ) -> tuple[str, ...]:  # fmt: skip
     """All implementations, the first of which that runs here is taken: "triton" before "cpu", but "flash-attn" before both where
 
     * every segment has LONG queries and LONG keys or more, as ``lengths`` say, and the longest are known: a short segment leaves most
       of its tiles of 128 rows empty, while the Triton kernels have one pass over whole segments, several of them in a program;
-    * heads are at most WIDEST features wide, in bfloat16 or float16, and there are no sizes, biases or prefixes, and no mass;
+    * heads are at most WIDEST features wide, in bfloat16 or float16, and there are no sizes, biases, prefixes or types, and no mass;
     * gradients need not be deterministic (its dQ is summed by atomics), and no compiler traces.
 
     xformers is never first: it needs the lengths on the host, and repeats heads. All of this is reasoned from how the kernels work, and
     unmeasured: none has run on a GPU here.
     """
     ours = ("triton", "cpu", "reference")
+    # flash-attn's backward adds with atomics, and a compiler cannot look into it.
     free = not (torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled())
     if free and _long(q, lengths_q, max_q) and _long(k, lengths_k, max_k) and q.shape[2] <= WIDEST:
-        if not unable("flash-attn", q, v, key_size, key_bias, prefix_len, causal, with_mass):
+        if not unable("flash-attn", q, v, key_size, key_bias, prefix_len, causal, with_mass, sees):
             return ("flash-attn", *ours, *NAMES[1:])
     return (*ours, *NAMES)
 
@@ -75,6 +78,7 @@ def preferred(
 def _long(x: Tensor, lengths: Tensor | None, longest: int | None) -> bool:
     if lengths is None or longest is None or not 0 < LONG * len(lengths) <= x.shape[0]:
         return False
+    # And none longer than the caller says, which their kernels trust where ours checks.
     return int(lengths.min()) >= LONG and int(lengths.max()) <= longest
 
 
@@ -94,6 +98,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: i
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor, lengths_k: Tensor, causal: bool, scale: float) -> Tensor:
+    # With more queries than keys, some see none, for which their mask has no meaning.
     if causal and bool((lengths_q > lengths_k).any()):
         _refuse("xformers", "needs, where causal, no more queries than keys in every segment")
     ops, masks = importlib.import_module("xformers.ops"), importlib.import_module("xformers.ops.fmha.attn_bias")

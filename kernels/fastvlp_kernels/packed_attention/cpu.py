@@ -9,6 +9,7 @@ from torch import Tensor
 from fastvlp_kernels._inputs import sum_dtype
 
 from .runs import Order, Run, plan
+from .types import pairs
 
 SCORES = {"cpu": 1 << 19}  # scores held at once: on a CPU what its cache takes
 SCORES_ELSEWHERE = 1 << 26
@@ -27,15 +28,17 @@ class _Inputs(NamedTuple):
     prefix_len: Tensor | None
     causal: bool
     scale: float
+    seen: Tensor | None
+    kind: Tensor | None
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor, lengths_k: Tensor, key_size: Tensor | None, key_bias: Tensor | None,
-    prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool,
+    prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool, seen: Tensor | None = None, kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [Tq, H, e], lse [Tq * H] in the order of the runs (where the fused kernel makes and needs it, else 0), mass [Tk] or [0]."""
     runs, order = _plan(q, lengths_q, lengths_k)
-    x = _arrange(_Inputs(q, k, v, _bias(key_size, key_bias, k), prefix_len, causal, scale), order)
+    x = _arrange(_Inputs(q, k, v, _bias(key_size, key_bias, k), prefix_len, causal, scale, seen, kind), order)
     outs, lses, masses = [], [], []
     for run in runs:
         fused = _flashes(x, run)
@@ -45,6 +48,7 @@ def forward(
             lse = out.new_zeros(out.shape[:3], dtype=sum_dtype(q.dtype))
         if fused:
             out, lse = _flash(*_operands(x, run), 0.0, causal, attn_mask=_mask(x, run), scale=scale)
+            # The fused kernel turns NaN scores into a log-sum-exp of 0; a NaN must come out as NaN.
             if lse.count_nonzero() < lse.numel() and _may_be_nan(x, run):
                 out, _ = _dense(x, run)
         outs.append(out.transpose(1, 2).flatten(0, 1))
@@ -60,11 +64,12 @@ def forward(
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths_q: Tensor, lengths_k: Tensor, key_size: Tensor | None,
-    key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, needs: list[bool],
+    key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, needs: list[bool], seen: Tensor | None = None,
+    kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and key_bias; [0] where ``needs`` says no."""
     runs, order = _plan(q, lengths_q, lengths_k)
-    x = _arrange(_Inputs(q, k, v, _bias(key_size, key_bias, k), prefix_len, causal, scale), order)
+    x = _arrange(_Inputs(q, k, v, _bias(key_size, key_bias, k), prefix_len, causal, scale, seen, kind), order)
     grad = grad.contiguous()
     if order is not None:
         grad, out = grad.index_select(0, order.q), out.index_select(0, order.q)
@@ -72,6 +77,7 @@ def backward(
     parts: tuple[list[Tensor], ...] = ([], [], [], [])
     for run in runs:
         g, o = _view(grad, run.queries, run.batch), _view(out, run.queries, run.batch)
+        # The fused backward has no gradient of the mask, which is what a bias is.
         if _flashes(x, run) and not needs[3]:
             log_sums = lse[run.queries.start * heads : run.queries.stop * heads].view(run.batch, heads, run.n)
             grads = _flash_backward(g, *_operands(x, run), o, log_sums, 0.0, causal, attn_mask=_mask(x, run), scale=scale)
@@ -80,6 +86,7 @@ def backward(
         for index, part in enumerate(grads):
             if not needs[index]:
                 continue
+            # A key head was repeated for its group of query heads: its gradient is their sum.
             if index in (1, 2) and group > 1:
                 part = part.unflatten(1, (-1, group)).sum(2)
             parts[index].append(part.transpose(1, 2).flatten(0, 1) if index < 3 else part)
@@ -117,6 +124,8 @@ def _arrange(x: _Inputs, order: Order | None) -> _Inputs:
         q=x.q.index_select(0, order.q), k=x.k.index_select(0, order.k), v=x.v.index_select(0, order.k),
         bias=None if x.bias is None else x.bias.index_select(1, order.k),
         prefix_len=None if x.prefix_len is None else x.prefix_len.index_select(0, order.segments),
+        seen=None if x.seen is None else x.seen.index_select(0, order.q),
+        kind=None if x.kind is None else x.kind.index_select(0, order.k),
     )
 
 
@@ -138,6 +147,7 @@ def _view(x: Tensor, tokens: slice, count: int) -> Tensor:
 
 def _operands(x: _Inputs, run: Run) -> tuple[Tensor, Tensor, Tensor]:
     """q [batch, H, n, d], k and v [batch, H, m, d]: a key head is repeated for its group of query heads."""
+    # Views by strides: segments of one length lie one behind the other, and nothing is copied.
     q, k, v = _view(x.q, run.queries, run.batch), _view(x.k, run.keys, run.batch), _view(x.v, run.keys, run.batch)
     group = q.shape[1] // k.shape[1]
     return (q, k, v) if group == 1 else (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
@@ -146,10 +156,10 @@ def _operands(x: _Inputs, run: Run) -> tuple[Tensor, Tensor, Tensor]:
 def _flashes(x: _Inputs, run: Run) -> bool:
     """Whether PyTorch's fused attention for CPUs computes this run.
 
-    It aligns causality at the start, takes no bias beside it, and hides keys before it scales their scores, where a scale of 0 or less
-    would show them again.
+    It knows no types, aligns causality at the start, takes no bias beside it, and hides keys before it scales their scores, where a scale
+    of 0 or less would show them again.
     """
-    masked = x.causal and (x.prefix_len is not None or run.n != run.m or x.bias is not None or x.scale <= 0)
+    masked = x.seen is not None or (x.causal and (x.prefix_len is not None or run.n != run.m or x.bias is not None or x.scale <= 0))
     biased = x.bias is not None and x.bias.dtype != x.q.dtype
     dense_rows = all(t.stride(2) == 1 for t in (x.q, x.k, x.v))
     return not (masked or biased) and dense_rows and x.q.device.type == "cpu" and min(run.n, run.m) > 0 and x.q.shape[2] == x.v.shape[2]
@@ -177,6 +187,7 @@ def _pieces(run: Run, heads: int, device: torch.device) -> Iterator[tuple[slice,
     if run.n == 0 or run.m == 0:
         return
     limit = SCORES.get(device.type, SCORES_ELSEWHERE)
+    # Whole segments while they fit, else rows of one: the products read scores again before they leave the cache.
     segments = max(1, limit // (heads * run.n * run.m))
     rows = run.n if segments > 1 else min(run.n, max(1, limit // (heads * run.m)))
     for first in range(0, run.batch, segments):
@@ -196,8 +207,12 @@ def _probabilities(q: Tensor, k: Tensor, x: _Inputs, run: Run, segments: slice, 
             first = run.segment + segments.start
             hidden = hidden & (place >= x.prefix_len[first : first + scores.shape[0], None, None, None])
         scores.masked_fill_(hidden, -torch.inf)
+    if x.seen is not None and x.kind is not None:
+        queries, keys = x.seen[run.queries].view(run.batch, run.n), x.kind[run.keys].view(run.batch, run.m)
+        scores.masked_fill_(~pairs(queries[segments, rows], keys[segments])[:, None], -torch.inf)
     probabilities = torch.softmax(scores, 3)
-    if x.bias is not None or (x.causal and run.m < run.n):
+    if x.bias is not None or x.seen is not None or (x.causal and run.m < run.n):
+        # A softmax over nothing is NaN; a query without keys gives 0.
         probabilities.masked_fill_(torch.isneginf(scores).all(3, keepdim=True), 0)
     return probabilities
 

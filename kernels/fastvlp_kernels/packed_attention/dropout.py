@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .types import pairs
+
 
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor, lengths_k: Tensor, key_size: Tensor | None, key_bias: Tensor | None,
-    prefix_len: Tensor | None, causal: bool, scale: float, dropout_p: float,
+    prefix_len: Tensor | None, causal: bool, scale: float, dropout_p: float, of_query: Tensor | None = None, of_key: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """out [Tq, H, e]: each probability is 0 with chance ``dropout_p``, else divided by 1 - dropout_p."""
     if q.shape[0] == 0 or k.shape[0] == 0:
@@ -38,6 +40,8 @@ def packed_attention(
         if prefix_len is not None:
             limit = limit.maximum(prefix_len[:, None])
         seen = seen & (m < limit[:, None, :, None])
+    if of_query is not None and of_key is not None:
+        seen = seen & pairs(pad(of_query, real_q), pad(of_key, real_k))[:, None]
     # A query that sees nothing attends to everything, and is set to 0 below.
     some = seen.any(3, keepdim=True)
     mask = seen | ~some

@@ -10,6 +10,7 @@ from fastvlp_kernels._inputs import product_dtype, sum_dtype
 from fastvlp_kernels._ragged import check_lengths, check_longest, read_lengths, segment_starts
 
 from . import backends, cpu, dropout, reference
+from .types import bits, check_types
 
 NAME = "packed_attention"
 IMPLEMENTATIONS = ("triton", "cpu", "reference", *backends.NAMES)
@@ -18,15 +19,18 @@ IMPLEMENTATIONS = ("triton", "cpu", "reference", *backends.NAMES)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None,
     key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float, with_mass: bool, impl: str,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, token_type: Tensor | None = None, token_type_k: Tensor | None = None,
+    sees: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     known = _known(cu_seqlens_q, lengths, lengths_k)
+    seen, kind = bits(NAME, token_type, token_type_k, sees)
     if known or impl == "cpu":
         host = _lengths(q, k, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, max_seqlen_q, max_seqlen_k)
         if impl == "cpu":
-            return cpu.forward(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale, with_mass)
+            return cpu.forward(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale, with_mass, seen, kind)
     starts = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _op.module(__package__, impl).forward(q, k, v, *starts, key_size, key_bias, prefix_len, causal, scale, with_mass, known)
+    terms = (key_size, key_bias, prefix_len, causal, scale, with_mass)
+    return _op.module(__package__, impl).forward(q, k, v, *starts, *terms, known, seen, kind)
 
 
 _packed_attention = _op.custom_op(NAME)(_forward)
@@ -34,7 +38,7 @@ _packed_attention = _op.custom_op(NAME)(_forward)
 
 @_packed_attention.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, with_mass, impl,
-      max_seqlen_q=None, max_seqlen_k=None):  # fmt: skip
+      max_seqlen_q=None, max_seqlen_k=None, token_type=None, token_type_k=None, sees=None):  # fmt: skip
     lse = q.new_empty(q.shape[0] * q.shape[1], dtype=sum_dtype(q.dtype))
     mass = q.new_empty(k.shape[0] if with_mass else 0, dtype=torch.float32)
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), lse, mass
@@ -44,13 +48,15 @@ def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     lengths: Tensor | None, lengths_k: Tensor | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None,
     causal: bool, scale: float, needs: list[bool], impl: str, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    token_type: Tensor | None = None, token_type_k: Tensor | None = None, sees: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    seen, kind = bits(NAME, token_type, token_type_k, sees)
     if impl == "cpu":
         host = _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k)
-        return cpu.backward(grad, q, k, v, out, lse, *host, key_size, key_bias, prefix_len, causal, scale, needs)
+        return cpu.backward(grad, q, k, v, out, lse, *host, key_size, key_bias, prefix_len, causal, scale, needs, seen, kind)
     saved = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_size, key_bias, prefix_len)
     known = _known(cu_seqlens_q, lengths, lengths_k)
-    return _op.module(__package__, "triton_backward").backward(grad, *saved, causal, scale, needs, known)
+    return _op.module(__package__, "triton_backward").backward(grad, *saved, causal, scale, needs, known, seen, kind)
 
 
 _packed_attention_backward = _op.custom_op(f"{NAME}_backward")(_gradients)
@@ -58,24 +64,28 @@ _packed_attention_backward = _op.custom_op(f"{NAME}_backward")(_gradients)
 
 @_packed_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, needs, impl,
-      max_seqlen_q=None, max_seqlen_k=None):  # fmt: skip
+      max_seqlen_q=None, max_seqlen_k=None, token_type=None, token_type_k=None, sees=None):  # fmt: skip
     inputs = (q, k, v, lse if key_bias is None else key_bias)
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True))
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, cu_q, cu_k, lengths, lengths_k, key_size, key_bias, prefix_len, ctx.causal, ctx.scale, _, ctx.impl, *ctx.longest = inputs
-    ctx.save_for_backward(q, k, v, *output[:2], cu_q, cu_k, lengths, lengths_k, key_size, key_bias, prefix_len)
+    q, k, v, cu_q, cu_k, lengths, lengths_k, key_size, key_bias, prefix_len, ctx.causal, ctx.scale, _, ctx.impl, *longest = inputs
+    *ctx.longest, token_type, token_type_k, sees = longest
+    terms = (key_size, key_bias, prefix_len, token_type, token_type_k, sees)
+    ctx.save_for_backward(q, k, v, *output[:2], cu_q, cu_k, lengths, lengths_k, *terms)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
+    # Where nobody traces, the function itself: dispatch would cost more than the attention of a few short segments.
     direct = _op.untraced(grad) and not torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.packed_attention_backward
-    grads = run(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, needs, ctx.impl, *ctx.longest)
+    saved, types = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
+    grads = run(grad, *saved, ctx.causal, ctx.scale, needs, ctx.impl, *ctx.longest, *types)
     dq, dk, dv, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dq, dk, dv, *[None] * 5, dbias, *[None] * 7
+    return dq, dk, dv, *[None] * 5, dbias, *[None] * 10
 
 
 class _Direct(torch.autograd.Function):
@@ -101,6 +111,7 @@ def _known(cu_q: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> bo
 def _host(cu_q: Tensor, cu_k: Tensor, lengths: Tensor | None, lengths_k: Tensor | None) -> tuple[Tensor, Tensor]:
     """The lengths on the CPU, read from the device where the caller did not give them."""
     host = read_lengths(NAME, "cu_seqlens_q", cu_q, "lengths", lengths)
+    # Self attention asks the device once.
     if cu_k is cu_q and (lengths_k is None or lengths_k is lengths):
         return host, host
     return host, read_lengths(NAME, "cu_seqlens_k", cu_k, "lengths_k", lengths_k)
@@ -134,6 +145,9 @@ def packed_attention(
     key_bias: Tensor | None = None,
     prefix_len: Tensor | None = None,
     causal: bool = False,
+    token_type: Tensor | None = None,
+    token_type_k: Tensor | None = None,
+    sees: Tensor | None = None,
     scale: float | None = None,
     return_key_mass: bool = False,
     dropout_p: float = 0.0,
@@ -158,6 +172,10 @@ def packed_attention(
         key_bias: [Tk] or [H, Tk], has a gradient. -inf hides a key.
         prefix_len: integers [S]; with ``causal`` the first prefix_len[s] keys of segment s are visible to all its queries (prefix-LM).
         causal: query i of n sees key j of m only if j <= i + m - n: the last query sees everything.
+        token_type: integers [Tq] from 0 to 31, what kind of token a query is; token_type_k: [Tk] of the keys, None: token_type, where
+            cu_seqlens_k is None. sees: bool [types, types], whether a query of the type of the row sees keys of the type of the column,
+            of those that ``causal`` and ``prefix_len`` let it see (FLAME's facets, patches and words). All of them or none. On a CUDA
+            device a type that ``sees`` does not have is PyTorch's device-side assertion.
         scale: None means 1 / sqrt(d).
         dropout_p: the chance that an attention weight is dropped, from 0 to below 1 (the caller knows whether it trains). Segments are
             then padded and attended by PyTorch's own kernels, whatever ``FASTVLP_IMPL`` says; only impl=None, and no mass.
@@ -179,14 +197,17 @@ def packed_attention(
     """
     given = (cu_seqlens_q, cu_seqlens_k, key_size, key_bias, prefix_len, lengths, lengths_k)
     cu_seqlens_q, cu_seqlens_k = _check_inputs(q, k, v, *given)
+    token_type_k = check_types(NAME, q, k, token_type, token_type_k, sees, cu_seqlens_k is None)
     prefix_len = None if prefix_len is None else prefix_len.contiguous()
     max_seqlen_q, max_seqlen_k = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
     dtype = product_dtype(NAME, q, None)
+    # Here and not in the operator, so that autograd brings gradients back to the dtypes that came.
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if cu_seqlens_k is None:
         cu_seqlens_k, lengths_k = cu_seqlens_q, lengths
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    # Dropout is no kernel's: plain PyTorch over segments of known lengths.
     if dropout_p:
         if not 0 < dropout_p < 1 or impl is not None or return_key_mass:
             got = f"dropout_p={dropout_p}, impl={impl!r}, return_key_mass={return_key_mass}"
@@ -194,23 +215,26 @@ def packed_attention(
         host_q, host_k = (read_lengths("packed_attention", *given) for given in (
             ("cu_seqlens_q", cu_seqlens_q, "lengths", lengths), ("cu_seqlens_k", cu_seqlens_k, "lengths_k", lengths_k)
         ))  # fmt: skip
-        return dropout.packed_attention(q, k, v, host_q, host_k, key_size, key_bias, prefix_len, causal, scale, dropout_p)
+        seen, kind = bits(NAME, token_type, token_type_k, sees)
+        return dropout.packed_attention(q, k, v, host_q, host_k, key_size, key_bias, prefix_len, causal, scale, dropout_p, seen, kind)
     lengths_and_longest = (lengths, lengths_k, max_seqlen_q, max_seqlen_k)
-    order = backends.preferred(q, k, v, *lengths_and_longest, key_size, key_bias, prefix_len, causal, return_key_mass)
+    order = backends.preferred(q, k, v, *lengths_and_longest, key_size, key_bias, prefix_len, causal, return_key_mass, sees)
     chosen = _op.choose(NAME, impl, q.device, order, (q.dtype,), (q, k, v, key_bias))
     if chosen in backends.NAMES:
         return backends.packed_attention(
             chosen, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             lambda: _host(cu_seqlens_q, cu_seqlens_k, lengths, lengths_k), key_size, key_bias, prefix_len, causal, scale, return_key_mass,
+            sees,
         )  # fmt: skip
     if chosen == "reference":
         host = _lengths(q, k, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, max_seqlen_q, max_seqlen_k)
-        out, mass = reference.packed_attention(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale)
+        seen, kind = bits(NAME, token_type, token_type_k, sees)
+        out, mass = reference.packed_attention(q, k, v, *host, key_size, key_bias, prefix_len, causal, scale, seen, kind)
     else:
         run = _Direct.apply if chosen == "cpu" and _op.untraced(q) else torch.ops.fastvlp.packed_attention
         out, _, mass = run(
             q, k, v, cu_seqlens_q, cu_seqlens_k, lengths, lengths_k, key_size, key_bias, prefix_len, causal, scale, return_key_mass,
-            chosen, max_seqlen_q, max_seqlen_k,
+            chosen, max_seqlen_q, max_seqlen_k, token_type, token_type_k, sees,
         )  # fmt: skip
     return (out, mass) if return_key_mass else out
 

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from .types import pairs
+
 
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: Tensor, lengths_k: Tensor, key_size: Tensor | None, key_bias: Tensor | None,
-    prefix_len: Tensor | None, causal: bool, scale: float,
+    prefix_len: Tensor | None, causal: bool, scale: float, seen: Tensor | None = None, kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [Tq, H, e] and the mass [Tk], probabilities summed over queries and heads. Differentiable; computes in the dtype of q."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
@@ -25,7 +27,10 @@ def packed_attention(
             if prefix_len is not None:
                 visible = visible | (place < prefix_len[segment])
             weight = torch.where(visible, weight, 0)
+        if seen is not None and kind is not None:
+            weight = torch.where(pairs(seen[q_start : q_start + n], kind[keys]), weight, 0)
         scores = torch.where(weight > 0, scores, -torch.inf)
+        # The usual maximum, but finite where a row is all -inf: -inf minus itself is NaN.
         maximum = scores.detach().amax(2, keepdim=True).clamp_min(torch.finfo(scores.dtype).min) if m else 0
         weighted = weight * torch.exp(scores - maximum)
         total = weighted.sum(2, keepdim=True)

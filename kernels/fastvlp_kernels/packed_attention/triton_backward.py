@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import precision, span, upcast
+from .._triton import precision, span, tile_of, upcast
 from . import triton_short
-from .triton_tile import LOG2E, Side, fill, key_options, key_terms, limits, new, operands, padded, rows_of, store, tile, tile_of
+from .triton_tile import LOG2E, Side, fill, key_options, key_terms, limits, new, operands, padded, rows_of, store, tile, types_of
 
 
 def query_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int]:
@@ -23,18 +23,19 @@ def query_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> d
     return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8 if wide and rows == 64 and columns == 32 else 4, "num_stages": 2}
 
 
-def key_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -> dict[str, int]:
-    """Block sizes and launch options of the kernel that owns keys."""
+def key_config(dtype: torch.dtype, width: int, queries: Side, keys: Side, typed: bool = False) -> dict[str, int]:
+    """Block sizes and launch options of the kernel that owns keys; types of tokens, for which Ampere has no registers, read no ahead."""
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": rows_of(keys.typical, 32), "num_warps": 8, "num_stages": 1}
     wide, columns = width > 64, rows_of(keys.typical, 64)
     warps = 8 if wide and columns == 64 else 4
-    return {"BLOCK_M": rows_of(queries.typical, 32), "BLOCK_N": columns, "num_warps": warps, "num_stages": 1 if wide else 2}
+    return {"BLOCK_M": rows_of(queries.typical, 32), "BLOCK_N": columns, "num_warps": warps, "num_stages": 1 if wide or typed else 2}
 
 
 @triton.jit(do_not_specialize=["S", "Tq", "Tk", "blocks", "bias_stride"])
 def _query_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr, dq_ptr, delta_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr, seen_ptr, kind_ptr,
+    dq_ptr, delta_ptr,
     S, Tq, Tk, H, group, blocks, scale, bias_stride, stride_g, stride_q, stride_k, stride_v, head_g, head_q, head_k, head_v,
     CAUSAL: tl.constexpr, SEARCH: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -63,6 +64,7 @@ def _query_kernel(
         rows = row + in_m
         g = tile(grad_ptr, first_q + row, in_m, rows < n, stride_g, E, BLOCK_E, UPCAST)
         out = tile(out_ptr, first_q + row, in_m, rows < n, H * E, E, BLOCK_E, UPCAST)
+        # sum_j P_ij dP_ij equals <dO_i, O_i>: one pass over the queries instead of one more over all pairs.
         delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
         tl.store(delta_ptr + (first_q + row) + in_m, delta, mask=rows < n)
         if dq_ptr is not None:
@@ -73,6 +75,8 @@ def _query_kernel(
             if CAUSAL:
                 limit = limits(prefix_ptr, segment, rows, n, m)
                 last = tl.minimum(m, tl.max(limit, 0))
+            if kind_ptr is not None:
+                seen = types_of(seen_ptr, first_q + row, in_m, rows < n)
             for key in range(0, last, BLOCK_N):
                 keys = key + in_n
                 k = tile(k_ptr, first_k + key, in_n, keys < m, stride_k, D, BLOCK_D, UPCAST)
@@ -81,9 +85,13 @@ def _query_kernel(
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + term[None, :]
                 if CAUSAL:
                     s = tl.where(keys[None, :] < limit[:, None], s, float("-inf"))
+                if kind_ptr is not None:
+                    kind = types_of(kind_ptr, first_k + key, in_n, keys < m)
+                    s = tl.where((seen[:, None] & kind[None, :]) != 0, s, float("-inf"))
                 p = tl.exp2(s - lse[:, None])
                 if size_ptr is not None:
                     p *= size[None, :]
+                # P is made again from the saved log-sum-exp: nothing of n x m was stored.
                 ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
             store(dq_ptr, acc * scale, first_q + row, in_m, rows < n, H * D, D, BLOCK_D)
@@ -91,7 +99,7 @@ def _query_kernel(
 
 @triton.jit(do_not_specialize=["S", "Tq", "Tk", "blocks", "bias_stride"])
 def _key_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr, seen_ptr, kind_ptr,
     dk_ptr, dv_ptr, dbias_ptr, mass_ptr,
     S, Tq, Tk, H, group, blocks, scale, bias_stride, stride_g, stride_q, stride_k, stride_v, head_g, head_q, head_k, head_v,
     CAUSAL: tl.constexpr, SEARCH: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -121,6 +129,7 @@ def _key_kernel(
             begin = tl.maximum(key + n - m, 0) // BLOCK_M * BLOCK_M
             if prefix_ptr is not None:
                 begin = tl.where(key < tl.load(prefix_ptr + segment).to(tl.int32), 0, begin)
+        # All query heads that share this key head, in one program: their sum needs no atomics and no memory.
         for member in range(0, group):
             head = head_kv * group + member
             at = head.to(tl.int64) * Tq + first_q
@@ -137,6 +146,10 @@ def _key_kernel(
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + term[:, None]
                 if CAUSAL:
                     s = tl.where(keys[:, None] < limits(prefix_ptr, segment, rows, n, m)[None, :], s, float("-inf"))
+                if kind_ptr is not None:
+                    kind = types_of(kind_ptr, first_k + key, in_n, keys < m)
+                    seen = types_of(seen_ptr, first_q + row, in_m, rows < n)
+                    s = tl.where((kind[:, None] & seen[None, :]) != 0, s, float("-inf"))
                 p = tl.exp2(s - lse[None, :])
                 if size_ptr is not None:
                     p *= size[:, None]
@@ -175,7 +188,7 @@ def _key_kernel(
 
 def key_mass(
     q: Tensor, k: Tensor, lse: Tensor, queries: Side, keys: Side, key_size: Tensor | None, key_bias: Tensor | None,
-    prefix_len: Tensor | None, causal: bool, scale: float,
+    prefix_len: Tensor | None, causal: bool, scale: float, seen: Tensor | None, kind: Tensor | None,
 ) -> Tensor:
     """float32 [Tk]: the probabilities of every key, summed over queries and heads."""
     (Tq, H, D), Tk = q.shape, keys.tokens
@@ -183,11 +196,11 @@ def key_mass(
     if Tq and Tk and queries.segments:
         (qs, ks), align = operands(q, k)
         size, bias, bias_stride = key_options(k, key_size, key_bias)
-        options = key_config(q.dtype, D, queries, keys)
+        options = key_config(q.dtype, D, queries, keys, kind is not None)
         tiles, blocks, search = keys.tiles(options["BLOCK_N"])
         with torch.cuda.device_of(q):
             _key_kernel[(tiles * k.shape[1],)](
-                None, qs, ks, None, lse, None, queries.cu, keys.cu, size, bias, prefix_len,
+                None, qs, ks, None, lse, None, queries.cu, keys.cu, size, bias, prefix_len, seen, kind,
                 None, None, None, mass, queries.segments, Tq, Tk, H, H // k.shape[1], blocks, scale, bias_stride,
                 0, qs.stride(0), ks.stride(0), 0, 0, qs.stride(1), ks.stride(1), 0, CAUSAL=causal, SEARCH=search, ALIGN=align,
                 PRECISION=precision(), UPCAST=upcast(), D=D, E=D, BLOCK_D=padded(D), BLOCK_E=padded(D), **options,
@@ -198,7 +211,7 @@ def key_mass(
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int | None,
     max_k: int | None, key_size: Tensor | None, key_bias: Tensor | None, prefix_len: Tensor | None, causal: bool, scale: float,
-    needs: list[bool], whole: bool,
+    needs: list[bool], whole: bool, seen: Tensor | None = None, kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and key_bias; [0] where ``needs`` says no. ``whole``: cu_q and cu_k are known to end at Tq and Tk."""
     (Tq, H, D), E, Tk = q.shape, v.shape[2], k.shape[0]
@@ -218,7 +231,7 @@ def backward(
         with torch.cuda.device_of(q):
             if short is not None:
                 triton_short._short_backward_kernel[(queries.segments * k.shape[1],)](
-                    gs, qs, ks, vs, lse, cu_q, cu_k, size, bias, prefix_len, *made, *sizes[1:], *terms, **fixed, **short
+                    gs, qs, ks, vs, lse, cu_q, cu_k, size, bias, prefix_len, seen, kind, *made, *sizes[1:], *terms, **fixed, **short
                 )
             else:
                 delta = torch.empty(H * Tq if through_scores else 0, dtype=torch.float32, device=q.device)
@@ -226,14 +239,14 @@ def backward(
                     rows = query_config(q.dtype, max(D, E), queries, keys)
                     tiles, blocks, search = queries.tiles(rows["BLOCK_M"])
                     _query_kernel[(tiles * H,)](
-                        gs, qs, ks, vs, out, lse, cu_q, cu_k, size, bias, prefix_len, made[0], delta,
+                        gs, qs, ks, vs, out, lse, cu_q, cu_k, size, bias, prefix_len, seen, kind, made[0], delta,
                         *sizes, blocks, *terms, SEARCH=search, **fixed, **rows,
                     )  # fmt: skip
                 if needs[1] or needs[2] or needs[3]:
-                    options = key_config(q.dtype, max(D, E), queries, keys)
+                    options = key_config(q.dtype, max(D, E), queries, keys, kind is not None)
                     tiles, blocks, search = keys.tiles(options["BLOCK_N"])
                     _key_kernel[(tiles * k.shape[1],)](
-                        gs, qs, ks, vs if through_scores else None, lse, delta, cu_q, cu_k, size, bias, prefix_len,
+                        gs, qs, ks, vs if through_scores else None, lse, delta, cu_q, cu_k, size, bias, prefix_len, seen, kind,
                         *made[1:], None, *sizes, blocks, *terms, SEARCH=search, **fixed, **options,
                     )  # fmt: skip
     if key_bias is not None and needs[3]:

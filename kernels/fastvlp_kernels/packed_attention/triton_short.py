@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .._triton import span
-from .triton_tile import LOG2E, Side, attend, fill, finish, key_terms, limits, rows_of, store, tile
+from .triton_tile import LOG2E, Side, attend, fill, finish, key_terms, limits, rows_of, store, tile, types_of
 
 PROGRAMS = 512  # with fewer, GPUs have idle processors: the queries of a segment are shared out between programs
 
@@ -38,13 +38,14 @@ def config(dtype: torch.dtype, width: int, queries: Side, keys: Side, causal: bo
 
 def parts(queries: Side, heads: int, rows: int) -> int:
     """How many programs of forward share the queries of a segment and head, which ``rows`` of them make a tile."""
+    # Few segments with many queries would leave processors idle; each further program reads the keys once more.
     wanted = max(triton.cdiv(PROGRAMS, queries.segments * heads), triton.cdiv(queries.typical, 512))
     return max(1, min(wanted, triton.cdiv(queries.typical, rows)))
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "parts", "bias_stride"])
 def _short_kernel(
-    q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr, seen_ptr, kind_ptr, out_ptr, lse_ptr,
     Tq, Tk, H, group, parts, scale, bias_stride, stride_q, stride_k, stride_v, head_q, head_k, head_v,
     CAUSAL: tl.constexpr, ONE: tl.constexpr, TILES: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -72,6 +73,7 @@ def _short_kernel(
         step = BLOCK_M
     else:
         start = place % parts * BLOCK_M
+        # A program without queries reads no keys.
         m = tl.where(start < n, m, 0)
         stop = n
         step = parts * BLOCK_M
@@ -88,6 +90,8 @@ def _short_kernel(
         m = span(cu_k_ptr, segment, Tk)[1]
         if CAUSAL:
             limit = limits(prefix_ptr, segment, rows, n, m)
+        if kind_ptr is not None:
+            seen = types_of(seen_ptr, first_q + row, in_m, inside)
         highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -97,6 +101,9 @@ def _short_kernel(
             s = tl.dot(q, tl.trans(ks[i]), input_precision=PRECISION) * scale + term[None, :]
             if CAUSAL:
                 s = tl.where(keys[None, :] < limit[:, None], s, float("-inf"))
+            if kind_ptr is not None:
+                kind = types_of(kind_ptr, first_k + i * BLOCK_N, in_n, keys < m)
+                s = tl.where((seen[:, None] & kind[None, :]) != 0, s, float("-inf"))
             highest, total, acc = attend(s, vs[i], size_ptr, size, highest, total, acc, PRECISION)
         finish(out_ptr, lse_ptr, highest, total, acc, first_q + row, in_m, inside, H, E, BLOCK_E)
     if ONE:
@@ -119,7 +126,8 @@ def backward_config(dtype: torch.dtype, width: int, queries: Side, keys: Side) -
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "bias_stride"])
 def _short_backward_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, size_ptr, bias_ptr, prefix_ptr, seen_ptr, kind_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbias_ptr,
     Tq, Tk, H, group, scale, bias_stride, stride_g, stride_q, stride_k, stride_v, head_g, head_q, head_k, head_v,
     CAUSAL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -154,6 +162,10 @@ def _short_backward_kernel(
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + term[:, None]
             if CAUSAL:
                 s = tl.where(in_n[:, None] < limits(prefix_ptr, segment, rows, n, m)[None, :], s, float("-inf"))
+            if kind_ptr is not None:
+                kind = types_of(kind_ptr, first_k, in_n, in_n < m)
+                seen = types_of(seen_ptr, first_q + row, in_m, rows < n)
+                s = tl.where((kind[:, None] & seen[None, :]) != 0, s, float("-inf"))
             p = tl.exp2(s - lse[None, :])
             if size_ptr is not None:
                 p *= size[:, None]

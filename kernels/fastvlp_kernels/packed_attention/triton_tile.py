@@ -33,6 +33,7 @@ class Side(NamedTuple):
         slots = self.tokens // block + self.segments
         if self.longest is not None:
             blocks = max(1, triton.cdiv(self.longest, block))
+            # As many tiles for every segment as the longest has, unless most of them would be empty: then a search finds the segment.
             if self.segments * blocks <= 2 * slots:
                 return self.segments * blocks, blocks, False
         return slots, NO_STEP, True
@@ -52,21 +53,6 @@ def padded(width: int) -> int:
 
 def rows_of(longest: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(longest)))
-
-
-@triton.jit
-def tile_of(cu_ptr, tile, S, blocks, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
-    """The segment of a tile and the tile's place in it."""
-    if SEARCH:
-        low = tile * 0
-        high = low + S
-        while high - low > 1:
-            middle = (low + high) // 2
-            before = tl.load(cu_ptr + middle).to(tl.int32) // BLOCK + middle <= tile
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle)
-        return low, tl.maximum(tile - tl.load(cu_ptr + low).to(tl.int32) // BLOCK - low, 0)
-    return tile // blocks, tile % blocks
 
 
 @triton.jit
@@ -104,7 +90,14 @@ def key_terms(size_ptr, bias_ptr, first, offs, inside):
         term += tl.load(bias_ptr + first + offs, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if size_ptr is not None:
         size = tl.load(size_ptr + first + offs, mask=inside, other=0.0).to(tl.float32)
+    # Not size > 0: a NaN has to come out as one.
     return tl.where(inside & ~(size <= 0), term, float("-inf")), size
+
+
+@triton.jit
+def types_of(ptr, first, offs, inside):
+    """The bits of the types of tokens; 0, which none shares, outside."""
+    return tl.load(ptr + first + offs, mask=inside, other=0)
 
 
 @triton.jit
@@ -120,10 +113,12 @@ def limits(prefix_ptr, segment, rows, n, m):
 def attend(s, v, size_ptr, size, highest, total, acc, PRECISION: tl.constexpr):
     """The highest score of each row, its sum and its unnormalised result, after the keys with scores s [rows, keys] too."""
     higher = tl.maximum(highest, tl.max(s, 1))
+    # No key seen yet: -inf minus -inf would be NaN.
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(s - shift[:, None])
     if size_ptr is not None:
         p *= size[None, :]
+    # What was summed so far, in units of the new maximum.
     shrink = tl.exp2(highest - shift)
     return higher, total * shrink + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
@@ -132,6 +127,7 @@ def attend(s, v, size_ptr, size, highest, total, acc, PRECISION: tl.constexpr):
 def finish(out_ptr, lse_ptr, highest, total, acc, first, offs, inside, H, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Store the results of rows, 0 for those without keys, and their lse."""
     some = total != 0
+    # +inf for rows without keys: the backward pass subtracts it, and every probability is 0.
     lse = tl.where(some, highest + tl.log2(tl.where(some, total, 1.0)), float("inf"))
     tl.store(lse_ptr + first + offs, lse, mask=inside)
     store(out_ptr, acc / tl.where(some, total, 1.0)[:, None], first, offs, inside, H * E, E, BLOCK_E)

@@ -61,6 +61,7 @@ def forward(
     for i in range(0, M, TILE):
         rows = slice(i, min(i + TILE, M))
         x_tile = x[rows].to(dtype).to(accumulate)
+        # Logits in units of log 2: exp2 is faster than exp, and the divisions are of a scalar and of vectors.
         x_scaled = x_tile * (scale / LN2)
         shift = (bias if row_bias is None else (row_bias[rows, None] + bias)) / LN2
         dx_tile = dx[rows] if need_x else dx_buffer[: len(x_tile)].zero_()
@@ -73,6 +74,7 @@ def forward(
             if col_bias is not None:
                 tile.add_(col_bias[cols] / LN2)
 
+            # Positive pairs count with the other sign. A slice without rows stands for "none" and takes every call below.
             diagonal = tile[:0] if offset is None else tile.diagonal(offset + i - j)
             diagonal.neg_()
             same = _same_ids(row_ids, col_ids, rows, cols, offset)
@@ -85,6 +87,7 @@ def forward(
             w_cols = None if col_weight is None else col_weight[cols]
             dw_rows = drow_weight[rows] if need_row_weight else None
             dw_cols = dcol_weight[cols] if need_col_weight else None
+            # What lies beyond the limit is counted here, as it is, and cut off. Asking another device for the maximum would make it wait.
             if tile.device.type != "cpu" or tile.amax() > limit:
                 excess = torch.sub(tile, limit, out=scratch).clamp_min_(0).mul_(LN2)
                 _add_losses(excess, loss, w_rows, w_cols, dw_rows, dw_cols)
@@ -98,6 +101,7 @@ def forward(
             if not make_coefficients:
                 continue
 
+            # e / (1 + e) is the sigmoid, out of what the loss has just made.
             tile.div_(scratch)
             diagonal.neg_()
             if same is not None and not exclude:
@@ -131,6 +135,7 @@ def _same_ids(row_ids: Tensor | None, col_ids: Tensor | None, rows: slice, cols:
         return None
     same = (row_ids[rows, None] == col_ids[None, cols]) & (row_ids[rows, None] >= 0)
     if offset is not None:
+        # Those on the offset are positive already and would be turned round twice.
         same.diagonal(offset + rows.start - cols.start).fill_(False)
     return same
 

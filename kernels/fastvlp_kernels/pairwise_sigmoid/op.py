@@ -76,8 +76,10 @@ def _(grad, gradients, inputs):
 
 def _setup(ctx, inputs, output) -> None:
     needs = inputs[14]
+    # Saving all inputs would keep memory until the backward pass for those that need no gradient.
     ctx.needed = [i for i, need in enumerate(needs) if need]
     ctx.save_for_backward(*(output[1 + i] for i in ctx.needed), *(inputs[i] for i in ctx.needed))
+    # The gradients are outputs of the operator too, but nobody may differentiate through them.
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

@@ -78,6 +78,7 @@ def _logits_kernel(
         t += tl.load(col_bias_ptr + cols)[None, :]
     positive = tl.zeros((BLOCK_M, BLOCK_N), tl.int1)
     if HAS_OFFSET:
+        # Bounded to where the diagonal can touch this tile, so that 32 bits hold it.
         shift = tl.maximum(tl.minimum(first_m + offset - first_n, BLOCK_N), -BLOCK_M).to(tl.int32)
         positive = (in_m + shift)[:, None] == in_n[None, :]
     counted = in_row[:, None] & in_col[None, :]
@@ -111,6 +112,7 @@ def _logits_kernel(
             tl.store(row_loss_ptr + o_row, loss, mask=in_row)
         g *= row_weight[:, None] * col_weight[None, :]
     else:
+        # One logarithm per row instead of one per pair: the product of the 1 + a, and the sum of the rest.
         factor, loss = tl.reduce((a, tl.maximum(u, 0.0)), 1, _factor_and_sum)
         loss += _log1p(tl.where(factor > LARGEST, LARGEST, factor))
     tl.store(loss_ptr + tile, tl.sum(loss * row_weight, 0))

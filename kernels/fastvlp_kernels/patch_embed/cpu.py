@@ -69,6 +69,7 @@ def forward(
     """out [T, C] in ``dtype``. mean, std: of the pixels as they are stored."""
     acc = sum_dtype(dtype)
     out = weight.new_empty(where.shape[0], weight.shape[0], dtype=dtype)
+    # The deviation divides the weights once instead of every pixel; the mean stays with the pixels, where it loses no digits.
     folded = weight.to(acc) / per_value(std, patch_size, out.new_empty(0, dtype=acc))
     bias = out.new_zeros(weight.shape[0], dtype=acc) if bias is None else bias.to(acc)
     tables = [(index, table.to(acc)) for index, table in tables]
@@ -78,6 +79,7 @@ def forward(
             part.add_(table.index_select(0, index[rows]))
         if turn is not None:
             turn_(part, turn[0][rows], turn[1])
+        # Rounded once, after the positions are added.
         if dtype != acc:
             out[rows] = part
     return out

@@ -26,6 +26,7 @@ def _embed(
     patches, S = (sizes // patch_size).prod(1), len(sizes)
     images = torch.stack((_before(patches), _before(3 * sizes.prod(1)), sizes[:, 1] // patch_size, cells))
     module = _op.module(__package__, impl)
+    # One copy for all the small tables: each copy costs the host more than the bytes do.
     numbers = _upload(torch.cat((images.flatten(), patches.sum(0, keepdim=True), *([] if keep is None else [keep]))), pixels.device)
     images, kept = numbers[: 4 * S].view(4, S), None if keep is None else numbers[4 * S + 1 :]
     where, pos = module.locate(images, kept, total, patch_size)
@@ -56,6 +57,7 @@ def _embed_backward(
     grad = grad.contiguous()
     results = [weight.new_empty(0, dtype=dtype) for dtype in _dtypes(weight, bias, rows, cols, grid)]
     if rotary is not None:
+        # A rotation's transpose is the rotation back; from here on the gradient is that of the sum before it.
         grad = module.rotate(grad, pos, _turns(rotary, sizes, patch_size, weight, acc, back=True))
     if needs[0]:
         stored = [_stored(pixels, values) for values in (mean, std)]
@@ -195,6 +197,7 @@ def patch_embed(
     lengths = patches if keep is None else torch.searchsorted(keep, torch.stack((_before(patches), patches.cumsum(0)))).diff(dim=0)[0]
     if chosen == "reference":
         starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(pixels.device, torch.int32)
+    # Read here while compiling, it would be baked into the graph; the total bounds it.
     longest = total if torch.compiler.is_compiling() else int(lengths.max()) if len(lengths) else 0
     return Packed(x, starts, lengths, total, longest, pos=pos)
 

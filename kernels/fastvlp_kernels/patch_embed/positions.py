@@ -16,6 +16,7 @@ def taps(grid: int, size: int, device: torch.device, dtype: torch.dtype) -> Tens
     """
     width = max(grid / size, 1.0)
     centre = (torch.arange(size, dtype=torch.float64) + 0.5) * (grid / size)
+    # A triangle as wide as the grid's step where it grows, and wider where it shrinks: the antialiasing.
     weight = (1 - (torch.arange(grid) + 0.5 - centre[:, None]).abs() / width).clamp_min(0)
     return (weight / weight.sum(1, keepdim=True)).to(device, dtype)
 
@@ -24,6 +25,7 @@ def resize(grid: Tensor, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -
     """``grid`` [G, G', C] at each of the ``sizes`` (rows, columns), in lexicographic order, end to end: [N, C] in ``dtype``."""
     G, width, C = grid.shape
     parts = [grid.new_empty((0, C), dtype=dtype)]
+    # The sizes are sorted: those of one height share the product over rows.
     for m, group in itertools.groupby(sizes, lambda size: size[0]):
         high = (taps(G, m, grid.device, dtype) @ grid.to(dtype).flatten(1)).unflatten(1, (width, C))
         parts += [(taps(width, n, grid.device, dtype) @ high).flatten(0, 1) for _, n in group]

@@ -16,6 +16,7 @@ def patch_embed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tokens [T, C] in ``dtype`` and their positions int32 [T, 3]; differentiable."""
     P, acc = patch_size, sum_dtype(dtype)
+    # mean and std are of pixels from 0 to 1.
     unit = 255 if pixels.dtype == torch.uint8 else 1
     shift, scale = (torch.tensor(values, dtype=acc, device=pixels.device) for values in (mean, std))
     tokens, places, start = [pixels.new_zeros((0, weight.shape[0]), dtype=acc)], [torch.zeros(0, 3, dtype=torch.int64)], 0

@@ -25,6 +25,7 @@ def forward(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             torch.add(a.x[rows], a.branch[rows], out=total[rows])
         else:
             total[rows] = torch.addcmul(a.x[rows].to(acc), a.branch[rows].to(acc), gamma)
+        # The norm reads the sum as it is stored, rounded, so that a backward pass from the stored sum fits.
         wide = total[rows].to(acc)
         if a.rms:
             torch.add(torch.linalg.vector_norm(wide, dim=1).square_().div_(C), a.eps, out=rstd[rows]).rsqrt_()
@@ -56,6 +57,7 @@ def backward(
             if needs.bias:
                 dbias += g.sum(0)
             of_unit = g * weight
+            # The gradient of a norm has no part along what it normalised.
             ds = torch.addcmul(of_unit, unit, (of_unit * unit).mean(1, keepdim=True), value=-1).mul_(rstd[rows, None])
         else:
             statistics = (mean[rows, None], rstd[rows, None])

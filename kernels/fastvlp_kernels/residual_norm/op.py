@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check, _op
 from .._inputs import sum_dtype
-from . import cpu, reference
+from . import reference
 from .arguments import Inputs, Needs
 
 OP = "residual_norm"
@@ -69,6 +69,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: Any)
     if given is None:
         return (None,) * 9
     needs = list(ctx.needs_input_grad[:5])
+    # A gradient of the gradient has to meet the refusal that is registered with the operator.
     direct = _op.untraced(given) and not torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.residual_norm_backward
     dx, dbranch, *vectors = run(grad, grad_total, *ctx.saved_tensors, *ctx.rest, needs)
@@ -127,7 +128,8 @@ def residual_norm(
     _check.plain_tensors(OP, 3, x=x, branch=branch, weight=weight, bias=bias, gamma=gamma)
     for name, tensor in (("x", x), ("branch", branch)):
         if tensor.ndim < 1 or tensor.dtype not in _check.FLOATS or tensor.shape[-1] == 0:
-            raise ValueError(f"{OP}: {name} is {tensor.dtype} {tuple(tensor.shape)}; it must be [..., C], floating point, with C at least 1")
+            got = f"{name} is {tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{OP}: {got}; it must be [..., C], floating point, with C at least 1")
     if x.shape != branch.shape:
         raise ValueError(f"{OP}: x has shape {tuple(x.shape)} and branch has shape {tuple(branch.shape)}; they must be equal")
     C = x.shape[-1]
@@ -137,6 +139,7 @@ def residual_norm(
         raise ValueError(f"{OP}: kind={kind!r} is unknown; allowed: 'layer', 'rms'")
     total_dtype = torch.promote_types(x.dtype, branch.dtype)
     device = x.device.type
+    # The sum keeps the precision of the residual stream; only what the next product reads is cast.
     cast = total_dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if cast else total_dtype
     unable = f"takes rows of at most {WIDEST_TRITON} features, not {C}" if C > WIDEST_TRITON else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._triton import processors
 from .arguments import Inputs, Needs
 
-PROGRAMS = 4  # of backward, for each processor
+PROGRAMS = 6  # of backward, for each processor: what its registers hold at 768 features
 
 
 def config(width: int, tensors: int) -> dict[str, int]:
@@ -147,6 +147,7 @@ def backward(
     options = config(C, 4 + sum(needs[2:]))
     share = triton.cdiv(triton.cdiv(T, PROGRAMS * processors(grad.device)), options["ROWS"]) * options["ROWS"]
     programs = triton.cdiv(T, share)
+    # One row per program, summed afterwards: atomics would add in another order in each run.
     sums = [rstd.new_empty(programs, C) if need else None for need in needs[2:]]
     with torch.cuda.device_of(grad):
         _backward_kernel[(programs,)](

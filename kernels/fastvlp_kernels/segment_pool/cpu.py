@@ -45,6 +45,7 @@ def _maximum(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for batch in batches(lengths, x.device, max(1, ELEMENTS // max(C, 1))):
         tokens = batch.read(x).to(dtype)
         values, place = (tokens if batch.full else tokens.masked_fill(~batch.inside[..., None], -torch.inf)).max(1)
+        # Maxima go through padded batches, as scatter_reduce shares the gradient among equal maxima; this names the first.
         first[batch.segments] = batch.tokens[:, :1] + place
         out[batch.segments] = values.to(x.dtype)
     return out, x.new_zeros(S, dtype=dtype), first
@@ -64,5 +65,6 @@ def mean_backward(
             dx = (grad.to(share.dtype).index_select(0, segment) * (share[segment] * weight.to(share.dtype))[:, None]).to(x.dtype)
     if needs[1]:
         g, centre = (t.to(share.dtype).index_select(0, segment) for t in (grad, out))
+        # d mean / d w_i = (x_i - mean) / total.
         dweight = (g * (x.to(share.dtype) - centre)).sum(1) * share[segment]
     return dx, dweight if weight is None else dweight.to(weight.dtype)

@@ -44,6 +44,7 @@ def _pool_kernel(
             largest, where = tl.max(key, 0, return_indices=True)
             where = tl.where(spoiled < n, spoiled, done + where.to(tl.int32))
             largest = tl.where(spoiled < n, float("nan"), largest)
+            # Once NaN, always NaN; the first token is taken even where it is -inf, so that only empty segments have no place.
             better = (best == best) & ((largest > best) | (largest != largest) | (place < 0))
             place = tl.where(better, where, place)
             best = tl.where(better, largest, best)
@@ -58,6 +59,7 @@ def _pool_kernel(
         acc = tl.where(place >= 0, best, 0.0)
         tl.store(first_ptr + segment * C + cols, tl.where(place >= 0, start + place, -1), mask=in_c)
     else:
+        # Weights may cancel: a mean without weight is 0 and not NaN, as for an empty segment.
         acc = acc / tl.where(total == 0, 1.0, total)
         if tl.program_id(1) == 0:
             tl.store(total_ptr + segment, total)
@@ -75,6 +77,7 @@ def _mean_backward_kernel(
     """
     segment = tl.program_id(0).to(tl.int64)
     start, n = span(cu_ptr, segment, T)
+    # Rows behind the last segment belong to none, but their gradient, 0, has to be written by somebody.
     last = n
     if segment == tl.num_programs(0) - 1:
         last = T - start

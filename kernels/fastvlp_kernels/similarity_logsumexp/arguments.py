@@ -70,6 +70,7 @@ def own_logits(a: Inputs, positive: Tensor) -> Own:
         return Own(None, None)
     M, N = len(a.x), len(a.y)
     counted = positive
+    # With more rows than partners, or an offset outside, some rows have no pair of their own.
     partner = torch.arange(M, device=positive.device) + a.offset
     if a.offset < 0 or a.offset + M > N:
         counted = counted.masked_fill((partner < 0) | (partner >= N), -torch.inf)

@@ -66,6 +66,7 @@ class _Tiles(Tiles):
         place = self._stash_place(i, j)
         if place < len(stash):
             stash[place, : S.numel()].view_as(S).copy_(S)
+            # Tiles at the edge are smaller; what an operator gives has to be the same in every run, the rest of the tile too.
             stash[place, S.numel() :] = 0
 
     def _stash_place(self, i: slice, j: slice) -> int:
@@ -140,6 +141,7 @@ class _Running:
             return
         self._plain = False
         reference = torch.zeros_like(total) if reference is None else reference
+        # Where nothing was summed yet, the old reference means nothing and must not win the maximum.
         known = self.reference[where].masked_fill(self.total[where] == 0, -torch.inf)
         shift = finite(torch.maximum(known, reference))
         self.total[where] = self.total[where] * (known - shift).exp() + total * (reference - shift).exp()
@@ -155,6 +157,7 @@ def _accumulate(S: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: sl
     """Add a tile to the sums of its rows and columns; S is overwritten."""
     if not bounded:
         row_max, col_max = S.amax(1), S.amax(0)
+        # One exp serves rows and columns where no maximum is far from 0; another device would have to wait for the answer.
         plain = S.device.type == "cpu" and min(row_max.min().item(), col_max.min().item()) >= -RANGE and row_max.max().item() <= RANGE
         if not plain:
             torch.sub(S, finite(col_max), out=buffer).exp_()
@@ -181,6 +184,7 @@ def forward(a: Inputs, stash: Tensor) -> Results:
             S, buffer = tiles.similarities(scaled, i, j)
             tiles.keep(stash, S, i, j)
             diagonal, where = tiles.positives(S, i, j)
+            # Own pairs are kept apart and join the sums at the end, see ``Own``.
             positive[where] = diagonal
             diagonal.fill_(-torch.inf)
             same = None if a.sums else tiles.same(i, j)
@@ -317,6 +321,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
                 diagonal, where = tiles.positives(dS, i, j)
                 diagonal.copy_(of_own[where])
             if by_x:
+                # beta = 0 in the first tile: the buffer still holds the rows before.
                 torch.addmm(A, dS, tiles.y[j], beta=min(j.start, 1), out=A)
             if by_y:
                 d_y[j].addmm_(dS.T, row_operand)
@@ -335,6 +340,7 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
         if needs.x:
             d_x[i] = A * (a.scale if a.row_scale is None else a.scale * a.row_scale[i, None])
     if by_y:
+        # d scale = <dS, x y^T> comes out of either product; a third one would be needed for itself alone.
         if needs.scale and not by_x:
             d_scale += torch.linalg.vecdot(tiles.y, d_y).sum()
         d_y *= a.scale

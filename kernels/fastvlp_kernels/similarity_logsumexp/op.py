@@ -99,6 +99,7 @@ def _(grads, x, y, scale, row_bias, col_bias, row_scale, col_scale, row_ids, col
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Ten) -> None:
     ctx.save_for_backward(*inputs[:9], *output)
     ctx.rest = inputs[9:13]
+    # References have no gradient: ``log`` carries that of the whole (see ``LogSumExp``).
     ctx.mark_non_differentiable(*output[:8:2], output[9])
     ctx.set_materialize_grads(False)
 

@@ -86,6 +86,7 @@ def _forward_kernel(
         if (diagonal < BLOCK_N) & (diagonal > -BLOCK_M):
             here = in_row & (partner >= 0) & (partner < BLOCK_N) & (partner < (N - first_n).to(tl.int32))
             tl.store(positive_ptr + rows, tl.sum(tl.where(partner[:, None] == t_n[None, :], S, 0.0), 1), mask=here)
+        # The pair itself is left out here and added at the end, from float64 (see ``Own``).
         counted = counted & (partner[:, None] != t_n[None, :])
     o_row = i_n.to(tl.int64) * M + rows
     o_col = i_m.to(tl.int64) * N + cols
@@ -207,6 +208,7 @@ def forward(a: Inputs, stash: Tensor | None = None) -> Results:
     positive = torch.zeros(0 if a.offset is None else M, dtype=torch.float32, device=x.device)
     row_sums, col_sums = (torch.zeros(length if a.sums else 0, dtype=torch.float64, device=x.device) for length in (M, N))
     per_row = 8 * (triton.cdiv(N, BLOCK_N) + triton.cdiv(N, BLOCK_M)) * (len(sweeps) + a.sums)
+    # Partial sums of some rows at a time: those of all would grow with M N.
     wave = max(BLOCK_M, PARTIAL_BYTES // per_row // BLOCK_M * BLOCK_M)
     with torch.cuda.device_of(x):
         for rows in _waves(M, wave):
@@ -246,6 +248,7 @@ def _norm(g: ResultGrads, a: Inputs) -> Tensor:
     norm = torch.stack([grad.abs().max() for grad in g if grad is not None]).max()
     for factors in (a.row_scale, a.col_scale):
         norm = norm if factors is None else norm * factors.abs().max()
+    # float16 ends at 65504 and at 6e-8; bfloat16 has float32's range.
     norm = norm / 4096 if a.dtype == torch.float16 else norm
     return torch.where(norm > 0, norm, one)
 

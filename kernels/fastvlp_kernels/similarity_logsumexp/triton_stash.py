@@ -22,6 +22,7 @@ def stash_shape(a: Inputs, stash_bytes: int) -> tuple[int, int]:
     [0, 0] without a budget, for operands other than bfloat16, and with ids, biases or scales of rows and columns.
     """
     extras = (a.row_bias, a.col_bias, a.row_scale, a.col_scale, a.row_ids)
+    # Only where a product is dear and an exponential can be rounded: bfloat16 without vectors.
     if stash_bytes == 0 or a.dtype != torch.bfloat16 or any(extra is not None for extra in extras):
         return 0, 0
     options = config(a)

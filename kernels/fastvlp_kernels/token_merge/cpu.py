@@ -27,6 +27,7 @@ def match(
         here = torch.empty_like(batch.tokens)
         if keep_order:
             here = torch.cumsum(batch.inside, 1) - 1
+            # Each token's row is its place less the tokens before it that went; those stand at even places only.
             here[:, ::2] -= away.cumsum(1)
             here[:, 1::2] -= away.cumsum(1)[:, : here.shape[1] // 2]
         else:
@@ -47,6 +48,7 @@ def _away(metric: Tensor, batch: Batch, most: Tensor, threshold: float | None, p
     """Of the tokens of even place [B, ceil(width / 2)]: which go, to which token of odd place, and their rank by similarity."""
     vectors = batch.read(metric).to(sum_dtype(metric.dtype))
     norm = vectors.norm(dim=2, keepdim=True)
+    # A vector of zeros or infinities has no direction: its cosine is 0 with everything, in every implementation.
     directed = (norm > 0) & (norm < torch.inf)
     unit = vectors / norm
     if not directed.all():
@@ -70,10 +72,12 @@ def _away(metric: Tensor, batch: Batch, most: Tensor, threshold: float | None, p
             else:
                 best[:, rows], partner[:, rows] = similarity.max(2)
     best.masked_fill_(~batch.inside[:, ::2], -torch.inf)
+    # Protected tokens come last in the ranking, so that ``most`` never reaches them.
     best[:, : (protected + 1) // 2] = -torch.inf
     order = best.argsort(dim=1, descending=True, stable=True)
     if few and b.shape[2]:
         top = order[:, :count]
+        # Only those that merge away have to know their partner: their similarities are made once more, for the place of the maximum.
         going = a.gather(1, top[:, :, None].expand(-1, -1, a.shape[2]))
         partner.scatter_(1, top, _similarity(going, b, hidden).argmax(2))
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
@@ -155,6 +159,7 @@ def merge_backward(
         rows = source[tokens]
         g, total = grad.index_select(0, rows).to(sum_dtype(x.dtype)), size_out[rows].to(sum_dtype(x.dtype))
         share = torch.where(total > 0, 1 / total, 0)
+        # The derivative of a weighted mean by a weight: (x - mean) / total.
         if needs[1]:
             dsize[tokens] += ((g * (x[tokens] - out[rows].to(g.dtype))).sum(1) * share).to(dsize.dtype)
         if needs[0]:

@@ -21,6 +21,7 @@ def _match(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, device = metric.shape[0], metric.device
     lengths = host_lengths("merge_plan", cu_seqlens, lengths, tokens)
+    # With a ghost the kernel counts on the device; without one the host must know the rows.
     if impl != "triton" or ghost == NO_GHOST:
         most = _most(lengths if each is None else lengths.to(each.device), r, share, each, threshold, protected, ghost)
         if ghost == NO_GHOST and rows != tokens - int(most.sum()):
@@ -53,6 +54,7 @@ def _most(
 ) -> Tensor:
     """How many tokens of each segment may be merged away: no more than wanted, and none where there is nothing to merge into."""
     candidates = ((lengths + 1) // 2 - (protected + 1) // 2).clamp_min(0)
+    # No free token of odd place: there is nothing to merge into.
     candidates = torch.where(lengths // 2 > protected // 2, candidates, 0)
     if threshold is None:
         candidates = torch.minimum(candidates, counted(lengths, r, share, each)).clamp_min(0)
@@ -105,6 +107,7 @@ def _setup(ctx, inputs, output) -> None:
     x, size, source, order, starts, ctx.mode, ctx.impl = inputs
     ctx.save_for_backward(x, size, *output, source, order, starts)
     if size is None or not size.requires_grad:
+        # Sums of sizes that nobody trains are constants.
         ctx.mark_non_differentiable(output[1])
 
 
@@ -134,6 +137,7 @@ def _setup_unmerge(ctx, inputs, output) -> None:
 
 
 def _backward_unmerge(ctx, grad):
+    # The transpose of giving every token its row: rows sum over their tokens, in fixed order.
     return torch.ops.fastvlp.token_merge(grad, None, *ctx.saved_tensors, "sum", ctx.impl)[0], None, None, None, None
 
 
@@ -190,11 +194,13 @@ def merge_plan(
     segments = cu_seqlens.shape[0] - 1
     number, share, each = number_of_tokens(op, "r", r, segments)
     _check_options(op, metric, r, threshold, protected, ghost, segments)
+    # A threshold merges as many as are similar, which only the device knows: the result keeps its capacity, with a ghost behind.
     known = threshold is None and (each is None or each.device.type == "cpu")
     kind = OLD_GHOST if ghost else NO_GHOST if known else NEW_GHOST
     chosen = _op.choose(op, impl, metric.device, IMPLEMENTATIONS, (metric.dtype,))
     after = before = None
     if lengths is None and (known or cu_seqlens.device.type == "cpu"):
+        # The shape of the result depends on the lengths: without them on the host this is the one wait for the device.
         lengths = cu_seqlens.cpu().diff()
     if lengths is not None:
         before = lengths.long()

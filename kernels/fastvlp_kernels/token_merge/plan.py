@@ -93,12 +93,14 @@ class MergePlan:
         check_segments_of("MergePlan.apply", packed, self.before)
         x, size = self.merge(packed.x, packed.size)
         lengths = self.cu_seqlens.diff().to("cpu", torch.int64) if self.lengths is None else self.lengths
+        # A tensor's value is nothing that a graph may depend on: the longest before merging bounds the one after it.
         if torch.compiler.is_compiling():
             longest = packed.total if self.lengths is None else packed.max_seqlen
         else:
             longest = int(lengths.max()) if len(lengths) else 0
         pos = packed.pos
         if pos is not None and self.total:
+            # A merged token is at the place of the one that stayed, the first of its row; empty rows are nowhere.
             stayed = pos.index_select(0, self.order[self.starts[:-1].clamp_max(pos.shape[0] - 1)])
             pos = torch.where((self.starts.diff() > 0)[:, None], stayed, -1)
         return dataclasses.replace(

@@ -24,6 +24,7 @@ def match(
         for i in range(0, n, 2):
             if i >= protected and free_b:
                 similarity = [float(unit[start + i] @ unit[start + j]) for j in free_b]
+                # Ties: the first, as everywhere.
                 k = max(range(len(free_b)), key=lambda k: (similarity[k], -k))
                 best[i] = similarity[k], free_b[k]
         ranking = sorted(best, key=lambda i: (-best[i][0], i))

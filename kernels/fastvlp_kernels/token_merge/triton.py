@@ -71,7 +71,9 @@ def _similarity_kernel(
             if UPCAST:
                 b_a = b_a.to(tl.float32)
                 b_b = b_b.to(tl.float32)
+            # Exact products of float32: TF32 would match other tokens than the CPU does.
             product = tl.dot(b_a, b_b, product, input_precision="ieee")
+        # Normalised after the product, so that the metric is read once and nothing of its size is written.
         fine_a = (square_a > 0) & (square_a < float("inf"))
         fine_b = (square_b > 0) & (square_b < float("inf"))
         scale_a = tl.where(fine_a, 1 / tl.sqrt(square_a), 0.0)
@@ -105,6 +107,7 @@ def _rank_kernel(
             rival = 2 * (other + tl.arange(0, BLOCK_A))
             rival_free = (rival < n) & (rival >= protected)
             theirs = tl.load(best_ptr + start + rival, mask=rival_free, other=float("-inf"))
+            # Ranked by counting who comes before, ties by place: quadratic in a segment's tokens, and still cheaper than a sort on GPUs.
             before = (theirs[None, :] > mine[:, None]) | ((theirs[None, :] == mine[:, None]) & (rival[None, :] < place[:, None]))
             rank += tl.sum((before & rival_free[None, :]).to(tl.int32), 1)
         gone = free & (rank < most)
@@ -156,6 +159,7 @@ def _list_kernel(
             even_row = key // 2 - left
         row = tl.where(odd, (n + 1) // 2 - merged + key // 2, even_row)
     first_row = tl.load(new_ptr + segment).to(tl.int64)
+    # Every token counts its own place in the list, so that no two write to one and none waits for another.
     position = start + row + listed + gone.to(tl.int32)
     tl.store(source_ptr + start + place, first_row + row, mask=inside)
     tl.store(order_ptr + position, start + place, mask=inside)
@@ -192,6 +196,7 @@ def _merge_kernel(
             weight = more.to(tl.float32)
         total += weight
         if MODE == "amax":
+            # NaN is the maximum, as in PyTorch.
             larger = more[:, None] & ((extra > acc) | (extra != extra))
             acc = tl.where(larger, extra, acc)
         elif MODE == "mean":

@@ -23,4 +23,5 @@ def select(scores: Tensor, lengths: Tensor, counts: Tensor, protected: int, tota
         batch.write(torch.empty_like(kept).scatter_(1, order, kept), stays)
     if scores.device.type == "cpu":
         return stays.nonzero().squeeze(1)
+    # The number is known; nonzero would ask the device for it and wait.
     return torch.nonzero_static(stays, size=total).squeeze(1)

@@ -64,6 +64,7 @@ def select(
     if each is not None:
         share = each.is_floating_point()
         each = each.to(scores.device, torch.float64 if share else torch.int64).contiguous()
+    # Whole warps, a thread per token as far as they go.
     threads = min(MOST_THREADS, max(LEAST_THREADS, -(-longest // 32) * 32))
     with torch.cuda.device_of(scores):
         launch(

@@ -88,6 +88,7 @@ class TokenSelection:
         _check.plain_tensors("TokenSelection.take", index=self.index, x=x)
         if x.ndim == 0 or x.shape[0] != self.tokens:
             raise ValueError(f"TokenSelection.take: x has shape {tuple(x.shape)}; the selection is of {self.tokens} rows")
+        # The custom operator has no forward-mode derivative; plain indexing has.
         if _op.has_tangent(x):
             return x.index_select(0, self.index)
         return torch.ops.fastvlp.token_take(x, self.index)
@@ -100,6 +101,7 @@ class TokenSelection:
         """
         check_segments_of("TokenSelection.apply", packed, self.before)
         size, pos = (None if t is None else self.take(t) for t in (packed.size, packed.pos))
+        # A length read here would be baked into the graph; the longest of before bounds that of after.
         if torch.compiler.is_compiling():
             longest = packed.max_seqlen
         else:
@@ -148,6 +150,7 @@ def token_select(
     if scores.ndim != 1 or scores.dtype not in _check.FLOATS:
         raise ValueError(f"{op}: scores are {scores.dtype} {tuple(scores.shape)}; they must be [tokens], floating point")
     check_protected(op, protected)
+    # The number of tokens that stay is the shape of the result, so the host has to know it.
     each = None if each is None else each.cpu()
     chosen = _op.choose(op, impl, scores.device, IMPLEMENTATIONS, (scores.dtype,))
     host = (cu_seqlens.cpu().diff() if lengths is None else lengths).long()

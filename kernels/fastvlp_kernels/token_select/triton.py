@@ -23,8 +23,10 @@ def _stay_kernel(scores_ptr, cu_ptr, count_ptr, stay_ptr, protected, BLOCK: tl.c
         return
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mine = tl.load(scores_ptr + start + place, mask=place < n, other=0.0).to(tl.float32)
+    # NaN compares with nothing and would rank first.
     mine = tl.where(mine == mine, mine, float("-inf"))
     rank = tl.zeros((BLOCK,), tl.int32)
+    # All pairs of a segment: quadratic, but segments are images, and a sort would need many passes.
     for first in range(0, n, BLOCK_K):
         rival = first + tl.arange(0, BLOCK_K)
         theirs = tl.load(scores_ptr + start + rival, mask=rival < n, other=0.0).to(tl.float32)

@@ -1,0 +1,1 @@
+from .op import bias_activation as bias_activation

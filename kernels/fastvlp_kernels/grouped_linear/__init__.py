@@ -1,0 +1,1 @@
+from .op import grouped_linear as grouped_linear
