@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 
 import numpy as np
-import pandas
 import pytest
 import torch
 from sources import (
@@ -78,6 +77,7 @@ def test_batches_are_a_function_of_their_number(kind, tmp_path):
 @pytest.mark.parametrize("separator", ["\t", ","])
 def test_rows_are_those_of_pandas(tmp_path, separator):
     """open_clip reads tables by pandas; quotes, line ends within them and letters of any script come out as there."""
+    pandas = pytest.importorskip("pandas")
     pictures(tmp_path / "pictures")
     rng = np.random.default_rng(0)
     letters = np.array(list('ab "\'\t,\n;ü名🙂'))
@@ -259,7 +259,7 @@ def test_open_clip_s_own_reader_sees_the_same(tmp_path):
     from benchmarks.rivals import import_open_clip
 
     import_open_clip()
-    data = pytest.importorskip("open_clip_train.data")
+    data, pandas = pytest.importorskip("open_clip_train.data"), pytest.importorskip("pandas")
     source = delimited(tmp_path / "x.csv", "\t")
     frame = pandas.read_csv(source, sep="\t")
     frame["filepath"] = [str(tmp_path / path) for path in frame["filepath"]]
