@@ -109,8 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
     score = commands.add_parser("eval", help="score a model on shards", description=EVAL, epilog=EVAL_EPILOG, **raw)
     score.add_argument("checkpoint", metavar="CHECKPOINT", help="a run directory, a checkpoint or a model directory")
-    score.add_argument("--data", required=True, nargs="+", metavar="SHARDS",
-                       help="paths, globs, brace ranges, or mini:val-emoji, mini:val-openclipart")
+    score.add_argument("--data", required=True, nargs="+", metavar="DATA", help=f"{SOURCES}, or mini:val-emoji, mini:val-openclipart")
     score.add_argument("--classes", metavar="FILE", help="class names, one a line or as JSON; mini:emoji for the shipped emoji's")
     score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be repeated")
     score.add_argument("--recipe", metavar="FILE.py", help="the recipe file of a system of your own")

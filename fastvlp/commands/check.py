@@ -31,7 +31,8 @@ class Found:
 
     Attributes:
         pieces, held: pieces of the data, and samples in them by their headers. looked: samples read.
-        broken: names by reason, of headers and of what was read. formats: of pictures. sizes: (width, height). nbytes: of each.
+        broken, names: by reason, how many there are, by headers and by what was read, and some of them.
+        formats: of pictures. sizes: (width, height) of each. nbytes: of each.
         captions: of each usable sample. tokens: of each caption, uncut. classes: samples by class.
         pictures, texts: how often each picture and each first caption came.
         cards: of the page.
@@ -40,7 +41,8 @@ class Found:
     pieces: int = 0
     held: int = 0
     looked: int = 0
-    broken: dict[str, list[str]] = field(default_factory=dict)
+    broken: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
@@ -52,7 +54,9 @@ class Found:
     cards: list[str] = field(default_factory=list)
 
     def skip(self, reason: str, name: str) -> None:
-        self.broken.setdefault(reason, []).append(name)
+        self.broken[reason] += 1
+        if self.broken[reason] <= NAMED:
+            self.names.setdefault(reason, []).append(name)
 
     @property
     def usable(self) -> int:
@@ -62,8 +66,8 @@ class Found:
 def command(options: argparse.Namespace) -> int:
     """Print what the data holds and write the page; 1 where nothing of it can be used."""
     if options.limit < 0 or options.length < 1 or options.size < 1 or options.patch < 1:
-        raise ValueError(f"--limit is {options.limit}, --length {options.length}, --size {options.size}, --patch {options.patch}; the first "
-                         "is at least 0, the others at least 1")
+        raise ValueError(f"--limit is {options.limit}, --length {options.length}, --size {options.size}, --patch {options.patch}; the "
+                         "first is at least 0, the others at least 1")
     found = look(options.data, load_tokenizer(options.tokenizer), options.limit)
     lines = report(found, options.length, options.size, options.patch)
     print("\n".join(lines))
@@ -125,9 +129,9 @@ def report(found: Found, length: int, size: int, patch: int) -> list[str]:
     """
     read = "all were read" if found.looked == found.held else f"{found.looked:,} were read, spread evenly"
     lines = [f"{found.held:,} samples in {found.pieces:,} pieces; {read}, {found.usable:,} of these can be used"]
-    for reason, names in sorted(found.broken.items(), key=lambda item: -len(item[1])):
-        some = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-        lines.append(f"  {len(names):,} cannot: {reason} ({some})")
+    for reason, count in found.broken.most_common():
+        some = ", ".join(found.names[reason]) + (", ..." if count > NAMED else "")
+        lines.append(f"  {count:,} cannot: {reason} ({some})")
     if not found.usable:
         return lines
     widths, heights = np.array(found.sizes).T

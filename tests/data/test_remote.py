@@ -196,6 +196,14 @@ def test_lists_of_addresses(memory, tmp_path):
         ("shard is packed, which is read from local files alone", "memory:///bucket/packed.tar")]
 
 
+def test_classes_of_shards_at_addresses(memory, tmp_path):
+    shard = write_tar(tmp_path / "x.tar", [("a.png", encoded(picture())), ("a.cls", b"1")])
+    memory.pipe_file("/set/test/0.tar", open(shard, "rb").read())
+    assert [sample.labels.name for sample in samples("memory:///set/test/0.tar")] == ["1"]
+    memory.pipe_file("/set/classnames.txt", b"dog\nhouse\n")
+    assert [sample.labels.name for sample in samples("memory:///set/test/0.tar")] == ["house"]
+
+
 @pytest.mark.parametrize("entry, error, message", [
     ("pipe:cat x.tar", ValueError, "the output of a command, of which no part can be read again, so that no run could continue exactly"),
     ("memory:///none/x.tar", FileNotFoundError, "no shard matches 'memory:///none/x.tar'; 'memory:///none/x.tar' is not there"),

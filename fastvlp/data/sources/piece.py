@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from fastvlp.data import remote
 from fastvlp.data.headers import Unusable
 from fastvlp.data.images import MAX_IMAGE
 from fastvlp.data.labels import Labels
@@ -96,11 +97,18 @@ def stamp_of(path: str) -> Stamp:
 
 def class_names(folder: str) -> tuple[str, ...]:
     """The lines of classnames.txt in a folder or the one above, as clip_benchmark's data sets have it; () where there is none."""
-    for place in (folder, os.path.join(folder, os.pardir)):
+    for place in (folder, folder.rpartition("/")[0] if remote.is_address(folder) else os.path.join(folder, os.pardir)):
         try:
-            with open(os.path.join(place, CLASS_NAMES), "rb") as file:
-                text = file.read(MOST_NAMES)
+            text = _start(f"{place}/{CLASS_NAMES}") if place else None
         except OSError:
             continue
-        return tuple(line.strip() for line in text.decode("utf-8", "replace").splitlines() if line.strip())
+        if text is not None:
+            return tuple(line.strip() for line in text.decode("utf-8", "replace").splitlines() if line.strip())
     return ()
+
+
+def _start(path: str) -> bytes | None:
+    if remote.is_address(path):
+        return remote.read_whole(path, MOST_NAMES)
+    with open(path, "rb") as file:
+        return file.read(MOST_NAMES)

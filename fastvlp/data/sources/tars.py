@@ -258,9 +258,7 @@ def _listed(path: str, found: _Samples, stamp: Stamp) -> Shard:
 
 
 def _classes(path: str, members: np.ndarray) -> tuple[str, ...]:
-    if remote.is_address(path) or not (members[:, 3, 1] >= 0).any():
-        return ()
-    return class_names(os.path.dirname(path))
+    return class_names(os.path.dirname(path) or os.curdir) if (members[:, 3, 1] >= 0).any() else ()
 
 
 def _head(file: BinaryIO) -> bytes:
