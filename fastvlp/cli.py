@@ -1,4 +1,4 @@
-"""The command line: fastvlp train | eval | recipes | plan | profile | show | env. What they do is in ``fastvlp.commands``."""
+"""The command line: train, eval, check, pack, index, recipes, plan, profile, show, env. What they do is in ``fastvlp.commands``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ EPILOG = """examples:
   fastvlp train clip-vit-b-32 data=SHARDS           your own pictures and captions; --dry-run looks before anything runs
   fastvlp train coca run.name=first optim.lr=1e-3   a recipe with changes
   torchrun --nproc-per-node 8 -m fastvlp train mine.py:small
+  fastvlp check pairs.csv                           broken samples, sizes, captions that are cut, a page of pictures
+  fastvlp pack pairs.csv --out shards               shards, with an index beside each, from any data
   fastvlp eval runs/clip --data mini:val-openclipart
   fastvlp recipes                                   systems, their papers, what each recipe shows
   fastvlp recipes clip                              every key of a recipe with its value
@@ -50,6 +52,13 @@ EVAL_EPILOG = """examples:
 the samples of --data name their class in the field "class" of their .json
 CHECKPOINT is a run, one of its checkpoints, or a model directory
 """
+SOURCES = "shards, tables (.csv, .tsv, .jsonl, .parquet, .arrow), folders of pictures, globs, brace ranges or addresses"
+CHECK = """Read data as training would, and say: samples, what cannot be used and why, sizes, lengths of captions in tokens and the share
+that is cut, duplicates, and token budgets that fit it. Writes a page with some of the pictures."""
+PACK = """Write WebDataset shards from any data, with an index beside each: pictures as they are, captions, class and other columns. The
+same data gives the same bytes."""
+INDEX = """Write SHARD.index.json beside each shard: where its samples lie, so that a start reads one file instead of every header. Shards
+may lie at addresses; where nobody can write, each machine builds the index at its first start. That of another shard is not used."""
 RECIPES = """List the systems that ship: name, paper, and what the recipe shows. With RECIPE: every key of it with its value."""
 PROFILE = """Count the tokens of the first samples of a recipe's data, in each of its stages, and the operations of every part for them.
 With --steps: train so many steps, and say where the time of the training thread goes."""
@@ -72,6 +81,7 @@ pictures count as square and captions as full; seconds are those of ideal links 
 """
 SHOW = """Draw the patches of a picture as tokens: --merge paints those that become one token, --keep fades those that would be dropped,
 --attend colours them by the attention that they receive. Without any of these all three are drawn side by side, at 0.4 and 0.5."""
+OWN = "the recipe file of a system of your own"
 CHANGES = "recipe, then changes such as optim.lr=1e-3"
 
 
@@ -100,12 +110,31 @@ def parser() -> argparse.ArgumentParser:
 
     score = commands.add_parser("eval", help="score a model on shards", description=EVAL, epilog=EVAL_EPILOG, **raw)
     score.add_argument("checkpoint", metavar="CHECKPOINT", help="a run directory, a checkpoint or a model directory")
-    score.add_argument("--data", required=True, nargs="+", metavar="SHARDS",
-                       help="paths, globs, brace ranges, or mini:val-emoji, mini:val-openclipart")
+    score.add_argument("--data", required=True, nargs="+", metavar="DATA", help=f"{SOURCES}, or mini:val-emoji, mini:val-openclipart")
     score.add_argument("--classes", metavar="FILE", help="class names, one a line or as JSON; mini:emoji for the shipped emoji's")
     score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be repeated")
-    score.add_argument("--recipe", metavar="FILE.py", help="the recipe file of a system of your own")
+    score.add_argument("--recipe", metavar="FILE.py", help=OWN)
     score.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    check = commands.add_parser("check", help="what data holds, and what of it cannot be used", description=CHECK)
+    check.add_argument("data", nargs="+", metavar="DATA", help=SOURCES)
+    check.add_argument("--limit", type=int, default=10_000, metavar="N", help="samples that are read (default: %(default)s; 0: all)")
+    check.add_argument("--tokenizer", default="clip", metavar="NAME", help="mini, clip, or a tokenizer.json (default: %(default)s)")
+    for flag, number, what in (("--length", 77, "tokens of a caption that a model sees"),
+                               ("--size", 224, "pixels of a picture's longest side"), ("--patch", 16, "pixels of a patch's side")):
+        check.add_argument(flag, type=int, default=number, metavar="N", help=f"{what} (default: %(default)s)")
+    check.add_argument("--out", default="check.html", metavar="FILE", help="where the page goes (default: %(default)s)")
+
+    pack = commands.add_parser("pack", help="write shards from any data", description=PACK)
+    pack.add_argument("data", nargs="+", metavar="DATA", help=SOURCES)
+    pack.add_argument("--out", required=True, metavar="FOLDER", help="a new folder for the shards")
+    pack.add_argument("--samples", type=int, default=10_000, metavar="N", help="in a shard (default: %(default)s)")
+    pack.add_argument("--size", type=int, metavar="N", help="scale pictures down to this longest side, and write them as JPEG")
+    pack.add_argument("--seed", type=int, metavar="N", help="put the samples in a random order")
+    pack.add_argument("--named", type=int, default=20, metavar="N", help="samples left out that are named (default: %(default)s)")
+
+    index = commands.add_parser("index", help="write an index beside each shard", description=INDEX)
+    index.add_argument("data", nargs="+", metavar="SHARDS", help="paths, globs, brace ranges or addresses (s3://, gs://, hf://, https://)")
 
     recipes = commands.add_parser("recipes", help="list the systems that ship, or the keys of one", description=RECIPES)
     recipes.add_argument("recipe", nargs="?", metavar="RECIPE", help="whose keys to list")
@@ -138,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
     fate.add_argument("--attend", action="store_true", help="how much attention each patch receives")
     show.add_argument("--model", metavar="CHECKPOINT", help="compare patches as this model embeds them, and attend as it does; else by "
                       "their pixels")
+    show.add_argument("--recipe", metavar="FILE.py", help=OWN)
     show.add_argument("--out", default="tokens.png", metavar="FILE", help="where the picture goes (default: %(default)s)")
 
     commands.add_parser("env", help="versions, devices, and what computes each operator")

@@ -137,7 +137,8 @@ def test_commands_are_ones_that_exist():
                 from_arguments(words[place + 1:])
         else:
             assert words[0] == "pytest" or words[2] == "fastvlp.integrations.open_clip", command
-    assert seen == {"make", "benchmarks", "train", "eval", "recipes", "profile", "plan", "show", "sh", "sbatch", "kubectl"}
+    assert seen == {"make", "benchmarks", "train", "eval", "recipes", "profile", "plan", "show", "check", "pack", "index", "sh", "sbatch",
+                    "kubectl"}
 
 
 def templates() -> list[list[str]]:

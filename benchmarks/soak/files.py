@@ -101,7 +101,7 @@ def a_picture(seed: int, folder: Path, base: Path) -> None:
 def a_caption(seed: int, folder: Path, base: Path) -> None:
     """The text and the JSON of a sample."""
     from fastvlp.data.images import Unusable
-    from fastvlp.data.samples import parse
+    from fastvlp.data.labels import parse
 
     draw = random.Random(seed)
     fields = {"captions": ["ein Hund", "a dog"], "class": "dog", "caption": "a dog", "width": 640, "exif": {"a": [1, 2.5, None]}}

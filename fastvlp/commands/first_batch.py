@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import html
-import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvlp.commands import plan
+from fastvlp.commands.page import page, picture
 from fastvlp.commands.strategies import Cluster
 from fastvlp.commands.train import from_arguments
 from fastvlp.config import dump
@@ -28,14 +27,6 @@ from fastvlp_kernels.packed import Packed
 SHOWN = 64  # samples on the page
 GPU = 80 * plan.GB  # bytes of the device that is priced where this machine has none
 DROPPED = 224  # grey of a patch that the model does not see
-HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>First batch</title><style>
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;background:#fff;color:#222}
-main{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
-figure{margin:0;padding:.6rem;border:1px solid #bbb;border-radius:.4rem;overflow-wrap:anywhere}
-img{width:100%;image-rendering:pixelated}b{font-weight:600}i{font-style:normal;padding:0 .15em;margin:0 1px;background:#e6eef8}
-small{color:#666}@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}i{background:#2b3d55}small{color:#aaa}}
-</style>"""
 
 
 def command(options: argparse.Namespace) -> int:
@@ -55,7 +46,7 @@ def command(options: argparse.Namespace) -> int:
     print(f"\non one GPU of {memory / plan.GB:.0f} GB:\n{plan.table(plan.plan(recipe, alone, memory), recipe, alone, memory)}")
     target = Path(recipe.run.dir) / f"{recipe.run.name}.first-batch.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page(recipe.run.name, batch, system), encoding="utf-8")
+    target.write_text(shown(recipe.run.name, batch, system), encoding="utf-8")
     print(f"\nnothing was trained; the first batch as the model sees it is in {target}")
     return 0
 
@@ -69,12 +60,12 @@ def _shape(stream: Tensor | Packed) -> str:
             f"{lengths.mean():.1f} on average")
 
 
-def page(title: str, batch: Batch, system: System) -> str:
-    """The first samples of a batch: pictures put together from their patches, captions token by token."""
-    cards = [f"<figure><small>{html.escape(batch.keys[number])}</small>{''.join(_card(batch, system, number))}</figure>"
+def shown(title: str, batch: Batch, system: System) -> str:
+    """A page of the first samples of a batch: pictures put together from their patches, captions token by token."""
+    cards = [f"<small>{html.escape(batch.keys[number])}</small>{''.join(_card(batch, system, number))}"
              for number in range(min(SHOWN, len(batch)))]
-    return (f"{HEAD}<h1>{html.escape(title)}: the first batch</h1><p>{len(cards)} of {len(batch)} samples; "
-            f"grey patches are not shown to the model.</p><main>{''.join(cards)}</main></html>\n")
+    said = f"<p>{len(cards)} of {len(batch)} samples; grey patches are not shown to the model.</p>"
+    return page(f"{title}: the first batch", said, cards)
 
 
 def _card(batch: Batch, system: System, number: int) -> Iterator[str]:
@@ -93,16 +84,12 @@ def _card(batch: Batch, system: System, number: int) -> Iterator[str]:
 
 def _picture(patches: np.ndarray, pos: np.ndarray) -> str:
     """uint8 [n, P*P*3] at (frame, row, column), as a picture whose missing patches are grey."""
-    from PIL import Image
-
     side = int((patches.shape[1] // 3) ** 0.5)
     _, rows, columns = (int(most) + 1 for most in pos.max(0))
     canvas = np.full((rows, side, columns, side, 3), DROPPED, np.uint8)
     for patch, (_, row, column) in zip(patches, pos, strict=True):
         canvas[row, :, column] = patch.reshape(side, side, 3)
-    buffer = io.BytesIO()
-    Image.fromarray(canvas.reshape(rows * side, columns * side, 3)).save(buffer, "PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return picture(canvas.reshape(rows * side, columns * side, 3))
 
 
 def _words(ids: list[int], tokenizer: Tokenizer) -> str:

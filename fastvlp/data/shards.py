@@ -1,4 +1,4 @@
-"""Which files a shard list names, and where the samples lie inside each of them."""
+"""Which files and folders a list names, and how many samples each of them holds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ import itertools
 import math
 import os
 import re
-import sys
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+from fastvlp.data import remote, sources
+from fastvlp.data.sources import Piece
+from fastvlp.data.sources import printable as printable
+from fastvlp.data.sources.piece import UNOPENED as UNOPENED
+from fastvlp.data.sources.tars import scan as scan
+from fastvlp.data.unpack import zstd
 
-from fastvlp.data.tar import BrokenTar, Member, tar_members
-from fastvlp.data.unpack import Stamp, open_shard, zstd
-
-IMAGES = ("jpg", "png", "jpeg", "webp", "gif", "avif", "tif", "tiff", "bmp", "jfif")
-TEXTS = ("txt", "json")
-SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
 MINI = Path(__file__).parent / "mini"
 NAMED = {
     "mini:train": ("train-emoji-*.tar", "train-openclipart-*.tar"),
@@ -30,31 +26,23 @@ NAMED = {
     "mini:val-openclipart": ("val-openclipart-*.tar",),
 }
 INDEXED = 1 << 26  # bytes of names and places that are held in memory
-UNOPENED = "shard cannot be opened"
 MOST_SHARDS = 1 << 20  # that one pattern may stand for
-MOST_NAMES = 1 << 8  # of arrays beside the pictures
-MOST_SAMPLES, MOST_PROBLEMS, LONGEST_NAME = 1 << 19, 1 << 14, 1 << 10  # of one shard; usual ones hold 10,000 samples
 
 Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def printable(text: str) -> str:
-    """A name out of a file as it may be shown: what could clear a screen, set a window's title or turn the line around is escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def expand(shards: Shards) -> list[str]:
-    """Shard files of a path, a folder, a glob, a brace range, a name of the shipped data, or a list of these, sorted per entry.
+    """The pieces of a path, a folder, a glob, a brace range, a name of the shipped data, or a list of these, sorted per entry.
 
-    ``data/{0000..0003}.tar`` counts from 0000 to 0003, ``data/{a,b}.tar`` lists. A member of a brace range that does not exist is kept
-    (``Index.missing`` and reading report it), so that one lost shard does not stop a run. Shards may be packed: .tar.gz, .tar.zst.
+    A piece is a shard (.tar, .tar.gz, .tar.zst), a table (.csv, .tsv, .jsonl with paths of pictures, .parquet, .arrow) or a folder of
+    pictures. ``data/{0000..0003}.tar`` counts from 0000 to 0003, ``data/{a,b}.tar`` lists. A member of a brace range that does not exist is
+    kept (``Index.missing`` and reading report it), so that one lost shard does not stop a run. Columns that have unusual names are said
+    behind a table: ``pairs.csv?image=photo&caption=name&sep=;``.
 
     Raises:
         FileNotFoundError: an entry names no existing file; says what lies nearby.
-        ValueError: braces that do not match, or that stand for more than a million files.
-        ImportError: a shard is packed with zstd, which is not installed.
+        ValueError: braces that do not match, or that stand for more than a million files; a table without pictures or captions.
+        ImportError: a shard is packed with zstd, or a table is parquet, and what reads it is not installed.
     """
     entries = [os.fspath(shard) for shard in ([shards] if isinstance(shards, (str, os.PathLike)) else shards)]
     if not entries:
@@ -67,24 +55,50 @@ def expand(shards: Shards) -> list[str]:
             found += [path for pattern in NAMED[entry] for path in sorted(glob.glob(str(MINI / pattern)))]
             continue
         matches: list[str] = []
-        if "://" in entry or entry.startswith("pipe:"):
-            raise FileNotFoundError(f"shards are read from local or mounted files, not from {entry!r}; copy or mount them first")
+        if entry.startswith("pipe:"):
+            raise ValueError(f"{entry!r} is the output of a command, of which no part can be read again, so that no run could continue "
+                             "exactly; name the files themselves: s3://, gs://, az://, hf://, https:// or a mounted path")
+        if remote.is_address(entry):
+            found += _at_address(entry)
+            continue
         path = os.path.expanduser(entry)
         for pattern in [path] if os.path.exists(path) else _braces(path):
             if os.path.isdir(pattern):
-                matches += sorted(file.path for file in os.scandir(pattern) if _is_shard(file.name))
+                matches += sources.inside(pattern)
             else:
-                matches += sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]
-        if not any(os.path.exists(path) for path in matches):
+                file = sources.file_of(pattern)
+                named = sorted(glob.glob(file)) if glob.has_magic(file) and not os.path.exists(file) else [file]
+                matches += [f"{name}{pattern[len(file):]}" for name in named]
+        there = next((path for path in matches if os.path.exists(sources.file_of(path))), None)
+        if there is None:
             raise FileNotFoundError(f"no shard matches {entry!r}; {_nearby(entry)}")
+        sources.check(there)
         found += matches
     if any(path.lower().endswith("zst") for path in found):
         zstd()
     return found
 
 
+def _at_address(entry: str) -> list[str]:
+    """The shards of an address: of braces without asking, of * and of a folder (ending in /) by asking; the first is looked at."""
+    found: list[str] = []
+    for pattern in _braces(entry):
+        listed = remote.list_files(pattern) if "*" in pattern or pattern.endswith("/") else [pattern]
+        found += [one for one in listed if one == pattern or _is_shard(one.rpartition("/")[2])]
+    try:
+        if not found:
+            raise FileNotFoundError(entry)
+        if not _is_shard(found[0].partition("?")[0].rpartition("/")[2]):
+            raise ValueError(f"{found[0]!r} is no .tar; of addresses only shards are read: copy or mount tables and folders")
+        with remote.File(found[0]):
+            return found
+    except FileNotFoundError as error:
+        why = f"{found[0]!r} is not there" if found else "nothing there ends in .tar"
+        raise FileNotFoundError(f"no shard matches {entry!r}; {why}") from error
+
+
 def _is_shard(name: str) -> bool:
-    return name.lower().endswith(SHARDS) and not name.startswith(".")
+    return name.lower().endswith(sources.SHARDS) and not name.startswith(".")
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -123,151 +137,11 @@ def _nearby(pattern: str) -> str:
     return f"{printable(str(folder.resolve()))} holds {what}" + (f": {some}{', ...' if len(names) > 5 else ''}" if names else "")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Where the samples of one shard lie.
-
-    Attributes:
-        keys: names of the n samples, in the order of the file, fit to be shown (see ``printable``).
-        members: int64 [n, 3, 2], for (image, txt, json) the offset and the size in bytes; size -1: not there.
-        problems: (reason, name) of what could not be used.
-        arrays: for each NAME of members NAME.npy, int64 [m, 3], number of the sample, offset and size, samples rising.
-        stamp: size and time of change of the file, (-1, 0) where it could not be opened.
-    """
-
-    keys: list[str]
-    members: np.ndarray
-    problems: list[tuple[str, str]]
-    stamp: Stamp = (-1, 0)
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        tables = self.members.nbytes + sum(sys.getsizeof(name) + 200 + rows.nbytes for name, rows in self.arrays.items())
-        return sum(map(sys.getsizeof, self.keys)) + tables + sum(sys.getsizeof(name) + 100 for _, name in self.problems)
-
-    def array(self, member: int, name: str) -> np.ndarray | None:
-        """Offset and size of a sample's member NAME.npy (in any case), or None."""
-        rows = self.arrays.get(name.lower())
-        if rows is None:
-            return None
-        at = int(np.searchsorted(rows[:, 0], member))
-        return rows[at, 1:] if at < len(rows) and rows[at, 0] == member else None
-
-
-class _Samples:
-    """Collects the members of a shard, in the order of the file, into samples."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.keys, self.places = printable(path), list[str](), array("q")
-        self.problems: list[tuple[str, str]] = []
-        self.stem: str | None = None  # name up to the first dot
-        self._plain: dict[str, Member] = {}  # members of this stem with one extension
-        self._dotted: list[tuple[str, str, Member]] = []  # (key, extension, member) of those with several
-        self.arrays: dict[str, array[int]] = {}  # by name, (number of the sample, offset, size) of each
-        self._arrays = 0
-        self._npy: dict[str, Member] = {}  # those of this stem
-
-    def add(self, member: Member) -> None:
-        folder, _, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or not dot:
-            return
-        this = f"{folder}/{stem}" if folder else stem
-        extension = extension.lower()
-        if len(this) + len(extension) > LONGEST_NAME:
-            self.problem("name is too long", this[:80])
-            return
-        if this != self.stem or extension in self._plain:  # a key may come twice, as in the shipped data
-            self.close()
-            self.stem = this
-        if "." in extension:
-            middle, _, last = extension.rpartition(".")
-            if last in IMAGES or last in TEXTS:
-                self._dotted.append((f"{this}.{base[len(stem) + 1:len(stem) + 1 + len(middle)]}", last, member))
-            elif last == "npy" and not member.refused:
-                self._npy[middle] = member
-        elif extension in IMAGES or extension in TEXTS:
-            self._plain[extension] = member
-        if len(self.keys) + len(self._dotted) + len(self._npy) > MOST_SAMPLES:
-            raise BrokenTar("shard has too many samples")
-
-    def close(self) -> None:
-        """Finish the samples of this stem: one of all extensions ("a.jpg", "a.seg.png", "a.txt"), as WebDataset has it, or, where none
-        is a picture or a caption ("a.b.jpg", "a.b.txt"), one for each name up to the last dot."""
-        plain, dotted, stem = self._plain, self._dotted, self.stem
-        self._plain, self._dotted, self.stem = {}, [], None
-        npy, self._npy = self._npy, {}
-        if stem is not None and (plain or not dotted):
-            self._sample(stem, plain, npy)
-            return
-        parts: dict[str, Member] = {}
-        arrays: dict[str, dict[str, Member]] = {}  # of "b", which is the sample a.b, those that are called a.b.NAME.npy
-        for name, member in npy.items():
-            of, _, short = name.rpartition(".")
-            arrays.setdefault(of, {})[short] = member
-        for (key, extension, member), after in itertools.zip_longest(dotted, dotted[1:]):
-            parts[extension] = member
-            if after is None or after[0] != key or after[1] in parts:
-                self._sample(key, parts, arrays.get(key[len(stem or "") + 1:].lower(), {}))
-                parts = {}
-
-    def _sample(self, key: str, parts: dict[str, Member], arrays: dict[str, Member]) -> None:
-        image = next((parts[extension] for extension in IMAGES if extension in parts), None)
-        captions = [parts.get(extension) for extension in TEXTS]
-        refused = next((part.refused for part in (image, *captions) if part is not None and part.refused), None)
-        if refused is not None:
-            self.problem(refused, key)
-        elif image is None:
-            self.problem("no image", key)
-        elif captions == [None, None]:
-            self.problem("no caption", key)
-        else:
-            self.keys.append(printable(key))
-            for part in (image, *captions):
-                self.places.extend((0, -1) if part is None else (part.offset, part.size))
-            for name, part in arrays.items():
-                self.arrays.setdefault(name, array("q")).extend((len(self.keys) - 1, part.offset, part.size))
-            self._arrays += len(arrays)
-            if self._arrays > MOST_SAMPLES or len(self.arrays) > MOST_NAMES:
-                raise BrokenTar("shard has too many arrays")
-
-    def problem(self, reason: str, key: str) -> None:
-        self.problems.append((reason, f"{self.path}: {printable(key)}"))
-        if len(self.problems) == MOST_PROBLEMS:
-            raise BrokenTar("shard has too many broken samples")
-
-
-def scan(path: str) -> Shard:
-    """Find the samples of a shard from its headers alone, without reading pictures; what is broken is left out and named.
-
-    Raises:
-        ImportError: it is packed with zstd, which is not installed.
-    """
-    found, stamp = _Samples(path), (-1, 0)
-    try:
-        descriptor, stamp = open_shard(path)
-        with open(descriptor, "rb") as file:
-            try:
-                for member in tar_members(file):
-                    found.add(member)
-                found.close()
-            except BrokenTar as error:
-                found.problems.append((str(error), f"{found.path}: after {printable(found.stem)}" if found.stem else found.path))
-                found.close()
-    except OSError as error:
-        found.problems.append((UNOPENED, f"{found.path}: {error.strerror or error}"))
-    except BrokenTar as error:
-        found.problems.append((str(error), found.path))
-    arrays = {name: np.array(rows, dtype=np.int64).reshape(-1, 3) for name, rows in found.arrays.items()}
-    return Shard(found.keys, np.array(found.places, dtype=np.int64).reshape(-1, 3, 2), found.problems, stamp, arrays)
-
-
 class Index:
     """The samples of many shards, each shard scanned when it is first needed.
 
     Attributes:
-        paths: shard files; elsewhere a shard is its number in this list.
+        paths: pieces (see ``expand``); elsewhere a shard is its number in this list.
     """
 
     def __init__(self, paths: Sequence[str], report: Callable[[str, str], None]) -> None:
@@ -276,15 +150,15 @@ class Index:
         self._counts: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._problems = 0
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._shards: OrderedDict[int, Piece] = OrderedDict()
         self._held = 0
 
-    def shard(self, number: int) -> Shard:
+    def shard(self, number: int) -> Piece:
         """Scan of one shard, out of memory where it was used lately; problems are reported at its first scan."""
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
-        shard = self._shards[number] = scan(self.paths[number])
+        shard = self._shards[number] = sources.scan(self.paths[number])
         if number not in self._counts:
             self._problems += len(shard.problems)
             for reason, name in shard.problems:
@@ -312,8 +186,9 @@ class Index:
         return sum(self._counts.values()) * len(self.paths) / max(1, read), read == len(self.paths)
 
     def missing(self) -> list[str]:
-        """The shards that are not there, fit to be shown. Asks the file system for each; reads nothing."""
-        return [printable(path) for path in self.paths if not os.path.exists(path)]
+        """The local pieces that are not there, fit to be shown. Asks the file system for each; reads nothing."""
+        return [printable(path) for path in self.paths
+                if not remote.is_address(path) and not os.path.exists(sources.file_of(path))]
 
     def digest(self, most: int | None = None) -> str:
         """32 hexadecimal digits that name the data: file names (without folders), sizes in bytes and usable samples of all shards in order.
@@ -334,6 +209,6 @@ class Index:
 
 def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size
+        return os.stat(sources.file_of(path)).st_size
     except OSError:
         return -1

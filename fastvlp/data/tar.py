@@ -34,7 +34,7 @@ def tar_members(file: BinaryIO) -> Iterator[Member]:
     Raises:
         BrokenTar: a header is damaged or the file ends too early; what came before is good.
     """
-    end, at = os.fstat(file.fileno()).st_size, 0
+    end, at = file.seek(0, os.SEEK_END), 0
     longer: str | None = None
     common: dict[str, str] = {}
     override: dict[str, str] = {}

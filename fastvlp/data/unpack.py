@@ -70,7 +70,7 @@ def zstd() -> ModuleType:
 
 
 def _copy(path: str, source: int, stamp: Stamp) -> int:
-    folder = _folder()
+    folder = cache_folder()
     name = hashlib.blake2b(repr((os.path.realpath(path), os.fstat(source).st_ino, stamp)).encode("utf-8", "replace"), digest_size=16)
     copy = folder / f"{name.hexdigest()}.tar"
     with _one_at_a_time(folder / f"{name.hexdigest()}.lock"):
@@ -110,7 +110,8 @@ def _unpack(source: int, target: Path, limit: int) -> None:
                 raise BrokenTar("shard unpacks to far more than pictures could")
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
+    """``$FASTVLP_CACHE``, or a folder of this user among the temporary files. Raises OSError: others can write to it."""
     user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
     folder = Path(os.environ.get("FASTVLP_CACHE") or Path(tempfile.gettempdir()) / f"fastvlp{user}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from .across.group import Group
 from .across.ring import SoftmaxRing
 from .across.split_batch import SplitBatch
 from .autograd import apply
+from .dense import dense_softmax, pays
 from .drop_in import ContrastiveLoss, Given
 from .softmax_terms import symmetric_softmax
 
@@ -98,6 +99,8 @@ class ClipLoss(ContrastiveLoss):
         return (F.cross_entropy(by_images, labels) + F.cross_entropy(by_texts, labels)) / 2
 
     def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        if pays(image):
+            return _with_bias(dense_softmax(image, text, scale), bias)
         found = logsumexp_results(image, text, scale, offset=0, stash_bytes=self.stash_bytes)
         return _with_bias(symmetric_softmax(found.row, found.col, found.positive, found.positive, 1 / image.shape[0]), bias)
 

@@ -13,6 +13,7 @@ from .across.group import Group
 from .across.ring import SigmoidRing
 from .across.split_batch import SplitBatch
 from .autograd import apply
+from .dense import dense_sigmoid, pays
 from .drop_in import ContrastiveLoss, Given
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
@@ -84,6 +85,8 @@ class SigLipLoss(ContrastiveLoss):
 
     def _alone(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         bias = scale.new_zeros(()) if bias is None else bias
+        if pays(image):
+            return dense_sigmoid(image, text, scale, bias)
         if torch.compiler.is_compiling():  # a number that follows from the batch would be a constant of the graph
             return pairwise_sigmoid(image, text, scale, bias, offset=0) / image.shape[0]
         return pairwise_sigmoid(image, text, scale, bias, offset=0, factor=1 / image.shape[0])

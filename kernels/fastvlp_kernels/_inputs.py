@@ -51,7 +51,7 @@ def scalar(op: str, name: str, value: float | Tensor, x: Tensor, dtype: torch.dt
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; it must be a number, a 0-d tensor or a tensor of shape (1,)")
     if value.device != x.device:
         raise ValueError(f"{op}: x is on {x.device} but {name} is on {value.device}; move them to one device")
-    return value.reshape(()).to(dtype)
+    return value if value.ndim == 0 and value.dtype == dtype else value.reshape(()).to(dtype)
 
 
 def needs_grad(*tensors: Tensor | None) -> list[bool]:

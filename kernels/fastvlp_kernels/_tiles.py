@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._cpu_products import pays
 from ._inputs import sum_dtype
 
 # A tile and one buffer of its size (1 MiB each in float32) stay in the second-level caches of two cores.
@@ -25,7 +26,8 @@ class Tiles:
     """The operands of S_ij = scale * <x_i, y_j> + row_bias_i + col_bias_j as products read them, and buffers that are allocated once.
 
     Attributes:
-        acc: dtype of sums. y: [N, D] in it, rounded to ``dtype``. tile_m, tile_n: sides of a tile.
+        acc: dtype of sums. y: [N, D] in it, rounded to ``dtype``. tile_m, tile_n: sides of a tile. fast: products are to be computed
+            inside of ``bf16_products``, with operands that hold numbers of ``dtype``.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Tiles:
         self.row_ids = None if row_ids is None else row_ids.masked_fill(row_ids < 0, -1)
         self.col_ids = None if col_ids is None else col_ids.masked_fill(col_ids < 0, -2)
         self.tile_m, self.tile_n = tile_sides(self.M, self.N)
+        self.fast = pays(x.device, dtype, self.tile_m * self.tile_n * x.shape[1])
         self._buffers = [self.y.new_empty(self.tile_m * self.tile_n) for _ in range(2)]
 
     def exact(self, features: Tensor) -> Tensor:
@@ -62,8 +65,14 @@ class Tiles:
         return self.exact(self.x[i])
 
     def scaled(self, row_operand: Tensor) -> Tensor:
-        """What products with y give S of, but for biases."""
-        return row_operand * self.scale
+        """What ``product`` takes."""
+        return row_operand if self.fast else row_operand * self.scale
+
+    def product(self, scaled: Tensor, j: slice, out: Tensor) -> Tensor:
+        """S but for its biases, of ``scaled`` rows and the columns j."""
+        if self.fast:  # the scale would be rounded into an operand
+            return torch.addmm(out, scaled, self.y[j].T, beta=0, alpha=self.scale.item(), out=out)
+        return torch.mm(scaled, self.y[j].T, out=out)
 
     def same(self, i: slice, j: slice) -> Tensor | None:
         """Where ids are equal, or None without ids."""

@@ -7,7 +7,8 @@ import pytest
 from tar_files import encoded, metadata, picture, sound, write_tar
 
 from fastvlp.data.images import Unusable
-from fastvlp.data.samples import captions, parse, samples
+from fastvlp.data.labels import parse
+from fastvlp.data.samples import captions, samples
 
 
 def test_where_captions_come_from():

@@ -66,12 +66,6 @@ def test_a_list_that_matches_nothing_says_what_is_there(tmp_path, pattern):
     assert "7 .tar files: train-0.tar, train-1.tar" in str(error.value)
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/{0000..0003}.tar", "https://host/x.tar", "pipe:cat x.tar"])
-def test_addresses_are_refused(address):
-    with pytest.raises(FileNotFoundError, match="local or mounted files, not from"):
-        expand(address)
-
-
 def test_empty_places(tmp_path):
     with pytest.raises(FileNotFoundError, match="list of shards is empty"):
         expand([])
@@ -120,7 +114,7 @@ def test_the_shipped_shards_are_whole(shard):
         with tarfile.open(path) as tar:
             samples = sum(member.name.endswith(".json") for member in tar.getmembers())
         found = scan(path)
-        assert len(found.keys) == samples and not found.problems and (found.members[..., 1] > 0).all()
+        assert len(found.keys) == samples and not found.problems and (found.members[:, :3, 1] > 0).all()
 
 
 def test_grouping(tmp_path):
@@ -133,7 +127,7 @@ def test_grouping(tmp_path):
     ])
     found = scan(path)
     assert found.keys == ["d.1/one", "two", "three", "three"]
-    assert found.members[..., 1].tolist()[0] == [len(image), 5, -1] and found.members[2, 1, 1] == -1
+    assert found.members[..., 1].tolist()[0] == [len(image), 5, -1, -1] and found.members[2, 1, 1] == -1
     assert found.problems == [("no image", f"{path}: four"), ("no caption", f"{path}: five"), ("no image", f"{path}: six")]
 
 

@@ -174,14 +174,14 @@ def test_a_fifo_or_folder_is_no_shard(tmp_path):
 
 def test_one_shard_holds_a_bounded_number_of_everything(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", [(f"{i}.png", b"") for i in range(30)])
-    monkeypatch.setattr("fastvlp.data.shards.MOST_PROBLEMS", 10)
+    monkeypatch.setattr("fastvlp.data.sources.tars.MOST_PROBLEMS", 10)
     assert len(scan(path).problems) == 11 and scan(path).problems[-1][0] == "shard has too many broken samples"
-    monkeypatch.setattr("fastvlp.data.shards.MOST_SAMPLES", 10)
+    monkeypatch.setattr("fastvlp.data.sources.tars.MOST_SAMPLES", 10)
     for members in ([m for i in range(30) for m in sound(i)], [(f"a.b{i}.c.txt", b"x") for i in range(30)]):
         found = scan(write_tar(tmp_path / "y.tar", members))
         assert len(found.keys) <= 11 and "shard has too many samples" in [reason for reason, _ in found.problems]
-    monkeypatch.setattr("fastvlp.data.shards.MOST_SAMPLES", 100)
-    monkeypatch.setattr("fastvlp.data.shards.MOST_NAMES", 10)
+    monkeypatch.setattr("fastvlp.data.sources.tars.MOST_SAMPLES", 100)
+    monkeypatch.setattr("fastvlp.data.sources.tars.MOST_NAMES", 10)
     arrays = scan(write_tar(tmp_path / "w.tar", [("a.png", b""), ("a.txt", b""), *((f"a.n{i}.npy", b"") for i in range(11))]))
     assert [reason for reason, _ in arrays.problems] == ["shard has too many arrays"]
     long = write_tar(tmp_path / "z.tar", [("n" * 5000 + ".png", b""), *sound(0)], tarfile.PAX_FORMAT)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .._cpu_products import bf16_products, pays
 from .._inputs import sum_dtype
 from .._memory import empty, zeros
 from .rows import IGNORED, Inputs, Rows, coefficients, losses
@@ -23,6 +24,11 @@ def sweep(a: Inputs, grad: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor
 
     All in the dtype of sums; what is not made has 0 elements.
     """
+    with bf16_products(pays(a.x.device, a.dtype, a.x.shape[1] * LEAST)):
+        return _sweep(a, grad, needs)
+
+
+def _sweep(a: Inputs, grad: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, V = a.x.shape[0], a.weight.shape[0]
     acc = sum_dtype(a.dtype)
     need_x, need_weight, need_bias = needs if grad is not None else (False, False, False)

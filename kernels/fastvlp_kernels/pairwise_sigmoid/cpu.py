@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastvlp_kernels._cpu_products import bf16_products, pays
 from fastvlp_kernels._inputs import sum_dtype
 from fastvlp_kernels._memory import zeros
 
@@ -38,6 +39,17 @@ def forward(
     One sweep over tiles of u = -z t / log 2 with t the logits: e = 2^u gives both softplus(-z t) = log1p(e) and the coefficient
     dloss/dt = -z e / (1 + e). Positive pairs are negated before and after, so that neither end of e loses digits.
     """
+    inputs = (x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, exclude, offset, dtype, needs)
+    fast = pays(x.device, dtype, min(len(x), TILE) * min(len(y), TILE) * x.shape[1])
+    with bf16_products(fast):
+        return _sweep(*inputs, fast)
+
+
+def _sweep(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, row_weight: Tensor | None,
+    col_weight: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None, exclude: bool, offset: int | None, dtype: torch.dtype,
+    needs: Sequence[bool], fast: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     accumulate = sum_dtype(dtype)
     M, N, D = x.shape[0], y.shape[0], x.shape[1]
     need_x, need_y, need_scale, need_bias, need_row_bias, need_col_bias, need_row_weight, need_col_weight = needs
@@ -62,7 +74,7 @@ def forward(
         rows = slice(i, min(i + TILE, M))
         x_tile = x[rows].to(dtype).to(accumulate)
         # Logits in units of log 2: exp2 is faster than exp, and the divisions are of a scalar and of vectors.
-        x_scaled = x_tile * (scale / LN2)
+        x_scaled = x_tile if fast else x_tile * (scale / LN2)
         shift = (bias if row_bias is None else (row_bias[rows, None] + bias)) / LN2
         dx_tile = dx[rows] if need_x else dx_buffer[: len(x_tile)].zero_()
         for j in range(0, N, TILE):
@@ -70,6 +82,8 @@ def forward(
             y_tile = y[cols].to(dtype).to(accumulate)
             tile, scratch = buffers[:, : len(x_tile) * len(y_tile)].view(2, len(x_tile), len(y_tile))
             torch.mm(x_scaled, y_tile.T, out=tile)
+            if fast:  # the scale would be rounded into the operand
+                tile.mul_(scale / LN2)
             tile.add_(shift)
             if col_bias is not None:
                 tile.add_(col_bias[cols] / LN2)
@@ -97,7 +111,7 @@ def forward(
                 _add_losses(torch.log1p(tile, out=scratch), loss, w_rows, w_cols, dw_rows, dw_cols)
             torch.add(tile, 1, out=scratch)
             if not weighted:
-                loss += _sum_log1p(tile.flatten(), scratch.flatten(), half_buffer)
+                loss += sum_log1p(tile.flatten(), scratch.flatten(), half_buffer)
             if not make_coefficients:
                 continue
 
@@ -140,7 +154,7 @@ def _same_ids(row_ids: Tensor | None, col_ids: Tensor | None, rows: slice, cols:
     return same
 
 
-def _sum_log1p(e: Tensor, one_plus_e: Tensor, buffer: Tensor) -> Tensor:
+def sum_log1p(e: Tensor, one_plus_e: Tensor, buffer: Tensor) -> Tensor:
     """Sum of log(1 + e) with one logarithm for four elements: (1 + a)(1 + b) - 1 = a (1 + b) + b keeps every digit of small a and b."""
     quarter = len(e) // 4
     half = 2 * quarter

@@ -17,10 +17,11 @@ class _Tiles(Tiles):
     def __init__(self, a: Inputs) -> None:
         super().__init__(a.x, a.y, a.scale, a.row_bias, a.col_bias, a.row_ids, a.col_ids, a.dtype)
         self.a, self.v = a, self.exact(a.v)
+        self.fast = False  # weights of softmax are read by a second product, which would round them
 
     def similarities(self, scaled: Tensor, constant: Tensor | None, i: slice, j: slice) -> Tensor:
         """S[i, j] with ``constant``, one per row of S, in place of the row bias; -inf where a pair does not count."""
-        S = torch.mm(scaled, self.y[j].T, out=self.buffers(i, j)[0])
+        S = self.product(scaled, j, self.buffers(i, j)[0])
         if constant is not None:
             S.add_(constant[i, None])
         if self.col_bias is not None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._cpu_products import bf16_products
 from .._inputs import sum_dtype
 from .._logsumexp import LogSumExp, from_sums, merge
 from .._memory import empty, zeros
@@ -36,6 +37,7 @@ class _Tiles(Tiles):
         self.a = a
         if a.col_scale is not None:
             self.y = self.y * a.col_scale[:, None]
+        self.fast = self.fast and a.row_scale is None and a.col_scale is None
 
     def row_operand(self, i: slice) -> Tensor:
         """[rows, D]: x_i times its row scale."""
@@ -45,7 +47,7 @@ class _Tiles(Tiles):
     def similarities(self, scaled: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
         """S[i, j] and a buffer of its shape; ``scaled``: of row_operand(i)."""
         S, buffer = self.buffers(i, j)
-        torch.mm(scaled, self.y[j].T, out=S)
+        self.product(scaled, j, S)
         if self.row_bias is not None:
             S.add_(self.row_bias[i, None])
         if self.col_bias is not None:
@@ -173,7 +175,12 @@ def _accumulate(S: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: sl
 def forward(a: Inputs, stash: Tensor) -> Results:
     """Log-sum-exps of the rows and columns of S, and its offset diagonal. ``stash``, from ``new_stash``, is filled."""
     tiles = _Tiles(a)
-    like = tiles.y
+    with bf16_products(tiles.fast):
+        return _forward(tiles, stash)
+
+
+def _forward(tiles: _Tiles, stash: Tensor) -> Results:
+    a, like = tiles.a, tiles.y
     counted = _Running(tiles.M, like), _Running(tiles.N, like)
     alike = (_Running(tiles.M, like), _Running(tiles.N, like)) if a.both else None
     positive = like.new_zeros(0 if a.offset is None else tiles.M)
@@ -279,6 +286,12 @@ class _Flow:
 def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: Tensor) -> Grads:
     """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
     tiles = _Tiles(a)
+    with bf16_products(tiles.fast):
+        return _backward(g, tiles, results, needs, stash)
+
+
+def _backward(g: ResultGrads, tiles: _Tiles, results: Results, needs: Needs, stash: Tensor) -> Grads:
+    a = tiles.a
     M, N, D = tiles.M, tiles.N, a.x.shape[1]
     new = tiles.y.new_zeros
     own = own_logits(a, results.positive)
