@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,8 +50,15 @@ class Session:
         """Run a Python module in the copy; raises TimeoutExpired."""
         paths = [str(self.tree), str(self.tree / "kernels"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, "-m", *command], cwd=self.tree, env=environment, capture_output=True, text=True,
-                              timeout=timeout)
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=self.tree, env=environment, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would hold the pipes
+            process.communicate()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def call(self, *command: str) -> str:
         """What a Python module that must succeed prints in the copy."""

@@ -62,3 +62,14 @@ def test_a_session_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
         calls.clear()
         (tree / module).write_text("a change that was interrupted")
     assert 'module-path = "fastvlp/train/ema.py"' in (tree / "mutate.toml").read_text()
+
+
+def test_what_hangs_is_ended_with_all_that_it_started(monkeypatch, tmp_path):
+    session = mutate.Session(tmp_path, "", (), 1)
+    session.tree.mkdir()
+    (session.tree / "hangs.py").write_text("import os, time\nos.fork()\ntime.sleep(600)")
+    with pytest.raises(subprocess.TimeoutExpired):
+        session.python("hangs", timeout=1)
+    assert session.python("this").returncode == 0 and session.call("this").startswith("The Zen")
+    with pytest.raises(SystemExit, match="^no_such_module: .*No module named no_such_module"):
+        session.call("no_such_module")
