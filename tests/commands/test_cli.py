@@ -110,7 +110,8 @@ def test_a_recipe_s_keys_are_listed_with_their_values_and_can_be_given_back(comm
     (["--wd", "0.1"], "optim.weight_decay=0.1"), (["--bf16"], "train.amp=bf16"), (["--epochs", "3"], "schedule.epochs=3"),
     (["--train-num-samples", "9"], "schedule.samples=9"),
     (["--num-workers", "4"], "data.workers=4"), (["--per_device_train_batch_size", "8"], "data.batch_size=8"),
-    (["--seeed", "1"], "run.seed=1"),
+    (["--seeed", "1"], "run.seed=1"), (["--csv-img-key", "photo"], "data.train=TABLE?image=COLUMN"),
+    (["--val-data", "v"], "eval.retrieval=v"),
     (["--grad-checkpointing"], "train.checkpointing=blocks"), (["--train-data", "x.tar"], "data.train=x.tar"),
 ])
 @pytest.mark.parametrize("command", ["train", "plan"])

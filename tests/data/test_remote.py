@@ -1,6 +1,7 @@
 """Shards at addresses: ranges of bytes over HTTP and fsspec's memory, the index beside a shard, retries, and the cache of blocks."""
 
 import collections
+import gzip
 import http.server
 import itertools
 import json
@@ -252,6 +253,18 @@ def test_an_index_says_what_the_headers_say(shard, memory, capsys):
         assert index.problems == [("no image", f"{path}: c")]
         assert np.array_equal(index.arrays["depth"], headers.arrays["depth"]) and index.array(1, "depth").tolist()[1] == 56
     assert Index([str(shard)], print).digest() == Index(["memory:///b/x.tar"], print).digest()
+
+
+def test_shards_alone_have_an_index(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("path,title\na.png,a\n")
+    assert cli.main(["index", str(tmp_path / "x.csv")]) == 2
+    assert "x.csv is no shard, and shards alone have an index" in capsys.readouterr().err
+    write_tar(tmp_path / "x.tar", sound(0))
+    with open(tmp_path / "x.tar", "rb") as plain, gzip.open(tmp_path / "y.tar.gz", "wb") as packed:
+        packed.write(plain.read())
+    assert cli.main(["index", str(tmp_path)]) == 1
+    assert "y.tar.gz: shard is packed" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.tar", "x.tar.index.json", "y.tar.gz"]
 
 
 def test_an_index_of_another_shard_is_not_used(shard):
