@@ -13,6 +13,7 @@
     python -m benchmarks plot                             pictures of the results, beside them
     python -m benchmarks report [--check]                 the tables in the READMEs and docs/, and a page of all results
     python -m benchmarks soak --minutes 15                faults on purpose: random calls, damaged data, killed processes; exit 1 for a loss
+    python -m benchmarks mutate [MODULE TEST...]          changes that no test notices, known ones or all of a module; exit 1 for any
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, e2e, graphs, ladder, plot, quality, recipes, report, scaling
+from benchmarks import compare, e2e, graphs, ladder, mutate, plot, quality, recipes, report, scaling
 from benchmarks.measure import ParityError, budget
 from benchmarks.registry import ENDS, OPS, find, suggest
 from benchmarks.run import RESULTS, run_case, split_providers, write
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     soaked = commands.add_parser("soak", help="faults on purpose for some minutes, and what survived them")
     soaked.add_argument("--out", type=Path, default=RESULTS, help="folder for <device>/soak.json (default: %(default)s)")
     soak.add_arguments(soaked)
+    mutate.add_arguments(commands.add_parser("mutate", help="changes of a module that no test notices"))
     for name, text in (("plot", "draw the results as PNG"), ("report", "write the marked tables of the READMEs and a page of all results")):
         command = commands.add_parser(name, help=text)
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
@@ -140,6 +142,8 @@ def main(argv: list[str] | None = None) -> int:
         return recipes.run(arguments, arguments.out)
     if arguments.command == "soak":
         return soak.run(arguments, arguments.out)
+    if arguments.command == "mutate":
+        return mutate.run(arguments)
     return report.main(arguments.results, arguments.check, page=arguments.html)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import html
+from benchmarks.changes import CHANGES
 from benchmarks.machine import ROOT
 from benchmarks.registry import MODES, OPS, find, suggest
 from benchmarks.run import Row, write_text
@@ -275,6 +276,20 @@ def systems(results: Results) -> str:
     return _table(("recipe", "system", "what it does"), lines)
 
 
+def soak(results: Results) -> str:
+    """What the last soak on each device tried, and what it lost."""
+    parts = [(device, part) for device, content in results.items() for part in content.get("soak", {}).get("parts", ())]
+    lines = [[device, part["part"], part["about"], f"{part['cases']:,}", f"{part['faults']:,}", (part["failure"] or "none").splitlines()[0]]
+             for device, part in parts]
+    return _table(("device", "part", "what", "cases", "faults survived", "lost"), lines or [[UNMEASURED, *[""] * 5]])
+
+
+def changes(results: Results) -> str:
+    """Changes that have to be noticed, and by what: nothing in it is measured."""
+    lines = [(change.about, f"`{change.file}`", f"`{change.test}`") for change in CHANGES]
+    return _table(("change", "file", "test that notices"), lines)
+
+
 def _reached(system: dict[str, Any]) -> str:
     return f"{system['system']} {100 * system['top1']:.1f} % top-1 after {system['train_seconds'] / 60:.1f} minutes"
 
@@ -283,7 +298,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     **{op.replace("_", "-"): operator(op) for op in OPS if op not in MODELS}, "towers": towers, "merging": merging, "operators": operators,
     "accelerate": accelerate, "patch-dropping": dropping,
     "mini": mini, "quality": quality, "recipes": recipes, "ladder": ladder, "scaling": scaling,
-    "systems": systems,
+    "systems": systems, "soak": soak, "changes": changes,
 }  # fmt: skip
 
 

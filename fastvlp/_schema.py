@@ -129,7 +129,8 @@ def _first_that_fits(hints: Sequence[Any], value: Any, path: str, none_too: bool
             errors.append(str(error))
     # Of several refusals the one of the type that was most likely meant.
     best = errors[-1] if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value) else errors[0]
-    raise ConfigError(best + (" (or null)" if none_too else ""))
+    words = [word for hint in hints[1:] if typing.get_origin(hint) is typing.Literal for word in typing.get_args(hint)]
+    raise ConfigError(best + "".join(f", or {word}" for word in words) + (" (or null)" if none_too else ""))
 
 
 def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:

@@ -81,6 +81,7 @@ pictures count as square and captions as full; seconds are those of ideal links 
 """
 SHOW = """Draw the patches of a picture as tokens: --merge paints those that become one token, --keep fades those that would be dropped,
 --attend colours them by the attention that they receive. Without any of these all three are drawn side by side, at 0.4 and 0.5."""
+OWN = "the recipe file of a system of your own"
 CHANGES = "recipe, then changes such as optim.lr=1e-3"
 
 
@@ -112,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--data", required=True, nargs="+", metavar="DATA", help=f"{SOURCES}, or mini:val-emoji, mini:val-openclipart")
     score.add_argument("--classes", metavar="FILE", help="class names, one a line or as JSON; mini:emoji for the shipped emoji's")
     score.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the class name; may be repeated")
-    score.add_argument("--recipe", metavar="FILE.py", help="the recipe file of a system of your own")
+    score.add_argument("--recipe", metavar="FILE.py", help=OWN)
     score.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
     check = commands.add_parser("check", help="what data holds, and what of it cannot be used", description=CHECK)
@@ -166,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
     fate.add_argument("--attend", action="store_true", help="how much attention each patch receives")
     show.add_argument("--model", metavar="CHECKPOINT", help="compare patches as this model embeds them, and attend as it does; else by "
                       "their pixels")
+    show.add_argument("--recipe", metavar="FILE.py", help=OWN)
     show.add_argument("--out", default="tokens.png", metavar="FILE", help="where the picture goes (default: %(default)s)")
 
     commands.add_parser("env", help="versions, devices, and what computes each operator")

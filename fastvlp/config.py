@@ -16,6 +16,7 @@ import inspect
 import pkgutil
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,13 +63,13 @@ def load(recipe: str | None = None, changes: Sequence[str] = ()) -> Recipe:
     try:
         made = make()
     except Exception as error:  # as when a file is imported, anything may happen
-        raise ConfigError(f"recipe {recipe} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"recipe {recipe} fails: {raised(error)}") from error
     if not isinstance(made, Recipe):
         raise ConfigError(f"{recipe} returns {type(made).__name__}; a recipe returns fastvlp.recipe.Recipe(model=..., schedule=..., ...)")
     if made.run.name == "run":
         name = recipe.removesuffix(":recipe").replace("/", "-").replace(":", "-").replace(".py", "").strip("-.")
         made = dataclasses.replace(made, run=dataclasses.replace(made.run, name=name))
-    return change(made, changes)
+    return change(made, changes) if changes else from_dict(to_dict(made))  # what a function set is checked as what a user sets
 
 
 def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
@@ -78,7 +79,7 @@ def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     values = to_dict(recipe)
     for line in changes:
         key, separator, text = line.partition("=")
-        if not separator:
+        if not separator or not key:
             raise ConfigError(f"{line!r} is no change; write key=value, for example optim.lr=1e-3")
         key = _whole(key, text)
         _check_section(key, values)
@@ -97,6 +98,7 @@ def function(recipe: str) -> Callable[[], Recipe]:
         return own[recipe]
     place, _, name = recipe.rpartition(":") if ":" in recipe else (recipe, "", "recipe")
     module = _file(Path(place)) if place.endswith(".py") else _system(place)
+    name = name or "recipe"
     made = getattr(module, name, None)
     if not callable(made):
         known = ", ".join(_functions(module))
@@ -151,13 +153,24 @@ def _file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Before it runs: dataclasses look up their module while they are made.
     sys.modules[path.stem] = module
+    _own_files.add(path.stem)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # anything may happen in a stranger's file; it must be one sentence
+        said = raised(error)
         del sys.modules[path.stem]
-        raise ConfigError(f"recipe {path} does not import: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    _own_files.add(path.stem)
+        _own_files.discard(path.stem)
+        raise ConfigError(f"recipe {path} does not import: {said}") from error
     return module
+
+
+def raised(error: BaseException) -> str:
+    """An error of a recipe file's code in one line, with the place in that file: "NameError: name 'x' is not defined (mine.py, line 7)"."""
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in _own_files}
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    where = f" ({Path(places[-1].filename).name}, line {places[-1].lineno})" if places else ""
+    said = str(error).partition("\n\nFiddle context:")[0]  # the whole call, with every module in it
+    return f"{type(error).__name__}: {' '.join(said.split())}{where}"
 
 
 def _from_yaml(path: Path, changes: Sequence[str]) -> Recipe:
@@ -302,7 +315,7 @@ def _find(make: Any, path: str, packages: Sequence[str]) -> Any:
     module, _, name = str(make).partition(":")
     if not any(module == package or module.startswith(f"{package}.") for package in packages) and module not in _own_files:
         raise ConfigError(f"{path}: {make} is outside of {', '.join(packages)}; name the file that it is from: fastvlp train FILE.py, "
-                          "fastvlp eval --recipe FILE.py, fastvlp.load(..., recipe='FILE.py')")
+                          "fastvlp eval or show --recipe FILE.py, fastvlp.load(..., recipe='FILE.py')")
     try:
         found = importlib.import_module(module)
         for part in name.split("."):

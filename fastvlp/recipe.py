@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import fiddle as fdl
+
 from fastvlp.data.batch import Stage
 from fastvlp.data.stream import Source
 
@@ -211,6 +213,8 @@ class Train:
             raise ValueError(f"episode is {self.episode}; it is a number of steps, or null for never")
         if self.checkpoint_every < 0:
             raise ValueError(f"checkpoint_every is {self.checkpoint_every}; a number of steps is needed, 0 for only at the end")
+        if not self.print_every >= 0:
+            raise ValueError(f"print_every is {self.print_every}; seconds between lines are needed, 0 for a line a step")
         for name in ("keep", "max_nonfinite", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -264,6 +268,14 @@ class Recipe:
     optim: Optim = Optim()
     train: Train = Train()
     eval: Eval = Eval()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, fdl.Buildable):
+            name = self.model.__name__ if isinstance(self.model, type) else type(self.model).__name__
+            raise ValueError(f"model is a {name}; write the call that makes it, which is not made yet: fdl.Config({name}, ...)")
+        for name, kind in (("schedule", Schedule), ("data", Data), ("run", Run), ("optim", Optim), ("train", Train), ("eval", Eval)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} is a {type(getattr(self, name)).__name__}; fastvlp.recipe.{kind.__name__}(...) is needed")
 
     @property
     def steps(self) -> int:

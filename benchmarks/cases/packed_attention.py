@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.registry import Case, Exact, Mode, Problem, Provider, Shape, Task, always, needs, needs_compiler
+from benchmarks.registry import Case, Exact, InapplicableError, Mode, Problem, Provider, Shape, Task, always, needs, needs_compiler
 
 CAPTION, PADDED_CAPTION = 8.5, 24  # tokens of a mini caption with its start and end, and what open_clip pads it to
 
-Size = tuple[str, Sequence[int], int, bool]  # name, lengths, heads, causal
+FACETS = 4  # behind the first half of a text, which do not see one another (FLAME); types of tokens
+
+Size = tuple[str, Sequence[int], int, bool]  # name, lengths, heads, causal; a name with "facets" has types
 
 
 def _captions(count: int) -> list[int]:
@@ -31,13 +34,15 @@ def _mixed(count: int, low: int, high: int) -> list[int]:
 def shapes(device: str, quick: bool) -> list[Shape]:
     """Captions and images of the default recipe on CPUs, those of ViT-B/16 in TARGETS on GPUs."""
     if quick:
-        sizes: list[Size] = [("16 captions", _captions(16), 2, True), ("8 x 5-20", _mixed(8, 5, 20), 2, False)]
+        sizes: list[Size] = [("16 captions", _captions(16), 2, True), ("8 x 5-20", _mixed(8, 5, 20), 2, False),
+                             ("8 x 5-20 facets", _mixed(8, 5, 20), 2, True)]  # fmt: skip
         dtype = torch.float32
     elif device == "cuda":
         sizes = [
             ("256 x 50", [50] * 256, 12, False),
             ("256 x 197", [197] * 256, 12, False),
             ("256 x 16-256", _mixed(256, 16, 256), 12, False),
+            ("256 x 64-256 facets", _mixed(256, 64, 256), 12, True),
         ]
         dtype = torch.bfloat16
     else:
@@ -47,9 +52,19 @@ def shapes(device: str, quick: bool) -> list[Shape]:
             ("256 captions, sorted", sorted(captions), 3, True),
             ("256 x 16", [16] * 256, 3, False),
             ("64 x 16-256", _mixed(64, 16, 256), 3, False),
+            ("64 x 16-128 facets", _mixed(64, 16, 128), 3, True),
         ]
         dtype = torch.float32
-    return [Shape(name, dtype, {"lengths": lengths, "heads": heads, "causal": causal}) for name, lengths, heads, causal in sizes]
+    return [
+        Shape(name, dtype, {"lengths": lengths, "heads": heads, "causal": causal, "typed": name.endswith("facets")})
+        for name, lengths, heads, causal in sizes
+    ]
+
+
+def _facets(length: int) -> Tensor:
+    """0 for the first half of a text, then 1 to FACETS."""
+    place = torch.arange(length) - length // 2
+    return torch.where(place < 0, 0, 1 + place * FACETS // max(1, length - length // 2))
 
 
 def problem(shape: Shape, device: torch.device) -> Problem:
@@ -59,6 +74,11 @@ def problem(shape: Shape, device: torch.device) -> Problem:
     tensors = {name: torch.randn(size, device=device).to(shape.dtype) for name in ("q", "k", "v", "upstream")}
     starts = F.pad(lengths.cumsum(0), (1, 0))
     tensors["cu_seqlens"] = starts.to(device, torch.int32)
+    if shape.values.get("typed"):
+        sees = torch.eye(FACETS + 1, dtype=torch.bool)
+        sees[:, 0] = True
+        tensors["token_type"] = torch.cat([_facets(n) for n in lengths.tolist()]).to(device)
+        tensors["sees"] = sees.to(device)
     padded = len(lengths) * int(lengths.max())
     return Problem(shape, device, tensors | {"lengths": lengths, "starts": starts}, {"token_ratio": padded / size[0]})
 
@@ -67,14 +87,35 @@ def _leaves(problem: Problem) -> dict[str, Tensor]:
     return {name: problem.inputs[name].detach().requires_grad_() for name in ("q", "k", "v")}
 
 
+def _types(problem: Problem) -> dict[str, Any]:
+    """The keywords of ``packed_attention`` about types: none where tokens have none."""
+    return {name: problem.inputs[name] for name in ("token_type", "sees") if name in problem.inputs}
+
+
+def _visible(problem: Problem) -> list[Tensor] | None:
+    """bool [n, n] of each segment: who sees whom where tokens have types."""
+    if not (given := _types(problem)):
+        return None
+    parts = given["token_type"].split(problem.inputs["lengths"].tolist())
+    return [given["sees"][part[:, None], part].tril() for part in parts]
+
+
+def _untyped(problem: Problem) -> None:
+    if _types(problem):
+        raise InapplicableError("it knows no types of tokens")
+
+
 def exact(problem: Problem) -> Exact:
     """Softmax attention of each segment alone, in float64."""
+    masks = _visible(problem)
     q, k, v = (problem.inputs[name].double().requires_grad_() for name in ("q", "k", "v"))
     starts, outputs = problem.inputs["starts"].tolist(), []
-    for start, end in zip(starts, starts[1:], strict=False):
+    for segment, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         scores = torch.einsum("ihd,jhd->hij", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
         if problem.shape.values["causal"]:
             scores = scores.masked_fill(torch.ones(end - start, end - start, device=q.device).triu(1).bool(), -torch.inf)
+        if masks is not None:
+            scores = scores.masked_fill(~masks[segment], -torch.inf)
         outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[start:end]))
     value = torch.cat(outputs)
     gradients = torch.autograd.grad(value, (q, k, v), problem.inputs["upstream"].double())
@@ -90,7 +131,7 @@ def _ours(impl: str) -> Callable[[Problem], Task]:
         cu_seqlens, longest, causal = problem.inputs["cu_seqlens"], int(lengths.max()), problem.shape.values["causal"]
 
         def forward() -> Tensor:
-            out = packed_attention(q, k, v, cu_seqlens, max_seqlen_q=longest, causal=causal, lengths=lengths, impl=impl)
+            out = packed_attention(q, k, v, cu_seqlens, max_seqlen_q=longest, causal=causal, lengths=lengths, impl=impl, **_types(problem))
             assert isinstance(out, Tensor)
             return out
 
@@ -113,6 +154,10 @@ def _padded(compiled: bool) -> Callable[[Problem], Task]:
 
         # A causal query of a real token sees no padding, which lies behind it: no mask is needed.
         keys = None if causal or mask.all() else mask[:, None, None, :]
+        if (masks := _visible(problem)) is not None:
+            keys = torch.eye(mask.shape[1], dtype=torch.bool, device=problem.device).repeat(len(mask), 1, 1, 1)
+            for own_keys, visible in zip(keys, masks, strict=True):
+                own_keys[0, : len(visible), : len(visible)] = visible
         own = {name: pad(problem.inputs[name]).requires_grad_() for name in ("q", "k", "v")}
         q, k, v = own.values()
         attend = torch.compile(F.scaled_dot_product_attention, dynamic=False) if compiled else F.scaled_dot_product_attention
@@ -120,6 +165,7 @@ def _padded(compiled: bool) -> Callable[[Problem], Task]:
         def canonical(results: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.transpose(1, 2)[mask] for name, tensor in results.items()}
 
+        causal = causal and keys is None
         return Task(lambda: attend(q, k, v, attn_mask=keys, is_causal=causal), own, pad(problem.inputs["upstream"]), canonical)
 
     return build
@@ -128,16 +174,18 @@ def _padded(compiled: bool) -> Callable[[Problem], Task]:
 def _loop(problem: Problem) -> Task:
     """One call of scaled_dot_product_attention per segment."""
     own, lengths = _leaves(problem), problem.inputs["lengths"].tolist()
-    causal = problem.shape.values["causal"]
+    masks: Sequence[Tensor | None] = _visible(problem) or [None] * len(lengths)
+    causal = problem.shape.values["causal"] and masks[0] is None
 
     def forward() -> Tensor:
-        parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in own.values()), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=causal) for q, k, v in parts], 1).transpose(0, 1)
+        parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in own.values()), masks, strict=True)
+        return torch.cat([F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal) for q, k, v, mask in parts], 1).transpose(0, 1)
 
     return Task(forward, own, problem.inputs["upstream"])
 
 
 def _flash(problem: Problem) -> Task:
+    _untyped(problem)
     attend = getattr(importlib.import_module("flash_attn"), "flash_attn_varlen_func", None)
     if attend is None:
         attend = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
@@ -153,6 +201,7 @@ def _flash(problem: Problem) -> Task:
 
 
 def _varlen(problem: Problem) -> Task:
+    _untyped(problem)
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     own, longest, cu = _leaves(problem), int(problem.inputs["lengths"].max()), problem.inputs["cu_seqlens"]
     window = (-1, 0) if problem.shape.values["causal"] else (-1, -1)
@@ -162,12 +211,13 @@ def _varlen(problem: Problem) -> Task:
 def _flex(problem: Problem) -> Task:
     """Compiled FlexAttention; its block mask is made beforehand, as for all layers of a model, and not timed."""
     flex = importlib.import_module("torch.nn.attention.flex_attention")
-    own, causal = _leaves(problem), problem.shape.values["causal"]
+    own, causal, given = _leaves(problem), problem.shape.values["causal"], _types(problem)
     lengths = problem.inputs["lengths"].to(problem.device)
     owner = torch.arange(len(lengths), device=problem.device).repeat_interleave(lengths)
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (owner[i] == owner[j]) & (j <= i) if causal else owner[i] == owner[j]
+        same = (owner[i] == owner[j]) & (j <= i) if causal else owner[i] == owner[j]
+        return same & given["sees"][given["token_type"][i], given["token_type"][j]] if given else same
 
     mask = flex.create_block_mask(seen, None, None, len(owner), len(owner), device=problem.device)
     attend = torch.compile(flex.flex_attention)
@@ -183,6 +233,7 @@ def _needs_flex(device: torch.device) -> str:
 
 
 def _xformers(problem: Problem) -> Task:
+    _untyped(problem)
     attend = importlib.import_module("xformers.ops").memory_efficient_attention
     mask = importlib.import_module("xformers.ops.fmha.attn_bias").BlockDiagonalMask
     own, bias = _leaves(problem), mask.from_seqlens(problem.inputs["lengths"].tolist())
@@ -195,6 +246,8 @@ def work(problem: Problem, mode: Mode) -> tuple[float, float]:
     """2 products of n x n x d per head forward and 5 more backward (half of that where causal); q, k, v, out and their gradients once."""
     lengths, heads = problem.inputs["lengths"].double(), problem.shape.values["heads"]
     pairs = (lengths * (lengths + 1) / 2 if problem.shape.values["causal"] else lengths**2).sum().item()
+    if (masks := _visible(problem)) is not None:
+        pairs = float(sum(int(mask.sum()) for mask in masks))
     products, tensors = (7, 12) if mode == "forward+backward" else (2, 4)
     return 2.0 * products * heads * 64 * pairs, float(tensors * problem.inputs["q"].nbytes)
 

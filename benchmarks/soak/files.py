@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -26,11 +27,13 @@ import torch
 
 from benchmarks.processes import forkserver
 
+ROUNDS = 8  # files of each kind in a case
 MEMORY, SECONDS = 1 << 30, 60  # bytes of addresses beyond what the process has when it starts to read; of its processor
 PATIENCE = 600.0  # seconds, on a busy machine
-NUMBERS = tuple(number.to_bytes(size, order) for size in (1, 2, 4, 8) for order in ("big", "little")  # type: ignore[arg-type]
+NUMBERS = tuple(number.to_bytes(size, order) for size in (1, 2, 4, 8) for order in ("big", "little")
                 for number in (0, 1, 2**(8 * size - 1) - 1, 2**(8 * size - 1), 2**(8 * size) - 1))
-WORDS = (b"null", b"-1", b"1e999", b"NaN", b"[" * 200, b'{"a":' * 50, b"9" * 400, b'"\\ud800"', b"\0", b"..", b"/", b"\x1b]0;x\x07", b"77777777777")
+WORDS = (b"null", b"-1", b"1e999", b"NaN", b"[" * 200, b'{"a":' * 50, b"9" * 400, b'"\\ud800"', b"\0", b"..", b"/", b"\x1b]0;x\x07",
+         b"77777777777")
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
@@ -71,7 +74,8 @@ def pictures() -> list[bytes]:
         ("JPEG", {"exif": exif}), ("JPEG", {"progressive": True}), ("PNG", {}), ("PNG", {"exif": exif, "save_all": True,
          "append_images": [image] * 2}), ("WEBP", {"lossless": True}), ("WEBP", {"save_all": True, "append_images": [image] * 2}),
         ("GIF", {"save_all": True, "append_images": [image.rotate(90)]}), ("AVIF", {}), ("BMP", {}), ("TIFF", {}),
-        ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "jpeg"}), ("TIFF", {"compression": "tiff_adobe_deflate"})]  # fmt: skip
+        ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "jpeg"}),
+        ("TIFF", {"compression": "tiff_adobe_deflate"})]  # fmt: skip
     found = []
     for form, options in kinds:
         out = io.BytesIO()
@@ -197,29 +201,32 @@ def _temporary() -> tempfile.TemporaryDirectory:
 
 
 def read(kinds: tuple[Callable[[int, Path, Path], None], ...], seed: int, folder: str, base: str, memory: int, seconds: int) -> None:
-    """Make and read a file of each kind within the bounds; what goes wrong is written to a file, since the process may not survive."""
+    """Make and read files of each kind within the bounds; what goes wrong is written to a file, since the process may not survive."""
     torch.set_num_threads(1)
     os.environ["FASTVLP_CACHE"] = str(Path(folder, "cache"))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for standard in (1, 2):
+        os.dup2(nowhere, standard)  # torch tells of each checkpoint that it refuses
     pictures()
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
-    for kind in kinds:
-        place = Path(folder, kind.__name__)
-        place.mkdir(parents=True)
-        Path(folder, "reading").write_text(kind.__name__)
+    for kind, number in itertools.product(kinds, range(ROUNDS)):
+        place = Path(folder, f"{kind.__name__}-{number}")
+        place.mkdir()
+        Path(folder, "reading").write_text(f"{kind.__name__} of seed {seed}, number {number}")
         spent = int(time.process_time())
         resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                kind(seed, place, Path(base))
+                kind(seed * ROUNDS + number, place, Path(base))
         except BaseException:
             Path(folder, "error").write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
             os._exit(1)
 
 
 def case(seed: int, folder: Path, device: torch.device) -> int:
-    """A file of each kind; returns how many.
+    """Files of each kind; returns how many.
 
     Raises:
         AssertionError: one ended its process, took more than it may, or raised what is no refusal.
@@ -234,4 +241,4 @@ def case(seed: int, folder: Path, device: torch.device) -> int:
         reading, error = folder / "reading", folder / "error"
         what = reading.read_text() if reading.exists() else "starting"
         raise AssertionError(f"{what}: exit code {process.exitcode}\n{error.read_text(encoding='utf-8')[-3000:] if error.exists() else ''}")
-    return len(KINDS)
+    return len(KINDS) * ROUNDS

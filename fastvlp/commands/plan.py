@@ -234,7 +234,8 @@ def table(found: Plan, recipe: Recipe, cluster: Cluster, memory: float) -> str:
                      f"({found.features / 1e3:.1f} kB a sample), and as much of their gradients comes back")
     if not found.compares:
         lines.append("no sample is compared with another: parameters and gradients alone cross devices")
-    lines.append(f"{recipe.steps} steps: at least {clock(found.seconds)}, {found.seconds / 3600 * cluster.devices:.3g} device hours")
+    hours = found.seconds / 3600 * cluster.devices
+    lines.append(f"{recipe.steps:,} steps: at least {clock(found.seconds)}, {hours:,.{0 if hours >= 100 else 2}f} device hours")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ LINE = (194, 65, 12)
 
 def command(options: argparse.Namespace) -> int:
     """Draw a picture's tokens."""
-    model: Any = None if options.model is None else load(options.model)
+    model: Any = None if options.model is None else load(options.model, recipe=options.recipe)
     print(save(options.image, options.out, model, keep=options.keep, merge=options.merge, attend=options.attend))
     return 0
 

@@ -76,8 +76,9 @@ class Order:
                 return
         if found == 0:
             raise RuntimeError(self._nothing())
-        more = f" and {len(self.index.paths) - 1} others" if len(self.index.paths) > 1 else ""
-        raise ValueError(f"a batch of {n} is larger than its data: {self.index.paths[0]}{more} holds {found} usable samples, and one that "
+        others = len(self.index.paths) - 1
+        held = f"holds {found}" if not others else f"and {others} other{'s' * (others > 1)} hold {found}"
+        raise ValueError(f"a batch of {n} is larger than its data: {self.index.paths[0]} {held} usable samples, and one that "
                          f"comes twice is its own negative; lower the batch size to at most {found}")
 
     def _rewind(self) -> None:

@@ -38,7 +38,8 @@ def accelerate(
       [0] is [B, N, C]); ``forward_intermediates``, ``output_attentions`` and reentrant checkpointing are refused with that.
     * ``drop`` lets each image lose that share of its patches before the first block, in training only (PatchDropout, FLIP). SigLIP 2 hides
       them in its mask.
-    * ``attention="packed"`` computes attention by :func:`fastvlp.ops.packed_attention` also where nothing merges.
+    * ``attention="packed"`` computes attention by :func:`fastvlp.ops.packed_attention` also where nothing merges, and the sum behind it
+      with the next norm by :func:`fastvlp.ops.residual_norm`.
     * ``pack`` leaves padding out of all blocks where a batch comes with an attention mask (NaFlexVit, SigLIP 2), as merging always does;
       it asks the device for the numbers of tokens once per batch. Padding comes out as 0.
 

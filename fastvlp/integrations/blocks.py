@@ -10,12 +10,16 @@ from typing import Any, cast
 from torch import Tensor
 
 from fastvlp.layers.patch_dropout import patch_dropout
-from fastvlp_kernels import packed_attention
+from fastvlp.layers.transformer import bare
+from fastvlp_kernels import packed_attention, residual_norm
 
 from . import exported
 from .instances import OPTIONS
 from .tokens import Tokens, enter, leave, merge
 
+# Layer norms that have statistics in float32 and give what F.layer_norm does, in the dtype of the tokens.
+NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm", "open_clip.transformer.LayerNorm",
+         "open_clip.transformer.LayerNormFp32")  # fmt: skip
 KNOWN = ("is_causal", "output_attentions", "output_hidden_states")
 
 
@@ -32,7 +36,8 @@ class Family:
     """How a library writes its blocks.
 
     Attributes:
-        attend, mlp: the halves: (block, x, attend, tokens) -> x + attention, and (block, x, tokens) -> x + MLP.
+        attend, mlp: what the halves add to x: (block, x, attend, tokens) -> attention of x, and (block, normed, tokens) -> MLP of the
+            normalised x. norm: the block's attribute that normalises it.
         mask: the place of the attention mask among the arguments after x, and its name. read: (mask, (B, N)) -> what it says.
         open: whether blocks take any keywords and hand them on. attention: the block's attribute.
         qkv: (attention, x [..., C]) -> q, k, v [..., H, d]. project: (attention, out [..., H * d], x) -> [..., C].
@@ -40,6 +45,7 @@ class Family:
     """
 
     attend: Callable[..., Tensor]
+    norm: str
     mlp: Callable[..., Tensor]
     mask: tuple[int, str]
     read: Callable[[Any, tuple[int, int]], tuple[Tensor | None, Tensor | None]]
@@ -117,13 +123,25 @@ def block_forward(cls: Any) -> Callable[..., Any]:
             out = getattr(self, step.family.attention)(y, call)
             return out[0] if step.family.pair else out
 
-        x = x._replace(x=step.family.attend(self, x.x, attend, x))
-        if step.merge:
-            x = merge(x, cast(Tensor, call.metric), step.merge, step.protected)
-        x = x._replace(x=step.family.mlp(self, x.x, x))
+        branch, norm = step.family.attend(self, x.x, attend, x), getattr(self, step.family.norm)
+        if step.merge or exported.exporting() or not _plain_norm(norm):
+            x = x._replace(x=x.x + branch)
+            if step.merge:
+                x = merge(x, cast(Tensor, call.metric), step.merge, step.protected)
+            normed = norm(x.x)
+        else:
+            normed, total = residual_norm(x.x, branch, norm.weight, norm.bias, eps=norm.eps)
+            x = x._replace(x=total)
+        x = x._replace(x=x.x + step.family.mlp(self, normed, x))
         return x if carried and not step.last else leave(x)
 
     return forward
+
+
+def _plain_norm(norm: Any) -> bool:
+    """Whether ``residual_norm`` computes what calling this norm does, which nothing watches."""
+    name = f"{type(norm).__module__}.{type(norm).__qualname__}"
+    return name in NORMS and bare(norm, type(norm)) and norm.weight is not None and len(norm.normalized_shape) == 1
 
 
 def _dropped(block: Any, x: Tensor, mask: Any, step: Step, kwargs: dict[str, Any]) -> Tensor:

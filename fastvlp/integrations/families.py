@@ -39,11 +39,11 @@ class Tower:
 
 
 def _timm_attend(block: Any, x: Tensor, attend: Attend, tokens: Tokens) -> Tensor:
-    return x + tokens.per_image(block.drop_path1, block.ls1(attend(block.norm1(x))))
+    return tokens.per_image(block.drop_path1, block.ls1(attend(block.norm1(x))))
 
 
-def _timm_mlp(block: Any, x: Tensor, tokens: Tokens) -> Tensor:
-    return x + tokens.per_image(block.drop_path2, block.ls2(block.mlp(block.norm2(x))))
+def _timm_mlp(block: Any, normed: Tensor, tokens: Tokens) -> Tensor:
+    return tokens.per_image(block.drop_path2, block.ls2(block.mlp(normed)))
 
 
 def _timm_qkv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,11 +61,13 @@ def _timm_project(attention: Any, out: Tensor, x: Tensor) -> Tensor:
 
 def _open_clip_attend(block: Any, x: Tensor, attend: Attend, tokens: Tokens) -> Tensor:
     out = attend(block.ln_1(x))
-    return x + block.ls_1(block.ln_attn(out) if hasattr(block, "ln_attn") else out)
+    branch: Tensor = block.ls_1(block.ln_attn(out) if hasattr(block, "ln_attn") else out)
+    return branch
 
 
-def _open_clip_mlp(block: Any, x: Tensor, tokens: Tokens) -> Tensor:
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+def _open_clip_mlp(block: Any, normed: Tensor, tokens: Tokens) -> Tensor:
+    branch: Tensor = block.ls_2(block.mlp(normed))
+    return branch
 
 
 def _open_clip_qkv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,19 +88,22 @@ def _open_clip_project(attention: Any, out: Tensor, x: Tensor) -> Tensor:
 
 
 def _clip_attend(block: Any, x: Tensor, attend: Attend, tokens: Tokens) -> Tensor:
-    return x + attend(block.layer_norm1(x))
+    return attend(block.layer_norm1(x))
 
 
-def _clip_mlp(block: Any, x: Tensor, tokens: Tokens) -> Tensor:
-    return x + block.mlp(block.layer_norm2(x))
+def _clip_mlp(block: Any, normed: Tensor, tokens: Tokens) -> Tensor:
+    branch: Tensor = block.mlp(normed)
+    return branch
 
 
 def _vit_attend(block: Any, x: Tensor, attend: Attend, tokens: Tokens) -> Tensor:
-    return block.dropout(attend(block.layernorm_before(x))) + x
+    branch: Tensor = block.dropout(attend(block.layernorm_before(x)))
+    return branch
 
 
-def _vit_mlp(block: Any, x: Tensor, tokens: Tokens) -> Tensor:
-    return block.dropout(block.mlp(block.layernorm_after(x))) + x
+def _vit_mlp(block: Any, normed: Tensor, tokens: Tokens) -> Tensor:
+    branch: Tensor = block.dropout(block.mlp(normed))
+    return branch
 
 
 def _hugging_face_qkv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,19 +144,19 @@ def _open_clip_mask(mask: Any, shape: tuple[int, int]) -> tuple[Tensor | None, T
 
 _READ = partial(read_mask, padding=True)
 TIMM = Family(
-    _timm_attend, _timm_mlp, (0, "attn_mask"), read_mask, False, "attn", _timm_qkv, _timm_project, False, _dropout, _scale
+    _timm_attend, "norm2", _timm_mlp, (0, "attn_mask"), read_mask, False, "attn", _timm_qkv, _timm_project, False, _dropout, _scale
 )  # fmt: skip
 OPEN_CLIP = Family(
-    _open_clip_attend, _open_clip_mlp, (2, "attn_mask"), _open_clip_mask, False, "attn", _open_clip_qkv, _open_clip_project, True,
+    _open_clip_attend, "ln_2", _open_clip_mlp, (2, "attn_mask"), _open_clip_mask, False, "attn", _open_clip_qkv, _open_clip_project, True,
     _dropout, _scale,
 )  # fmt: skip
 OPEN_CLIP_4 = replace(OPEN_CLIP, pair=False)
 OPEN_CLIP_CUSTOM = replace(OPEN_CLIP_4, mask=(0, "attn_mask"))
 CLIP = Family(
-    _clip_attend, _clip_mlp, (0, "attention_mask"), _READ, True, "self_attn", _hugging_face_qkv, _hugging_face_project, True, _dropout,
-    _scale,
+    _clip_attend, "layer_norm2", _clip_mlp, (0, "attention_mask"), _READ, True, "self_attn", _hugging_face_qkv, _hugging_face_project,
+    True, _dropout, _scale,
 )  # fmt: skip
-VIT = replace(CLIP, attend=_vit_attend, mlp=_vit_mlp, attention="attention")
+VIT = replace(CLIP, attend=_vit_attend, norm="layernorm_after", mlp=_vit_mlp, attention="attention")
 
 
 def find(module: nn.Module) -> Tower | str | None:

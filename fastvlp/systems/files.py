@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fastvlp._schema import ConfigError
-from fastvlp.config import from_dict, function, to_dict
+from fastvlp.config import from_dict, function, raised, to_dict
 from fastvlp.data.fields import bind as bind_fields
 from fastvlp.data.tokenizer import load_tokenizer
 from fastvlp.recipe import Recipe
@@ -38,6 +38,8 @@ def build_system(recipe: Recipe, tokenizer: str | os.PathLike[str] | None = None
         system = fdl.build(recipe.model)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a constructor of a recipe file may raise anything
+        raise ConfigError(f"model cannot be made: {raised(error)}") from error
     if not isinstance(system, System):
         raise ConfigError(f"model makes a {type(system).__name__}; a fastvlp.systems.System is needed")
     if type(system).encode is System.encode:
@@ -106,7 +108,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu", recip
         return _from_checkpoint(folder).to(device).eval()
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}; pass the folder of a finished run, or one that fastvlp.save wrote")
+            raise FileNotFoundError(f"{folder} holds no {name}; pass the folder of a finished run, or one that systems.files.save wrote")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -18,15 +18,15 @@ class Patches(nn.Module):
 
     Args:
         width: C. patch_size: P, in pixels. grid: at most so many patches in a row or column.
-        image_size: the longest side, in pixels, of pictures that are scaled for this tower.
+        image_size: the longest side, in pixels, of pictures that are scaled for this tower, to whole patches.
         mean, std: pixels become (x / 255 - mean) / std.
     """
 
     def __init__(self, width: int, patch_size: int, image_size: int, grid: int, mean: float, std: float) -> None:
         super().__init__()
         name = type(self).__name__
-        if patch_size < 1 or grid < 1 or std <= 0:
-            raise ValueError(f"{name}: patch_size {patch_size}, grid {grid} and std {std} must be positive")
+        if min(width, patch_size, grid) < 1 or std <= 0:
+            raise ValueError(f"{name}: width {width}, patch_size {patch_size}, grid {grid} and std {std} must be positive")
         if not 1 <= image_size <= grid * patch_size:
             raise ValueError(f"{name}: image_size is {image_size}; with patches of {patch_size} and a grid of {grid} it lies between 1 and "
                              f"{grid * patch_size}")

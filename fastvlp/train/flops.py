@@ -12,7 +12,7 @@ import torch
 from fastvlp.data.batch import Batch
 from fastvlp.systems.flops import FlopCount
 from fastvlp.systems.system import System
-from fastvlp.train.gradients import random_state, set_random_state
+from fastvlp.train.gradients import encoded, random_state, set_random_state, terms
 from fastvlp.train.parallel import World
 
 SAMPLES = 8  # of each process, whose operations are counted
@@ -34,7 +34,7 @@ def needed_per_cost(system: System, batch: Batch, cost: float, world: World, aut
     generators, buffers = random_state(), [(buffer, buffer.clone()) for buffer in system.buffers()]
     # Compiled blocks would hide their operators.
     with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"), FlopCount() as counted:
-        system.objective(system.encode(batch), batch)
+        terms(system, encoded(system, batch), batch)
         for buffer, before in buffers:  # running statistics
             buffer.copy_(before)
     set_random_state(generators)

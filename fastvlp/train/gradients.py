@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -38,13 +38,13 @@ def gradients(system: System, whole: Batch, parts: Parts, *, autocast: Autocast 
         The loss terms of this process, detached, and what ``encode`` gave, detached, in the order of ``whole``.
 
     Raises:
-        ConfigError: the system has neither an objective nor losses, or a ``*_loss`` is not one number a sample.
+        ConfigError: the system has neither an objective nor losses, or what one of its halves returns is of another kind or shape.
     """
     # Everything at once needs no second forward, whatever the objective compares.
     if len(parts) == 1:
         with span(FORWARD), autocast():
-            out = system.encode(whole)
-            losses = _terms(system, out, whole)
+            out = encoded(system, whole)
+            losses = terms(system, out, whole)
         _backward(losses, scale_loss)
         return _detached_terms(losses), detached(out)
     step = _cached if system.compares else _accumulated
@@ -58,8 +58,8 @@ def _accumulated(system: System, whole: Batch, parts: Parts, autocast: Autocast,
         part = whole.take(rows)
         _reduce_gradients(system, number == len(parts) - 1)
         with span(FORWARD), autocast():
-            out = system.encode(part)
-            found = _terms(system, out, part)
+            out = encoded(system, part)
+            found = terms(system, out, part)
         _backward(found, scale_loss)
         losses = {name: value + losses[name] if name in losses else value for name, value in _detached_terms(found).items()}
         outs.append(detached(out))
@@ -69,13 +69,13 @@ def _accumulated(system: System, whole: Batch, parts: Parts, autocast: Autocast,
 def _cached(system: System, whole: Batch, parts: Parts, autocast: Autocast, scale_loss: ScaleLoss) -> tuple[Losses, Outputs]:
     def objective(leaves: Outputs) -> tuple[Losses, Outputs]:
         joined = _in_order(leaves, parts, len(whole))
-        return _terms(system, joined, whole), joined
+        return terms(system, joined, whole), joined
 
     def call(number: int) -> Encode:
         def encode() -> Outputs:
             if torch.is_grad_enabled():
                 _reduce_gradients(system, number == len(parts) - 1)
-            return system.encode(whole.take(parts[number]))
+            return encoded(system, whole.take(parts[number]))
 
         return encode
 
@@ -130,17 +130,45 @@ def cached_gradients(first: Sequence[Encode], second: Sequence[Encode], objectiv
     return losses, found
 
 
-def _terms(system: System, out: Outputs, batch: Batch) -> Losses:
-    """The objective's terms; a per-sample loss of another length would be summed into a wrong number."""
-    for name, value in out.items():
-        if name.endswith("_loss") and (not isinstance(value, Tensor) or value.shape != (len(batch),)):
+def encoded(system: System, batch: Batch) -> Outputs:
+    """What ``encode`` gives, which has to have names and a row a sample.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    out, name = system.encode(batch), _class_name(system)
+    if not isinstance(out, Mapping):
+        raise ConfigError(f"{name}.encode returns {type(out).__name__}; outputs have names: return {{'image': ..., 'colour_loss': ...}}")
+    for key, value in out.items():
+        if not isinstance(value, Tensor | Packed):
+            raise ConfigError(f"{name}.encode: {key} is {type(value).__name__}; a tensor with a row a sample, or Packed tokens, is needed")
+        if key.endswith("_loss") and (isinstance(value, Packed) or value.shape != (len(batch),)):
+            got = "Packed" if isinstance(value, Packed) else tuple(value.shape)  # of another length, it would be summed into a wrong number
+            raise ConfigError(f"{name}.encode: {key} is {got}; a *_loss is one number a sample, here [{len(batch)}]")
+    return out
+
+
+def terms(system: System, out: Outputs, batch: Batch) -> Losses:
+    """The objective's terms, each of them one number.
+
+    Raises:
+        ConfigError: there are none, or they are something else.
+    """
+    losses, name = system.objective(out, batch), _class_name(system)
+    if not isinstance(losses, Mapping):
+        raise ConfigError(f"{name}.objective returns {type(losses).__name__}; terms have names: return {{'contrastive': ...}}")
+    for key, value in losses.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(f"{type(system).__name__}.encode: {name} is {got}; a *_loss is one number a sample, here [{len(batch)}]")
-    losses = system.objective(out, batch)
+            raise ConfigError(f"{name}.objective: {key} is {got}; a term is a tensor of one number, such as a mean over samples")
     if not losses:
-        raise ConfigError(f"{type(system).__name__} has nothing to train on: encode gives {', '.join(out) or 'nothing'}; name an output "
+        raise ConfigError(f"{name} has nothing to train on: encode gives {', '.join(out) or 'nothing'}; name an output "
                           "*_loss (one number a sample), or write an objective")
     return losses
+
+
+def _class_name(system: System) -> str:
+    return type(system).__name__.removeprefix("FSDP")  # which wrapping puts before it
 
 
 def _backward(losses: Losses, scale_loss: ScaleLoss) -> None:

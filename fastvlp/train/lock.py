@@ -27,9 +27,11 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file: TextIO | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> RunLock:
         try:
+            self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             # Not "w": opening must not erase who holds it.
             self._file = (self.folder / NAME).open("a+")
@@ -63,6 +65,8 @@ class RunLock:
             if [path.name for path in self.folder.iterdir()] == [NAME]:
                 (self.folder / NAME).unlink()
                 self.folder.rmdir()
+                for path in self._made[1:]:
+                    path.rmdir()
         self._let_go()
 
     def _let_go(self) -> None:

@@ -83,6 +83,8 @@ def _run(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog, be
             trainer.counters.step = resume.steps_done(past.described, recipe)
             progress.say(f"continuing {folder} after step {trainer.counters.step}")
         begins = agreement.first_decides(world, lambda: _open_folder(folder, recipe, past, trainer.counters.step, progress))
+        if world.rank == 0:
+            at_end.callback(_nothing_began, folder)
         log = Log(folder, recipe, begins, enabled=world.rank == 0)
         at_end.callback(log.close)
         at_end.callback(progress.close)
@@ -129,6 +131,14 @@ def _open_folder(folder: Path, recipe: Recipe, past: resume.Past | None, step: i
         progress.say(f"{path.name} is of another past; it is kept in {path.parent}")
     (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     return step if own else 0
+
+
+def _nothing_began(folder: Path) -> None:
+    """A run that was refused at its first step leaves nothing: its folder goes with the lock, when that is all that is in it."""
+    log = folder / "log.jsonl"
+    if log.exists() and not log.stat().st_size and not checkpoint.checkpoints(folder / "checkpoints"):
+        log.unlink()
+        (folder / "recipe.yaml").unlink(missing_ok=True)
 
 
 @dataclasses.dataclass
@@ -260,6 +270,8 @@ class Fit:
             if step % recipe.train.log_every == 0 or step == recipe.steps:
                 self.log.write(step, **values, samples_per_second=pending.samples / seconds, tokens_per_second=tokens / seconds, mfu=used,
                                waiting_for_data=waited / seconds, seconds=counters.seconds)
+            if step == 1 and values["grad_norm"] == 0:
+                self.progress.say("note: the first step has no gradient; a loss that is detached, or of frozen parts, trains nothing")
             note = f"  {counters.nonfinite} skipped" if counters.nonfinite else ""
             self.progress.update(step, Rates(seconds, pending.samples, tokens, waited, used), values, note)
         return now

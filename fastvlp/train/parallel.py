@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -177,7 +177,8 @@ def parallelize(system: System, shard: int | str = 1, *, world: World | None = N
     world = world or World(0, 1, next(system.parameters()).device)
     split = world.size if shard == "world" else int(shard)
     if world.size % split:
-        raise ConfigError(f"train.shard is {shard} on {world.size} processes; it must divide their number, or be world")
+        number = f"{world.size} process{'es' * (world.size > 1)}"
+        raise ConfigError(f"train.shard is {shard} on {number}; it must divide their number, or be world")
     if offload and world.size == 1:
         raise ConfigError("train.offload is for several processes; a run of one has nothing to gather from the CPU")
     blocks = [block for module in system.modules() if isinstance(module, nn.ModuleList) for block in module if _is_block(block)]
@@ -220,7 +221,21 @@ def _checkpoint(block: nn.Module, selective: bool) -> None:
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     how: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if selective else {}
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **how)
+    block.forward = partial(checkpoint, _casting(block.forward) if selective else block.forward, use_reentrant=False, **how)
+
+
+def _casting(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` that casts its own weights. Autocast keeps a cast for later calls, so that the second call of a block would make fewer
+    operations than when it is computed again, where nothing is kept: selective checkpointing compares them one by one.
+    """
+    def call(*args: Any, **keywords: Any) -> Any:
+        kind = next((kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)), None)
+        if kind is None:
+            return forward(*args, **keywords)
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):
+            return forward(*args, **keywords)
+
+    return call
 
 
 def whole_tensor(value: Tensor) -> Tensor:

@@ -65,9 +65,9 @@ class Progress:
         if not self.enabled or (now < self._next and step < self.total):
             return
         self._next = now + (0.1 if self.live else self.every)
-        terms = " + ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in ("loss", "grad_norm", "lr"))
+        terms = " + ".join(f"{name} {shown(value)}" for name, value in values.items() if name not in ("loss", "grad_norm", "lr"))
         waiting = f"  {self.rates['waiting']:.0%} waiting for data" if self.rates["waiting"] > 0.05 else ""
-        line = (f"step {step}/{self.total}  loss {values['loss']:.3f}{f' = {terms}' if terms else ''}  "
+        line = (f"step {step}/{self.total}  loss {shown(values['loss'])}{f' = {terms}' if terms else ''}  "
                 f"{self.rates['samples']:.0f} samples/s  {human(self.rates['tokens'])} tokens/s  {self.rates['mfu']:.0%} MFU{waiting}  "
                 f"{human(memory_in_use(), 'B')}  ETA {clock((self.total - step) * self.rates['step'])}{note}")
         if self.live:
@@ -120,6 +120,11 @@ def memory_in_use() -> int:
     except FileNotFoundError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def shown(value: float) -> str:
+    """A loss, or a term of one, with three decimals; a small one with the digits that it has."""
+    return f"{value:.3f}" if value == 0 or not abs(value) < 0.01 else f"{value:.2g}"
 
 
 def human(number: float, unit: str = "") -> str:

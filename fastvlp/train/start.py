@@ -63,6 +63,10 @@ def check(recipe: Recipe, world: World) -> None:
             load_classes(recipe.eval.classes)
         except ValueError as error:
             raise ConfigError(f"eval.classes: {error}") from error
+    if isinstance(recipe.train.compile, str):
+        if recipe.train.compile not in torch.compiler.list_backends(exclude_tags=None):
+            raise ConfigError(f"train.compile is {recipe.train.compile!r}; true, false or a backend of torch.compile (inductor, "
+                              "aot_eager) is needed")
     for name in recipe.run.log:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"run.log names {name}, which is not installed: pip install 'fastvlp[log]'")

@@ -68,12 +68,12 @@ class Saver:
         target, planner = str(temporary / checkpoint.STATE), DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         values = _values(self.trainer)
         how: dict[str, Any] = {"checkpoint_id": target, "planner": planner, "no_dist": world.size == 1}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, that is as it should be
-            if wait:
-                dcp.save(values, **how)
-            else:
-                self._writing = dcp.async_save(values, **how)  # type: ignore[assignment]
+        if world.size == 1:  # as it should be; for good, since the thread of an asynchronous save outlives this call
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        if wait:
+            dcp.save(values, **how)
+        else:
+            self._writing = dcp.async_save(values, **how)  # type: ignore[assignment]
         self._finish = lambda: self._together(lambda: checkpoint.finish(temporary, trainer, generators, self.trainer.recipe.train.keep))
 
     @property

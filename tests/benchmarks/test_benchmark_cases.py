@@ -72,7 +72,7 @@ def test_the_exact_loss_of_words_equals_autograd_on_all_logits(monkeypatch):
 
 
 @pytest.mark.parametrize("op", ["matryoshka", "patch_embed", "linear_cross_entropy", "similarity_topk", "residual_norm",
-                                "bias_activation", "grouped_linear"])  # fmt: skip
+                                "bias_activation", "grouped_linear", "packed_attention"])  # fmt: skip
 def test_ours_and_eager_agree_with_the_exact_results(op):
     case = find(op)
     problem = case.problem(case.shapes("cpu", True)[-1], CPU)
@@ -114,9 +114,15 @@ def test_exact_attention_equals_torch_segment_by_segment():
     for shape in case.shapes("cpu", True):
         problem = case.problem(shape, CPU)
         parts = [problem.inputs[name].double().split(shape.values["lengths"]) for name in ("q", "k", "v")]
+        masks = [torch.ones(n, n).tril().bool() if shape.values["causal"] else torch.ones(n, n).bool() for n in shape.values["lengths"]]
+        if shape.values["typed"]:  # the second half in four parts that see the first half and themselves
+            for n, mask in enumerate(masks):
+                half, end = len(mask) // 2, len(mask)
+                part = [-1] * half + [4 * (place - half) // (end - half) for place in range(half, end)]
+                masks[n] = mask & torch.tensor([[b < 0 or a == b for b in part] for a in part])
         outputs = [
-            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), is_causal=shape.values["causal"]).transpose(0, 1)
-            for part in zip(*parts, strict=True)
+            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), attn_mask=mask).transpose(0, 1)
+            for *part, mask in zip(*parts, masks, strict=True)
         ]
         torch.testing.assert_close(case.exact(problem).results["value"], torch.cat(outputs), rtol=1e-10, atol=1e-12)
 

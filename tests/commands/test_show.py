@@ -1,13 +1,16 @@
 """What is drawn is what the operators did."""
 
+import sys
+
 import pytest
 import torch
 
-from fastvlp import cli
+from fastvlp import cli, config
 from fastvlp.commands.show import GAP, LINE, attention, tokens
 from fastvlp.data import pack_images
 from fastvlp.data.images import as_pixels
 from fastvlp.systems.clip import Clip
+from fastvlp.systems.files import build_system, save
 from fastvlp.towers import Text, Vit
 from tests.systems.recipes import save_small
 
@@ -108,6 +111,35 @@ def test_a_model_compares_what_it_embeds(tmp_path, capsys):
     words = ["show", "tokens", str(tmp_path / "picture.png"), "--out", str(out), "--merge", "0.25", "--model", str(tmp_path / "model")]
     assert cli.main(words) == 0
     assert capsys.readouterr().out == f"{out}: 12 patches, 9 tokens after merging\n" and out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_of_a_recipe_file_of_ones_own(tmp_path, capsys):
+    (tmp_path / "shown_recipe.py").write_text("""
+import fiddle as fdl
+from fastvlp.recipe import Recipe, Schedule
+from fastvlp.systems.clip import Clip
+from fastvlp.towers import Text, Vit
+
+
+class Mine(Clip):
+    pass
+
+
+def recipe() -> Recipe:
+    towers = fdl.Config(Vit, width=32, depth=1, heads=1), fdl.Config(Text, width=32, depth=1, heads=1)
+    return Recipe(fdl.Config(Mine, *towers), Schedule(steps=1))
+""")
+    own, folder = str(tmp_path / "shown_recipe.py"), tmp_path / "model"
+    checkered(tmp_path)
+    made = config.load(own)
+    save(folder, build_system(made), made)
+    sys.modules.pop("shown_recipe")
+    config._own_files.discard("shown_recipe")
+    words = ["show", "tokens", str(tmp_path / "picture.png"), "--merge", "0.25", "--model", str(folder), "--out", str(tmp_path / "o.png")]
+    assert cli.main(words) == 2 and "show --recipe FILE.py" in capsys.readouterr().err
+    assert cli.main([*words, "--recipe", own]) == 0 and "9 tokens after merging" in capsys.readouterr().out
+    sys.modules.pop("shown_recipe")
+    config._own_files.discard("shown_recipe")
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -61,7 +61,7 @@ def test_another_sample_of_the_window(shuffle):
 
 def test_a_set_smaller_than_a_batch():
     Order(Counted(COUNTS), 3, 8).require(28)
-    with pytest.raises(ValueError, match="a batch of 29 is larger than its data: 0 and 5 others holds 28 usable samples"):
+    with pytest.raises(ValueError, match="a batch of 29 is larger than its data: 0 and 5 others hold 28 usable samples"):
         Order(Counted(COUNTS), 3, 8).require(29)
     index = Counted([1000] * 1000)
     Order(index, 3, 8).require(4096)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastvlp
+from fastvlp.integrations import blocks
 from tests.integrations import models
 
 PREFIX = {
@@ -353,3 +354,19 @@ def test_refusals():
     hidden[:, :, 0] = True
     with pytest.raises(ValueError, match="hides more than padding"):
         model.blocks[0](torch.randn(3, 17, 32).double(), attn_mask=~torch.tril(hidden))
+
+
+@every_model
+def test_sums_and_norms_are_one_pass_with_the_same_numbers(build, monkeypatch):
+    """To the bit on the CPU, where nothing merges; a norm that somebody watches is called."""
+    model, batch, _ = made(build)
+    calls, watched, fused = [], [], blocks.residual_norm
+    monkeypatch.setattr(blocks, "residual_norm", lambda *args, **options: calls.append(args) or fused(*args, **options))
+    fastvlp.accelerate(model, attention="packed")
+    with torch.no_grad():
+        once, count = value(model(batch)), len(calls)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_pre_hook(lambda module, args: watched.append(module))
+        apart = value(model(batch))
+    assert torch.equal(once, apart) and count and len(calls) == count and watched

@@ -43,6 +43,7 @@ def test_formula_by_loops(impl, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(impl, kind, monkeypatch):
     monkeypatch.setattr(cpu, "ELEMENTS", 1)
+    monkeypatch.setattr(cpu, "WHOLE", 0)
     x, bias = problem()
     assert torch.autograd.gradcheck(lambda x, bias: bias_activation(x, bias, kind, impl=impl), (x, bias))
     assert torch.autograd.gradcheck(lambda x: bias_activation(x.unflatten(0, (1, T)), None, kind, impl=impl), x)
@@ -66,9 +67,9 @@ def plain(x, bias, kind):
     biased=st.booleans(),
     scale=st.sampled_from([0.1, 1.0, 8.0]),
     layout=st.sampled_from(["contiguous", "transposed", "every second"]),
-    elements=st.sampled_from([1, 100, 2**18]),
+    blocks=st.sampled_from([(1, 0), (100, 0), (2**18, 2**21)]),
 )
-def test_no_worse_than_eager(T, H, dtype, kind, biased, scale, layout, elements):
+def test_no_worse_than_eager(T, H, dtype, kind, biased, scale, layout, blocks):
     x, bias = (scale * t.detach() for t in problem(T, H, dtype, seed=T * 61 + H))
     if layout == "transposed":
         x = x.T.contiguous().T
@@ -81,11 +82,12 @@ def test_no_worse_than_eager(T, H, dtype, kind, biased, scale, layout, elements)
         out = function(leaves[0], leaves[1] if biased else None, kind)
         return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
 
-    usual, cpu.ELEMENTS = cpu.ELEMENTS, elements
+    usual = cpu.ELEMENTS, cpu.WHOLE
+    cpu.ELEMENTS, cpu.WHOLE = blocks
     try:
         ours = run(bias_activation, dtype)
     finally:
-        cpu.ELEMENTS = usual
+        cpu.ELEMENTS, cpu.WHOLE = usual
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-9, torch.float16: 2**-11}[dtype]
     for name, mine, eager, exact in zip(("out", "x", "bias"), ours, run(plain, dtype), run(plain, torch.float64), strict=False):
         assert mine.dtype == dtype
@@ -103,6 +105,7 @@ def test_what_is_no_number_stays_so(kind, impl):
 
 def test_blocks_hold_no_more_than_their_part(monkeypatch):
     monkeypatch.setattr(cpu, "ELEMENTS", 12)
+    monkeypatch.setattr(cpu, "WHOLE", 0)
     x, bias = problem(dtype=torch.float32)
     with forbid_large_tensors(T * H + 1) as mode:
         bias_activation(x, bias).sum().backward()

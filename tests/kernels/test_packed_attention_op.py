@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fastvlp_kernels import Packed
 from fastvlp_kernels.packed_attention import op, packed_attention
@@ -129,6 +130,16 @@ def test_the_same_with_the_dispatcher_and_without():
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     assert "_Direct" not in type(results[0][0].grad_fn).__name__ and "_Direct" in type(results[1][0].grad_fn).__name__
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_checkpointed():
+    q, k, v = qkv()
+
+    def attend(q, k, v):
+        return packed_attention(q, k, v, CU, token_type=TYPES, sees=SEES)
+
+    again = checkpoint(attend, q, k, v, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.sum(), (q, k, v)), torch.autograd.grad(attend(q, k, v).sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda x: x])

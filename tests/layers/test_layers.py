@@ -1,8 +1,9 @@
 """Layers against plain mathematics."""
 
+import pytest
 import torch
 
-from fastvlp.layers import SquaredReLU, segment_mean
+from fastvlp.layers import Block, SquaredReLU, packed_attend, segment_mean, transformer
 from fastvlp_kernels import Packed
 
 
@@ -24,3 +25,30 @@ def test_segment_mean_equals_a_loop_and_empty_segments_are_zero():
     weight = torch.randn(4, 5)
     (got,) = torch.autograd.grad((pooled * weight).sum(), x)
     torch.testing.assert_close(got, (weight / torch.tensor([4, 1, 2, 3])[:, None]).repeat_interleave(packed.lengths, 0))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu2"])
+def test_a_block_in_fewer_passes_computes_the_same(activation, monkeypatch):
+    """Sums with norms and biases with activations, as on GPUs; layers that somebody watches, or that are others, are called."""
+    torch.manual_seed(0)
+    block = Block(8, 2, 16, 3, activation).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    packed = Packed.of(torch.randn(9, 8, dtype=torch.float64, requires_grad=True), [4, 0, 5])
+    leaves, calls = [packed.x, *block.parameters()], []
+
+    def run():
+        return torch.autograd.grad(block(packed.x, packed_attend(packed, causal=False)).square().sum(), leaves)
+
+    expected = run()
+    for name in ("residual_norm", "bias_activation"):
+        real = getattr(transformer, name)
+        monkeypatch.setattr(transformer, name, lambda *args, real=real, **options: calls.append(real) or real(*args, **options))
+    monkeypatch.setattr(transformer, "FUSED_ON", ("cpu",))
+    torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-11)
+    assert len(calls) == 2
+    watched = []
+    for layer in (block.norm2, block.up):
+        layer.register_forward_hook(lambda module, args, out: watched.append(module))
+    torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-11)
+    assert watched == [block.norm2, block.up] and len(calls) == (2 if activation == "gelu" else 3)

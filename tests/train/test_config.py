@@ -53,7 +53,12 @@ class Grey(System):
 
     def encode(self, batch):
         x = self.net(batch.brightness).square().sum(1)
-        return {"good": {"x_loss": x}, "none": {"x": x}, "mean": {"x_loss": x.mean()}, "long": {"x_loss": torch.cat([x, x])}}[self.losses]
+        return {"good": {"x_loss": x}, "none": {"x": x}, "mean": {"x_loss": x.mean()}, "long": {"x_loss": torch.cat([x, x])},
+                "list": {"x": [x]}, "bare": x, "detached": {"x_loss": x.detach()}}.get(self.losses, {"x_loss": x})
+
+    def objective(self, out, batch):
+        x = out.get("x_loss")
+        return {"terms": x, "rows": {"near": x}, "float": {"near": 1.0}}.get(self.losses, self.means(out, batch))
 
 
 def recipe() -> Recipe:
@@ -68,6 +73,36 @@ def small() -> Recipe:
 
 def wrong():
     return 3
+
+
+def made():
+    return replace(recipe(), model=Grey())
+
+
+def bare():
+    return replace(recipe(), model=Grey)
+
+
+def mapping():
+    return replace(recipe(), data={"batch_size": 4})
+
+
+def text():
+    return replace(recipe(), schedule=Schedule(steps="three"))
+
+
+def breaks():
+    raise KeyError("a")
+
+
+class Broken(Grey):
+    def __init__(self):
+        super().__init__()
+        self.width = width
+
+
+def broken():
+    return replace(recipe(), model=fdl.Config(Broken))
 '''
 
 
@@ -205,7 +240,9 @@ def test_what_differs_is_named(recipe):
     ("train.ema=1", r"ema is 1.0; a decay between 0 and 1"),
     ("train.tokens={image: 0}", r"tokens is {'image': 0}; budgets are numbers of tokens"),
     ("train.shard=0", r"shard is 0; it is a number of processes, at least 1, or world"),
-    ("train.shard=word", r"train.shard is 'word'"),
+    ("train.shard=word", r"train.shard is 'word'; a whole number is needed, or world"),
+    ("=3", r"'=3' is no change; write key=value"),
+    ("train.print_every=-1", r"print_every is -1.0; seconds between lines"),
     ("train.keep=0", r"keep is 0; it must be at least 1"),
     ("eval={zero_shot: [x.tar]}", r"classes is not"),
     ("eval={knn: [x.tar]}", r"knn or probe is set and probe_train is not"),
@@ -258,7 +295,7 @@ def test_a_recipe_of_ones_own(own):
 @pytest.mark.parametrize("content, message", [
     ("import nowhere_at_all", "does not import: ModuleNotFoundError: No module named 'nowhere_at_all'"),
     ("def recipe(:", "does not import: SyntaxError"),
-    ("raise ValueError('two\\nlines')", "does not import: ValueError: two lines"),
+    ("\nraise ValueError('two\\nlines')", r"does not import: ValueError: two lines \(bad_recipe.py, line 2\)"),
     ("", "has no recipe recipe; it has none: write def recipe"),
 ])
 def test_a_file_that_does_not_import(tmp_path, content, message):
@@ -274,15 +311,54 @@ def test_a_file_that_does_not_import(tmp_path, content, message):
     ("none", "Grey has nothing to train on: encode gives x; name an output \\*_loss"),
     ("mean", r"Grey.encode: x_loss is \(\); a \*_loss is one number a sample, here \[4\]"),
     ("long", r"Grey.encode: x_loss is \(8,\); a \*_loss is one number a sample, here \[4\]"),
+    ("list", "Grey.encode: x is list; a tensor with a row a sample, or Packed tokens, is needed"),
+    ("bare", "Grey.encode returns Tensor; outputs have names"),
+    ("terms", "Grey.objective returns Tensor; terms have names"),
+    ("rows", r"Grey.objective: near is \(4,\); a term is a tensor of one number"),
+    ("float", "Grey.objective: near is float; a term is a tensor of one number"),
 ])
 def test_a_system_without_losses_or_with_wrong_ones(own, shard, tmp_path, losses, message):
     from fastvlp.train import train
 
-    changes = [f"data.train=[{shard}]", f"run.dir={tmp_path}", "run.device=cpu"]
-    with pytest.raises(ValueError, match=message):
+    changes = [f"data.train=[{shard}]", f"run.dir={tmp_path}/runs", "run.device=cpu"]
+    with pytest.raises(ConfigError, match=message):
         train(config.load(own, [*changes, f"model.losses={losses}", "run.name=wrong"]))
+    assert not (tmp_path / "runs").exists()  # a start that was refused leaves nothing
     if losses == "none":
         assert train(config.load(own, changes))["steps"] == 3
+
+
+def test_a_loss_that_trains_nothing_is_said(own, shard, tmp_path, capsys):
+    from fastvlp.train import train
+
+    changes = [f"data.train=[{shard}]", f"run.dir={tmp_path}", "run.device=cpu"]
+    train(config.load(own, [*changes, "model.losses=detached"]))
+    assert "note: the first step has no gradient; a loss that is detached" in capsys.readouterr().out
+    train(config.load(own, [*changes, "run.name=trains"]))
+    assert "no gradient" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, message", [
+    ("made", r"made fails: ValueError: model is a Grey; write the call that makes it, .*: fdl.Config\(Grey, ...\) \(own_recipe.py, line"),
+    ("bare", r"model is a Grey; write the call .*fdl.Config\(Grey, ...\)"),
+    ("mapping", r"data is a dict; fastvlp.recipe.Data\(...\) is needed"),
+    ("text", "text fails: TypeError: .*own_recipe.py, line"),
+    ("breaks", r"breaks fails: KeyError: 'a' \(own_recipe.py, line"),
+    ("broken", r"model cannot be made: NameError: name 'width' is not defined \(own_recipe.py, line [0-9]+\)$"),
+])
+def test_a_recipe_that_is_wrong_is_one_sentence_with_its_place(own, name, message):
+    from fastvlp.systems.files import build_system
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_system(config.load(f"{own}:{name}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_function_sets_is_checked_as_what_a_user_sets(own):
+    Path(own).write_text(OWN + "\ndef shards():\n    return replace(recipe(), data=replace(recipe().data, shuffle=2.5))\n")
+    with pytest.raises(ConfigError, match="data.shuffle is 2.5; a whole number is needed"):
+        config.load(f"{own}:shards")
+    assert config.load(f"{own}:").steps == 3  # mine.py: is mine.py
 
 
 def test_sections_cannot_be_changed_after_the_fact(recipe):

@@ -250,7 +250,7 @@ def test_a_stage_freezes_parts_and_the_next_trains_them(settings):
     ({"model": {"text": {"vocab_size": 10}}}, "vocabulary is 4096"),
     ({"model": {"image": {"grid": 4, "patch_size": 4, "image_size": 32}}}, "lies between 1 and 16"),
     ({"train": {"tokens": {"pictures": 5}}}, "train.tokens names pictures; the streams of this recipe are image, text"),
-    ({"train": {"shard": 2}}, "train.shard is 2 on 1 processes"),
+    ({"train": {"shard": 2}}, "train.shard is 2 on 1 process;"),
     ({"schedule": {"stages": [{"frozen": ["tower"]}]}}, "no part 'tower'; its parts are image, text"),
     ({"optim": {"scales": {"tower": 0.1}}}, "optim.scales names tower"),
     ({"run": {"log": ["tensorboard", "wandb"]}}, "fastvlp\\[log\\]"),

@@ -52,7 +52,7 @@ def test_whichever_call_of_a_save_fails(saved, tmp_path):
         for fault in (CRASH, (NO_SPACE, BROKEN_DISK)[at % 2]):
             folder = shutil.copytree(first, tmp_path / f"{fault}-{at}")
             left.add(fail(trainer, folder, at, fault))
-            (found, described), said = checkpoint.latest(folder, print), f"{fault} at call {at}"
+            (_, described), said = checkpoint.latest(folder, print), f"{fault} at call {at}"
             assert described["counters"]["step"] in (1, 2), said  # ``latest`` has compared every sum
             if fault == CRASH:
                 trainer.counters.step = 3

@@ -113,6 +113,13 @@ def test_data_that_cannot_be_trained_on_is_one_sentence(two_steps, shard, tmp_pa
     assert not (tmp_path / "runs" / "run").exists()
 
 
+def test_a_backend_that_does_not_exist_is_refused_before_anything_is_written(two_steps, tmp_path):
+    two_steps["train"] = {"compile": "nobackend"}
+    with pytest.raises(ConfigError, match="train.compile is 'nobackend'; true, false or a backend of torch.compile"):
+        train(recipe_of(two_steps))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_bad_samples_stop_a_run(settings, tmp_path, workers):
     """Thirty of sixty cannot be read: more than a hundredth, and than ten. What was trained is saved."""

@@ -33,8 +33,8 @@ class Pictures(Field):
     """What fields of pictures have in common: where their settings come from, and what becomes of pixels.
 
     Attributes:
-        size: longest side in pixels. keep: fraction of patches, drawn at random. augment: strength of crop, shift and colour changes.
-            None: the stage's, else the part's ``image_size``, 1.0 and 0.0.
+        size: longest side in pixels, rounded to whole patches. keep: fraction of patches, drawn at random. augment: strength of crop, shift
+            and colour changes. None: the stage's, else the part's ``image_size``, 1.0 and 0.0.
         patch: side of a patch; None: the part's ``patch_size``.
         part: of the system, such as ``image`` or ``teacher.image``.
     """

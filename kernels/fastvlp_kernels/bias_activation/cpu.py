@@ -9,46 +9,61 @@ from torch.nn import functional as F
 from .._inputs import sum_dtype
 
 ELEMENTS = 2**18  # of a block: 1 MiB in float32
+WHOLE = 2**21  # so many are one block, for copies out of blocks would cost more than they save
 _gelu_backward = torch.ops.aten.gelu_backward.default
 
 
 def forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """[T, H] (geglu: [T, H / 2]) in the dtype of x."""
     T, H = x.shape
+    if T * H <= WHOLE:
+        return _forward(x, bias, kind).contiguous()
     out = x.new_empty(T, H // 2 if kind == "geglu" else H)
     for rows in _blocks(T, H):
-        hidden = _hidden(x[rows], bias)
-        if kind == "relu2":
-            positive = hidden.clamp_min(0)
-            out[rows] = positive.mul_(positive)
-        elif kind == "geglu":
-            value, gate = hidden.chunk(2, 1)
-            out[rows] = F.gelu(gate).mul_(value)
-        else:
-            out[rows] = F.gelu(hidden)
+        out[rows] = _forward(x[rows], bias, kind)
     return out
+
+
+def _forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    hidden = _hidden(x, bias)
+    if kind == "relu2":
+        positive = hidden.clamp_min(0)
+        out = positive.mul_(positive)
+    elif kind == "geglu":
+        value, gate = hidden.chunk(2, 1)
+        out = F.gelu(gate).mul_(value)
+    else:
+        out = F.gelu(hidden)
+    return out.to(x.dtype)
 
 
 def backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """Gradients of x and, in the dtype of sums, of the bias; [0] where ``needs`` says no."""
     T, H = x.shape
+    if T * H <= WHOLE:
+        return _backward(grad, x, bias, kind, needs)
     dx = x.new_empty((T, H) if needs[0] else (0,))
     dbias = x.new_zeros(H if needs[1] else 0, dtype=sum_dtype(x.dtype))
     for rows in _blocks(T, H):
-        hidden = _hidden(x[rows], bias)
-        g = grad[rows].to(hidden.dtype)
-        if kind == "relu2":
-            slope = hidden.clamp_min(0).mul_(g).mul_(2)
-        elif kind == "geglu":
-            value, gate = hidden.chunk(2, 1)
-            slope = torch.cat((F.gelu(gate).mul_(g), _gelu_backward(value * g, gate)), 1)
-        else:
-            slope = _gelu_backward(g, hidden)
-        if needs[1]:
-            dbias += slope.sum(0)
+        of_rows, sums = _backward(grad[rows], x[rows], bias, kind, needs)
         if needs[0]:
-            dx[rows] = slope
+            dx[rows] = of_rows
+        dbias += sums
     return dx, dbias
+
+
+def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    hidden = _hidden(x, bias)
+    g = grad.to(hidden.dtype)
+    if kind == "relu2":
+        slope = hidden.clamp_min(0).mul_(g).mul_(2)
+    elif kind == "geglu":
+        value, gate = hidden.chunk(2, 1)
+        slope = torch.cat((F.gelu(gate).mul_(g), _gelu_backward(value * g, gate)), 1)
+    else:
+        slope = _gelu_backward(g, hidden)
+    dx = slope.to(x.dtype).contiguous() if needs[0] else x.new_empty(0)
+    return dx, slope.sum(0) if needs[1] else hidden.new_empty(0)
 
 
 def _hidden(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -82,8 +82,8 @@ def _backward(ctx, grad, *_):
     # Where nobody traces, the function itself: dispatch would cost more than the attention of a few short segments.
     direct = _op.untraced(grad) and not torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.packed_attention_backward
-    saved, types = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
-    grads = run(grad, *saved, ctx.causal, ctx.scale, needs, ctx.impl, *ctx.longest, *types)
+    saved = ctx.saved_tensors  # which a checkpointed block gives once
+    grads = run(grad, *saved[:-3], ctx.causal, ctx.scale, needs, ctx.impl, *ctx.longest, *saved[-3:])
     dq, dk, dv, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dq, dk, dv, *[None] * 5, dbias, *[None] * 10
 

@@ -1,9 +1,7 @@
-"""residual_norm in blocks of tokens that stay in a cache from the sum to the norm, for the CPU and for any device without Triton.
+"""residual_norm in whole passes of PyTorch's own kernels, for the CPU and for any device without Triton.
 
-Memory is passed over four times forward (x, branch, total, out), where the sum and the norm one after the other take five.
+Blocks of tokens that stay in a cache from the sum to the norm were tried: copying out of them cost more than the pass that they spared.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,76 +9,54 @@ from torch import Tensor
 from .._inputs import sum_dtype
 from .arguments import Inputs, Needs
 
-ELEMENTS = 2**18  # of a block: 1 MiB in float32
-
 
 def forward(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [T, C], total [T, C], mean and reciprocal standard deviation [T] in the dtype of sums; no mean ([0]) of RMS."""
-    (T, C), acc = a.x.shape, sum_dtype(a.total_dtype)
-    gamma, weight, bias = (None if v is None else v.to(acc) for v in (a.gamma, a.weight, a.bias))
-    total, out = a.x.new_empty(T, C, dtype=a.total_dtype), a.x.new_empty(T, C, dtype=a.dtype)
-    mean, rstd = a.x.new_empty(0 if a.rms else T, dtype=acc), a.x.new_empty(T, dtype=acc)
-    for rows in _blocks(T, C):
-        if gamma is None:
-            torch.add(a.x[rows], a.branch[rows], out=total[rows])
-        else:
-            total[rows] = torch.addcmul(a.x[rows].to(acc), a.branch[rows].to(acc), gamma)
-        # The norm reads the sum as it is stored, rounded, so that a backward pass from the stored sum fits.
-        wide = total[rows].to(acc)
-        if a.rms:
-            torch.add(torch.linalg.vector_norm(wide, dim=1).square_().div_(C), a.eps, out=rstd[rows]).rsqrt_()
-            normed = torch.mul(wide, rstd[rows, None]).mul_(weight)
-            normed = normed if bias is None else normed.add_(bias)
-        else:
-            normed, of_rows, deviation = torch.native_layer_norm(wide, [C], weight, bias, a.eps)
-            mean[rows], rstd[rows] = of_rows[:, 0], deviation[:, 0]
-        out[rows] = normed
-    return out, total, mean, rstd
+    C, acc = a.x.shape[1], sum_dtype(a.total_dtype)
+    weight = a.weight.to(acc)
+    gamma, bias = (None if v is None else v.to(acc) for v in (a.gamma, a.bias))
+    if gamma is None:
+        total = torch.add(a.x, a.branch)
+    else:
+        total = torch.addcmul(a.x.to(acc), a.branch.to(acc), gamma).to(a.total_dtype)
+    # The norm reads the sum as it is stored, rounded, so that a backward pass from the stored sum fits.
+    wide = total.to(acc).contiguous()
+    if a.rms:
+        rstd = torch.linalg.vector_norm(wide, dim=1).square_().div_(C).add_(a.eps).rsqrt_()
+        out = torch.mul(wide, rstd[:, None]).mul_(weight)
+        return (out if bias is None else out.add_(bias)).to(a.dtype), total.contiguous(), rstd.new_empty(0), rstd
+    out, mean, rstd = torch.native_layer_norm(wide, [C], weight, bias, a.eps)
+    return out.to(a.dtype), total.contiguous(), mean.flatten(), rstd.flatten()
 
 
 def backward(
     a: Inputs, grad: Tensor, grad_total: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (of branch too where they share it), branch, gamma, weight and bias; [0] where ``needs`` says no."""
-    (T, C), acc = a.x.shape, sum_dtype(a.total_dtype)
+    C, acc = a.x.shape[1], sum_dtype(a.total_dtype)
     through = needs.x or needs.branch or needs.gamma
-    dx = a.x.new_empty((T, C) if needs.x or (needs.branch and a.shared) else (0,))
-    dbranch = a.branch.new_empty((T, C) if needs.branch and not a.shared else (0,))
-    dgamma, dweight, dbias = (a.x.new_zeros(C if need else 0, dtype=acc) for need in needs[2:])
-    weight, bias = a.weight.to(acc), None if a.bias is None else a.bias.to(acc)
-    for rows in _blocks(T, C):
-        wide, g = total[rows].to(acc), grad[rows].to(acc)
-        if a.rms:
-            unit = wide * rstd[rows, None]
-            if needs.weight:
-                dweight += (g * unit).sum(0)
-            if needs.bias:
-                dbias += g.sum(0)
-            of_unit = g * weight
-            # The gradient of a norm has no part along what it normalised.
-            ds = torch.addcmul(of_unit, unit, (of_unit * unit).mean(1, keepdim=True), value=-1).mul_(rstd[rows, None])
-        else:
-            statistics = (mean[rows, None], rstd[rows, None])
-            ds, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
-                g.contiguous(), wide, [C], *statistics, weight, bias, [through, needs.weight, needs.bias]
-            )
-            if needs.weight:
-                dweight += of_weight
-            if needs.bias:
-                dbias += of_bias
-        if not through:
-            continue
+    dx, dbranch = a.x.new_empty(0), a.branch.new_empty(0)
+    dgamma, dweight, dbias = (rstd.new_empty(0) for _ in range(3))
+    weight, wide, g = a.weight.to(acc), total.to(acc), grad.to(acc).contiguous()
+    if a.rms:
+        unit = wide * rstd[:, None]
+        dweight = (g * unit).sum(0) if needs.weight else dweight
+        dbias = g.sum(0) if needs.bias else dbias
+        of_unit = g * weight
+        ds = torch.addcmul(of_unit, unit, (of_unit * unit).mean(1, keepdim=True), value=-1).mul_(rstd[:, None])
+    else:
+        bias = None if a.bias is None else a.bias.to(acc)
+        ds, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            g, wide, [C], mean[:, None], rstd[:, None], weight, bias, [through, needs.weight, needs.bias]
+        )
+        dweight, dbias = of_weight if needs.weight else dweight, of_bias if needs.bias else dbias
+    if through:
         if grad_total is not None:
-            ds += grad_total[rows]
-        if dx.numel():
-            dx[rows] = ds
+            ds += grad_total
+        if needs.x or (needs.branch and a.shared):
+            dx = ds.to(a.x.dtype)
         if needs.gamma:
-            dgamma += (ds * a.branch[rows]).sum(0)
-        if dbranch.numel():
-            dbranch[rows] = ds if a.gamma is None else ds.mul_(a.gamma)
+            dgamma = (ds * a.branch).sum(0)
+        if needs.branch and not a.shared:
+            dbranch = (ds if a.gamma is None else ds * a.gamma).to(a.branch.dtype)
     return dx, dbranch, dgamma, dweight, dbias
-
-
-def _blocks(T: int, C: int) -> Iterator[slice]:
-    step = max(1, ELEMENTS // C)
-    return (slice(i, min(i + step, T)) for i in range(0, T, step))

@@ -141,7 +141,8 @@ def backward(
     dx = a.x.new_empty((T, C) if needs.x or (needs.branch and a.shared) else (0,))
     dbranch = a.branch.new_empty((T, C) if needs.branch and not a.shared else (0,))
     if T == 0:
-        return dx, dbranch, *(rstd.new_zeros(C if need else 0) for need in needs[2:])
+        dgamma, dweight, dbias = (rstd.new_zeros(C if need else 0) for need in needs[2:])
+        return dx, dbranch, dgamma, dweight, dbias
     grad, grad_total = _dense(grad), None if grad_total is None else _dense(grad_total)
     branch = _dense(a.branch) if needs.gamma else None
     options = config(C, 4 + sum(needs[2:]))
