@@ -129,6 +129,9 @@ def test_an_index_saves_reading_the_headers(server, monkeypatch):
     assert cli.main(["index", str(server.folder / "y.tar")]) == 0
     index = (server.folder / "y.tar.index.json").stat().st_size
     assert cost(server.address("y.tar")) <= index + 2 * 4096 < size / 4
+    monkeypatch.setattr(remote, "BLOCK", 4 << 20)
+    before = server.sent
+    assert Index([server.address("y.tar")], print).count(0) == 40 and server.sent - before == index + 4096  # no block of the shard
 
 
 @pytest.mark.parametrize("fails", [1, 5])
