@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fastvlp.data import sources
 from fastvlp.data.shards import expand, printable
 from fastvlp.data.sources.tars import write_index
 from fastvlp.data.tar import BrokenTar
@@ -13,6 +14,9 @@ def command(options: argparse.Namespace) -> int:
     """Write the indices that are missing or of another shard, and say what the shards hold."""
     samples = problems = written = refused = 0
     paths = expand(options.data)
+    other = next((path for path in paths if not sources.is_shard(path)), None)
+    if other is not None:
+        raise ValueError(f"{printable(other)} is no shard, and shards alone have an index; fastvlp pack makes shards of it")
     for path in paths:
         try:
             shard, new = write_index(path)

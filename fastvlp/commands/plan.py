@@ -20,7 +20,7 @@ from fastvlp.commands import dry_run, strategies
 from fastvlp.commands.strategies import Cluster, Prediction
 from fastvlp.commands.train import from_arguments
 from fastvlp.data.batch import Stage
-from fastvlp.recipe import Recipe
+from fastvlp.recipe import NO_DATA, Recipe
 from fastvlp.systems.system import System
 from fastvlp.train.parallel import World
 from fastvlp.train.progress import clock
@@ -108,7 +108,11 @@ class Plan:
 
 def command(options: argparse.Namespace) -> int:
     """Print the plan of a recipe."""
-    recipe = counted(from_arguments(options.arguments), World(0, 1, torch.device("cpu")))
+    recipe = from_arguments(options.arguments)
+    if recipe.schedule.epochs is not None and recipe.data.train == NO_DATA:
+        raise ConfigError(f"schedule.epochs is {recipe.schedule.epochs:g} of data that is not named; give samples=N, or data=SHARDS to "
+                          "count")
+    recipe = counted(recipe, World(0, 1, torch.device("cpu")))
     cluster = Cluster(options.devices, options.per_node, options.intra, options.inter, options.tflops, options.latency)
     if not options.memory > 0:
         raise ValueError(f"--memory is {options.memory:g}; it is a positive number of GB")

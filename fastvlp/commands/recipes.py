@@ -28,6 +28,8 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "train.tokens={STREAM: TOKENS}", "save_frequency": "train.checkpoint_every",
     "save_steps": "train.checkpoint_every", "val_frequency": "eval.every", "logs": "run.dir", "output_dir": "run.dir",
     "report_to": "run.log", "pretrained": "run.start", "aug_cfg": "schedule.stages.0.augment",
+    "csv_img_key": "data.train=TABLE?image=COLUMN", "csv_caption_key": "data.train=TABLE?caption=COLUMN",
+    "csv_separator": "data.train=TABLE?sep=CHARACTER", "val_data": "eval.retrieval", "imagenet_val": "eval.zero_shot",
     "force_image_size": "model.image.image_size", "batch": "data.batch_size", "bs": "data.batch_size",
 }
 

@@ -22,7 +22,6 @@ from fastvlp.data.sources.tars import write_index
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "AVIF": "avif", "TIFF": "tif", "BMP": "bmp"}
 QUALITY = 92  # of a JPEG that is written
-JSON = (str, int, float, bool, list, dict, type(None))
 
 Member = tuple[str, bytes]
 
@@ -120,14 +119,23 @@ def _members(reader: Reader, shard: int, member: int, size: int | None) -> Itera
         image.save(written, "JPEG", quality=QUALITY)
         data, form = written.getvalue(), "JPEG"
     yield ENDINGS[form], data
-    fields: dict[str, Any] = {str(name): value for name, value in _values(reader, shard, member).items() if isinstance(value, JSON)}
+    fields = {str(name): value for name, value in _values(reader, shard, member).items() if _is_json(value)}
     fields |= {"captions": list(labels.captions)} | ({"class": labels.name} if labels.name is not None else {})
-    yield "json", json.dumps(fields, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8", "backslashreplace")
+    yield "json", json.dumps(fields, sort_keys=True).encode()
     arrays: dict[str, np.ndarray] = getattr(reader.index.shard(shard), "arrays", {})  # tars alone have some
     for name in sorted(arrays):
         array = reader.npy(shard, member, name)
         if array is not None:
             yield f"{name}.npy", array
+
+
+def _is_json(value: Any) -> bool:
+    """Not so are dates, and pictures of other columns."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _values(reader: Reader, shard: int, member: int) -> dict[str, Any]:

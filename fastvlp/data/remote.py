@@ -11,6 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from fastvlp.data.unpack import Stamp, cache_folder
 
 BLOCK = 4 << 20  # bytes that are asked for at a time: some forty samples, which come soon after one another
+START = 4096
 TRIES, WAIT = 6, 0.5  # seconds before the second try, then twice as long each time: 15 in all
 CACHE_GB = 64.0
 SWEEP = 64  # blocks written between two looks at what all of them take
@@ -128,8 +130,18 @@ class File(io.RawIOBase):
             self._last = number, _cached(f"{self._name}-{number}.block", lambda: self._fetched(number))
         return self._last[1]
 
+    @cached_property
+    def start(self) -> bytes:
+        """The first 4 KB, without the rest of their block."""
+        return self._range(0, START)
+
     def _fetched(self, number: int) -> bytes:
-        begin, end = number * BLOCK, min(self.size, (number + 1) * BLOCK)
+        return self._range(number * BLOCK, (number + 1) * BLOCK)
+
+    def _range(self, begin: int, end: int) -> bytes:
+        end = min(self.size, end)
+        if begin >= end:
+            return b""
 
         def ask() -> bytes:
             data: bytes = self._files.cat_file(self._path, start=begin, end=end)

@@ -35,16 +35,17 @@ def expand(shards: Shards) -> list[str]:
     """The pieces of a path, a folder, a glob, a brace range, a name of the shipped data, or a list of these, sorted per entry.
 
     A piece is a shard (.tar, .tar.gz, .tar.zst), a table (.csv, .tsv, .jsonl with paths of pictures, .parquet, .arrow) or a folder of
-    pictures. ``data/{0000..0003}.tar`` counts from 0000 to 0003, ``data/{a,b}.tar`` lists. A member of a brace range that does not exist is
-    kept (``Index.missing`` and reading report it), so that one lost shard does not stop a run. Columns that have unusual names are said
-    behind a table: ``pairs.csv?image=photo&caption=name&sep=;``.
+    pictures. Shards may lie at addresses that fsspec knows (s3://, gs://, az://, hf://, https://). ``data/{0000..0003}.tar`` counts from
+    0000 to 0003, ``data/{a,b}.tar`` lists, ``::`` joins entries. A member of a brace range that does not exist is kept (``Index.missing``
+    and reading report it), so that one lost shard does not stop a run. Columns that have unusual names are said behind a table:
+    ``pairs.csv?image=photo&caption=name&sep=;``.
 
     Raises:
         FileNotFoundError: an entry names no existing file; says what lies nearby.
         ValueError: braces that do not match, or that stand for more than a million files; a table without pictures or captions.
         ImportError: a shard is packed with zstd, or a table is parquet, and what reads it is not installed.
     """
-    entries = [os.fspath(shard) for shard in ([shards] if isinstance(shards, (str, os.PathLike)) else shards)]
+    entries = [part for shard in ([shards] if isinstance(shards, (str, os.PathLike)) else shards) for part in _parts(os.fspath(shard))]
     if not entries:
         raise FileNotFoundError("the list of shards is empty; give paths, globs, brace ranges {0000..0003} or mini:train")
     found: list[str] = []
@@ -77,6 +78,12 @@ def expand(shards: Shards) -> list[str]:
     if any(path.lower().endswith("zst") for path in found):
         zstd()
     return found
+
+
+def _parts(entry: str) -> list[str]:
+    """Lists that open_clip joins by ::, unless it is a chain of fsspec's or the name of a file."""
+    parts = entry.split("::")
+    return parts if len({"://" in part for part in parts}) == 1 and not os.path.exists(entry) else [entry]
 
 
 def _at_address(entry: str) -> list[str]:

@@ -25,8 +25,8 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 BUDGET = 60.0  # seconds of the processor for one sample; honest ones take a few at most
 CRASHED = "decoder crashes on it"
-REASONS = {-signal.SIGPROF: "takes too long to decode", -signal.SIGSEGV: CRASHED, -signal.SIGABRT: CRASHED, -signal.SIGFPE: CRASHED,
-           -signal.SIGILL: CRASHED}  # by exit code of the worker
+REASONS = {-signal.SIGPROF: "takes too long to decode",
+           **{-number: CRASHED for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)}}  # by exit code
 POLL = 1.0  # seconds after which a worker that died is noticed
 
 

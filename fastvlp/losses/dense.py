@@ -19,7 +19,7 @@ from fastvlp_kernels.pairwise_sigmoid.cpu import LIMIT, LN2, sum_log1p
 
 from .autograd import apply, no_second_derivatives
 
-PAIRS = 1 << 19
+PAIRS, FEW = 1 << 19, 1 << 14
 
 
 def pays(image: Tensor) -> bool:
@@ -67,20 +67,20 @@ class _Dense(torch.autograd.Function):
             of_text = torch.mm(dS.T, x) if need_text else None
         of_scale = None
         if need_scale:  # <x, dS y> and <y, dS^T x> are the same number
-            of_scale = torch.dot(x.view(-1), of_image.view(-1)) if of_image is not None else torch.dot(y.view(-1), of_text.view(-1))
-        made = (of_image if need_image else None, of_text, of_scale, dS.sum() if need_bias else None)
-        made = tuple(None if one is None else one.mul_(weight) for one, weight in zip(made, (factor / N, factor / N, 1 / N, 1 / N), strict=True))
-        ctx.dtypes = image.dtype, text.dtype
-        ctx.save_for_backward(*made)
+            side, of_side = (x, of_image) if of_image is not None else (y, of_text)
+            of_scale = torch.linalg.vecdot(side, of_side).sum()
+        made = of_image if need_image else None, of_text, of_scale, dS.sum() if need_bias else None
+        ctx.save_for_backward(*(None if one is None else one.mul_(by) for one, by in zip(made, (factor, factor, 1, 1), strict=True)))
+        ctx.dtypes, ctx.count = (image.dtype, text.dtype), N
         return loss.div_(N)
 
     @staticmethod
     @no_second_derivatives
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        made = ctx.saved_tensors
-        if torch._C._are_functorch_transforms_active() or gradient.item() != 1:
-            made = tuple(None if one is None else one * gradient for one in made)
-        return *(None if one is None else one.to(dtype) for one, dtype in zip(made, ctx.dtypes)), *made[2:]
+        image, text, *scalars = ctx.saved_tensors
+        weight = gradient / ctx.count
+        features = (None if one is None else (one * weight).to(dtype) for one, dtype in zip((image, text), ctx.dtypes, strict=True))
+        return *features, *(None if one is None else one * weight for one in scalars)
 
 
 def _softmax(S: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,8 @@ def _sigmoid(S: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of softplus(-z S), and its gradient by S; pairs are negated before and after, so that neither end loses digits."""
     pairs = S.diagonal()
     pairs.neg_()
-    if S.amax().item() <= LIMIT[S.dtype] * LN2:  # few logarithms serve where no product of four (1 + e) overflows
+    # A logarithm for four numbers, where no product of four (1 + e) overflows and they are worth the passes.
+    if S.numel() > FEW and S.amax().item() <= LIMIT[S.dtype] * LN2:
         e = S.exp_()
         total = e + 1
         loss, dS = sum_log1p(e.view(-1), total.view(-1), e.new_empty(e.numel() // 2)), e.div_(total)

@@ -9,10 +9,13 @@ import torch
 WORTH = 1 << 21  # multiplications of a product, below which preparing the operands takes longer than float32 (16 to 30 us)
 
 
+def _setting() -> Any:
+    return getattr(torch.backends.mkldnn, "matmul", None)
+
+
 def _supported() -> bool:
     """Whether this CPU multiplies bfloat16 and this torch (2.9 or later) says so for float32 tensors."""
-    setting = getattr(getattr(torch.backends, "mkldnn", None), "matmul", None)
-    return hasattr(setting, "fp32_precision") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return hasattr(_setting(), "fp32_precision") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 FAST = _supported()
@@ -33,7 +36,7 @@ def bf16_products(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    setting: Any = torch.backends.mkldnn.matmul
+    setting = _setting()
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

@@ -9,14 +9,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import fiddle as fdl
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fastvlp
 from fastvlp import cli, config
 from fastvlp.commands import recipes
+from fastvlp.data.fields import bind
 from tests.train.conftest import COLOURS, one_thread, recipe, recipe_of, settings, shard  # noqa: F401  (fixtures)
 
 OWN = "for your own pictures and captions: fastvlp train RECIPE data=SHARDS"
@@ -110,7 +114,8 @@ def test_a_recipe_s_keys_are_listed_with_their_values_and_can_be_given_back(comm
     (["--wd", "0.1"], "optim.weight_decay=0.1"), (["--bf16"], "train.amp=bf16"), (["--epochs", "3"], "schedule.epochs=3"),
     (["--train-num-samples", "9"], "schedule.samples=9"),
     (["--num-workers", "4"], "data.workers=4"), (["--per_device_train_batch_size", "8"], "data.batch_size=8"),
-    (["--seeed", "1"], "run.seed=1"),
+    (["--seeed", "1"], "run.seed=1"), (["--csv-img-key", "photo"], "data.train=TABLE?image=COLUMN"),
+    (["--val-data", "v"], "eval.retrieval=v"),
     (["--grad-checkpointing"], "train.checkpointing=blocks"), (["--train-data", "x.tar"], "data.train=x.tar"),
 ])
 @pytest.mark.parametrize("command", ["train", "plan"])
@@ -132,10 +137,11 @@ def test_every_answer_to_a_flag_is_a_key_that_there_is():
             value = value[int(part) if part.isdigit() else part]
 
 
-@pytest.mark.parametrize("name, patch, width", [("clip-vit-b-32", 32, 768), ("clip-vit-b-16", 16, 768), ("clip-vit-s-16", 16, 384),
-                                                ("siglip-b-16", 16, 768)])
-def test_recipes_for_own_data(name, patch, width):
-    """By short keys: CLIP's tokens and pixels, any one length, nothing of the shipped data."""
+@pytest.mark.parametrize("name, patch, width, millions", [
+    ("clip-vit-b-32", 32, 768, 151.277), ("clip-vit-b-16", 16, 768, 149.621), ("clip-vit-s-16", 16, 384, 62.258),
+    ("siglip-b-16", 16, 768, 203.2 + 13.4 - 4.7)])  # with more words, and no MLP behind the attention pool
+def test_recipes_for_own_data(name, patch, width, millions):
+    """By short keys: CLIP's tokens and pixels, any one length, nothing of the shipped data, and the size of open_clip's models."""
     made = config.load(name, ["data=my/{00..03}.tar", "epochs=2.5"])
     assert made.data.train == ("my/{00..03}.tar",) and made.run.name == name and "mini" not in config.dump(made)
     assert (made.schedule.epochs, made.schedule.samples, made.schedule.steps) == (2.5, None, None)
@@ -144,6 +150,10 @@ def test_recipes_for_own_data(name, patch, width):
     assert (made.model.text.context_length, made.model.text.vocab_size, made.data.tokenizer) == (77, 49408, "clip")
     with pytest.raises(ValueError, match="epochs is 2.5, of data not yet counted; give samples or steps"):
         made.steps  # noqa: B018
+    with torch.device("meta"):
+        system = fdl.build(made.model)
+    assert bind(made.data.fields, system, SimpleNamespace(vocab_size=49408, context_length=None)).keys() == {"image", "text"}
+    assert sum(p.numel() for p in system.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 def test_a_dry_run_shows_the_first_batch_and_its_price(capsys, tmp_path, shard):  # noqa: F811

@@ -196,3 +196,8 @@ def test_a_system_that_reads_values_is_refused_by_name():
     recipe = dataclasses.replace(config.load("clip"), model=fdl.Config(Reads, 8))
     with pytest.raises(ConfigError, match="Reads asks for values of features while it computes .*fastvlp profile"):
         plan(recipe, Cluster(8))
+
+
+def test_epochs_of_no_data_ask_for_samples(capsys):
+    assert cli.main(["plan", "clip-vit-b-32", "--devices", "1"]) == 2
+    assert "schedule.epochs is 32 of data that is not named; give samples=N" in capsys.readouterr().err

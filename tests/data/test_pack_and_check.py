@@ -65,6 +65,20 @@ def test_what_cannot_be_used_is_named_and_arrays_and_names_stay(tmp_path, capsys
     assert not list((tmp_path / "none").iterdir())
 
 
+def test_columns_that_json_cannot_hold_stay_behind(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"image": PICTURES[:2], "text": ["a", "b"], "mask": [{"bytes": PICTURES[0], "path": None}] * 2, "n": [1, None],
+                           "when": pyarrow.array([0, 1], pyarrow.timestamp("s")), "boxes": [[[0.0, 0.5]], []]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert not pack(str(tmp_path / "x.parquet"), tmp_path / "packed")
+    with tarfile.open(tmp_path / "packed" / "shard-00000.tar") as tar:
+        found = [json.load(tar.extractfile(f"00000000{i}.json")) for i in range(2)]
+    assert found == [{"boxes": [[0.0, 0.5]], "captions": ["a"], "n": 1, "text": "a"},
+                     {"boxes": [], "captions": ["b"], "n": None, "text": "b"}]
+
+
 def test_pictures_are_made_smaller_and_never_larger(tmp_path):
     large, small = encoded(picture(0, (90, 30))), encoded(picture(1, (20, 14)))
     shard = write_tar(tmp_path / "x.tar", [("0.png", large), ("0.txt", b"x"), ("1.png", small), ("1.txt", b"x"), ("2.png", large[:200]),

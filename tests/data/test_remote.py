@@ -1,6 +1,7 @@
 """Shards at addresses: ranges of bytes over HTTP and fsspec's memory, the index beside a shard, retries, and the cache of blocks."""
 
 import collections
+import gzip
 import http.server
 import itertools
 import json
@@ -128,6 +129,9 @@ def test_an_index_saves_reading_the_headers(server, monkeypatch):
     assert cli.main(["index", str(server.folder / "y.tar")]) == 0
     index = (server.folder / "y.tar.index.json").stat().st_size
     assert cost(server.address("y.tar")) <= index + 2 * 4096 < size / 4
+    monkeypatch.setattr(remote, "BLOCK", 4 << 20)
+    before = server.sent
+    assert Index([server.address("y.tar")], print).count(0) == 40 and server.sent - before == index + 4096  # no block of the shard
 
 
 @pytest.mark.parametrize("fails", [1, 5])
@@ -252,6 +256,18 @@ def test_an_index_says_what_the_headers_say(shard, memory, capsys):
         assert index.problems == [("no image", f"{path}: c")]
         assert np.array_equal(index.arrays["depth"], headers.arrays["depth"]) and index.array(1, "depth").tolist()[1] == 56
     assert Index([str(shard)], print).digest() == Index(["memory:///b/x.tar"], print).digest()
+
+
+def test_shards_alone_have_an_index(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("path,title\na.png,a\n")
+    assert cli.main(["index", str(tmp_path / "x.csv")]) == 2
+    assert "x.csv is no shard, and shards alone have an index" in capsys.readouterr().err
+    write_tar(tmp_path / "x.tar", sound(0))
+    with open(tmp_path / "x.tar", "rb") as plain, gzip.open(tmp_path / "y.tar.gz", "wb") as packed:
+        packed.write(plain.read())
+    assert cli.main(["index", str(tmp_path)]) == 1
+    assert "y.tar.gz: shard is packed" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.tar", "x.tar.index.json", "y.tar.gz"]
 
 
 def test_an_index_of_another_shard_is_not_used(shard):

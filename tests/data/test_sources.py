@@ -132,6 +132,23 @@ def test_hugging_face_s_classes_and_splits(tmp_path):
         expand(state.parent)
 
 
+def test_numbers_of_classes(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(CLASSES)}}
+    cells = pyarrow.array([{"bytes": data, "path": None} for data in PICTURES[:5]])
+    table = pyarrow.table({"image": cells, "label": [2, -1, 0, 3, None], "text": ["two", "none", "zero", "three", "null"]})
+    pyarrow.parquet.write_table(features(table, **types), tmp_path / "x.parquet")
+    found, skipped = _all(str(tmp_path / "x.parquet"))
+    assert [(sample.labels.captions[0], sample.labels.name) for sample in found] == [
+        ("two", "tree"), ("none", None), ("zero", "dog"), ("null", None)]
+    assert skipped == [("no class has this number", f"{tmp_path}/x.parquet: row 4")]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "class": [0.0, 1.0, 2.0, 3.5, float("nan")]}), tmp_path / "y.parquet")
+    found, skipped = _all(str(tmp_path / "y.parquet"))
+    assert [sample.labels.name for sample in found] == ["0", "1", "2", "3.5"] and [reason for reason, _ in skipped] == ["no caption"]
+
+
 def test_parquet_of_hugging_face_and_of_failed_downloads(tmp_path):
     import pyarrow
     import pyarrow.parquet

@@ -35,6 +35,11 @@ def _kind(path: str) -> Callable[[str], Piece]:
     return folders.scan if os.path.isdir(path) else tars.scan
 
 
+def is_shard(path: str) -> bool:
+    """Whether a piece is read as a tar."""
+    return _kind(path) is tars.scan
+
+
 def file_of(path: str) -> str:
     """The file or folder of a piece, without what is asked of its columns."""
     return columns.split(path)[0]

@@ -66,8 +66,8 @@ def labels_of(row: Mapping[str, Any], columns: Columns, classes: Sequence[str] =
             caption = json.loads(caption)
         except (ValueError, RecursionError):
             pass  # a caption that begins with a bracket
-    if name is not None and not isinstance(name, str):
-        name = class_of(str(name), classes)
+    if isinstance(name, int | float) and not isinstance(name, bool):  # below zero: none is known, as in test sets
+        name = class_of(f"{name:g}" if isinstance(name, float) else str(name), classes) if name >= 0 else None
     return labels([caption if isinstance(caption, list | tuple) else [caption]], name)
 
 

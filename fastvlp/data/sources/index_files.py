@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fastvlp.data.sources.tars import Shard
 
 ENDING, VERSION = ".index.json", 1
-HEAD = 4096  # bytes of the shard by which an index knows it, beside its size
 LARGEST = 1 << 26  # bytes; one of 10,000 samples has a million
 LONGEST, MOST, MOST_ARRAYS = 1 << 11, 1 << 19, 1 << 8  # of a name; of samples, problems and arrays, and of their names, as in shards
 
@@ -28,8 +27,8 @@ log = logging.getLogger(__name__)
 
 
 def head_of(data: bytes) -> str:
-    """What the beginning of a shard is known by."""
-    return hashlib.blake2b(data[:HEAD], digest_size=16).hexdigest()
+    """What the first 4 KB of a shard are known by, which tell it from others of its size."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def dump(shard: Shard, head: str) -> bytes:

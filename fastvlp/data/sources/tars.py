@@ -75,7 +75,7 @@ class Shard:
 def _open(path: str) -> tuple[BinaryIO, Stamp]:
     if remote.is_address(path):
         there = remote.File(path)
-        if there.pread(4, 0).startswith(PACKED):
+        if there.start.startswith(PACKED):
             raise BrokenTar("shard is packed, which is read from local files alone")
         return cast(BinaryIO, there), there.stamp
     descriptor, stamp = open_shard(path)
@@ -262,8 +262,10 @@ def _classes(path: str, members: np.ndarray) -> tuple[str, ...]:
 
 
 def _head(file: BinaryIO) -> bytes:
+    if isinstance(file, remote.File):
+        return file.start
     file.seek(0)
-    return file.read(index_files.HEAD)
+    return file.read(remote.START)
 
 
 def write_index(path: str) -> tuple[Shard, bool]:
