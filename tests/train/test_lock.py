@@ -15,7 +15,8 @@ from fastvlp.train.lock import RunLock
 
 def test_the_second_is_told_who_holds_it_and_the_third_gets_it(tmp_path):
     folder = tmp_path / "runs" / "a"
-    with RunLock(folder):
+    first = RunLock(folder)  # kept: its file is closed by hand, not when nobody holds it any more
+    with first:
         held = f"process {os.getpid()} on {os.uname().nodename}"
         assert (folder / ".lock").read_text() == held
         with pytest.raises(ConfigError, match=f"^{re.escape(f'{folder} is in use: {held} is training there')}; wait for it, stop it, or"):
@@ -31,9 +32,13 @@ def test_the_second_is_told_who_holds_it_and_the_third_gets_it(tmp_path):
 
 
 def test_a_start_that_was_refused_leaves_no_folder(tmp_path):
-    with RunLock(tmp_path / "a"):
+    with RunLock(tmp_path / "x" / "y" / "a"):
         pass
-    assert not (tmp_path / "a").exists()
+    assert list(tmp_path.iterdir()) == []  # nor those above it that were made for it
+    (tmp_path / "x").mkdir()
+    with RunLock(tmp_path / "x" / "a"):
+        pass
+    assert list((tmp_path / "x").iterdir()) == []
     with RunLock(tmp_path / "b"):
         (tmp_path / "b" / "log.jsonl").touch()
     assert (tmp_path / "b" / "log.jsonl").exists() and (tmp_path / "b" / ".lock").exists()
