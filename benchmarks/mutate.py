@@ -45,11 +45,12 @@ class Session:
                 f"test-command = {command}\n\n[cosmic-ray.distributor]\nname = \"local\"\n\n"
                 f"[cosmic-ray.filters.operators-filter]\nexclude-operators = [{json.dumps(SKIPPED)}]\n")  # fmt: skip
 
-    def python(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a Python module in the copy."""
+    def python(self, *command: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a Python module in the copy; raises TimeoutExpired."""
         paths = [str(self.tree), str(self.tree / "kernels"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, "-m", *command], cwd=self.tree, env=environment, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", *command], cwd=self.tree, env=environment, capture_output=True, text=True,
+                              timeout=timeout)
 
     def call(self, *command: str) -> str:
         """What a Python module that must succeed prints in the copy."""
@@ -91,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("module", nargs="?", help="such as fastvlp/train/checkpoint.py (default: the changes of benchmarks/changes.py)")
     parser.add_argument("tests", nargs="*", help="files or tests that should notice, as pytest takes them")
     parser.add_argument("--folder", type=Path, default=ROOT / ".mutants", help="for the copy and the session (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=120, help="after which a change is taken for noticed (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=300, help="after which a change is taken for noticed (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -123,7 +124,10 @@ def _promises(session: Session) -> int:
         file = session.tree / change.file
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace(change.old, change.new), encoding="utf-8")
-        status = session.python("pytest", "-q", "-x", "-p", "no:cacheprovider", change.test).returncode
+        try:
+            status = session.python("pytest", "-q", "-x", "-p", "no:cacheprovider", change.test, timeout=session.seconds).returncode
+        except subprocess.TimeoutExpired:  # what is read for ever
+            status = 1
         file.write_text(text, encoding="utf-8")
         survived += status != 1  # 1: a test failed; others: it could not be run
         print(f"{'noticed' if status == 1 else 'SURVIVED'}: {change.about} ({change.test})", flush=True)

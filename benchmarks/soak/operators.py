@@ -279,11 +279,19 @@ def grouped_linear(dice: Dice) -> Drawn:
                  lambda given, impl: kernels.grouped_linear(**given, types=kinds, impl=impl))
 
 
+def bi_wkv(dice: Dice) -> Drawn:
+    lengths, H, K, V = dice.lengths(), dice.count(1, 4), dice.count(1, 40), dice.count(1, 40)
+    T, starts, scale = sum(lengths), dice.starts(lengths), dice.plain.uniform(0.1, 2)
+    leaves = {name: dice.normal(T, H, width) for name, width in (("r", K), ("k", K), ("v", V), ("w", K))} | {"u": dice.normal(H, K)}
+    return Drawn(f"bi_wkv {_sizes(lengths=lengths, H=H, K=K, V=V, scale=round(scale, 2))}", leaves,
+                 lambda given, impl: kernels.bi_wkv(**given, cu_seqlens=starts, scale=scale, impl=impl))
+
+
 OPERATORS = (similarity_logsumexp, pairwise_sigmoid, similarity_attend, maxsim, packed_attention, patch_embed, merge_plan, token_select,
              segment_pool, linear_cross_entropy, similarity_topk, residual_norm, bias_activation,
-             grouped_linear)  # fmt: skip
+             grouped_linear, bi_wkv)  # fmt: skip
 # What a dtype is drawn for; scalars, biases and sizes stay in float32.
-_FEATURES = ("x", "y", "v", "q", "k", "weight", "rows", "cols", "grid")
+_FEATURES = ("x", "y", "v", "q", "k", "r", "weight", "rows", "cols", "grid")
 
 
 def case(seed: int, folder: Path, device: torch.device) -> int:

@@ -5,7 +5,6 @@ Importing this teaches PyTorch's own counter (``torch.utils.flop_counter``) our 
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
@@ -114,8 +113,7 @@ class FlopCount(TorchDispatchMode):
 
     def __enter__(self) -> FlopCount:
         for name, module in self._system.named_modules() if self._system is not None else ():
-            # The layers of a block are left alone, which fuses those that nobody watches.
-            if name and not re.search(r"\.\d+\.[^.]+$", name):
+            if name:
                 self._hooks.append(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._leave))
         super().__enter__()

@@ -1,6 +1,7 @@
 """The changes that tests have to notice are changes, of what is there, with tests that are there."""
 
 import ast
+import subprocess
 
 import pytest
 
@@ -20,19 +21,22 @@ def test_a_change_is_one(change):
 
 def test_known_changes_are_tried_one_by_one(monkeypatch, tmp_path, capsys):
     """Each alone, in a copy; what no test notices, and what could not be tried, is told."""
-    monkeypatch.setattr(mutate, "CHANGES", CHANGES[:3])
-    changed, statuses = [], iter([1, 0, 4])
+    monkeypatch.setattr(mutate, "CHANGES", CHANGES[:4])
+    changed, statuses = [], iter([1, 0, 4, None])
 
-    def python(self, *command):
+    def python(self, *command, timeout):
         here, there = mutate.ROOT, self.tree
         changed.append([one.about for one in CHANGES if (here / one.file).read_bytes() != (there / one.file).read_bytes()])
         assert command[-1] == CHANGES[len(changed) - 1].test
-        return type("Run", (), {"returncode": next(statuses)})
+        status = next(statuses)
+        if status is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return type("Run", (), {"returncode": status})
 
     monkeypatch.setattr(mutate.Session, "python", python)
     assert command_line.main(["mutate", "--folder", str(tmp_path)]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in out] == ["noticed", "SURVIVED", "SURVIVED", "1 of 3 changes were noticed"]
+    assert [line.partition(":")[0] for line in out] == ["noticed", "SURVIVED", "SURVIVED", "noticed", "2 of 4 changes were noticed"]
     assert all(CHANGES[number].about in about for number, about in enumerate(changed))
 
 

@@ -2,13 +2,14 @@
 
 import json
 import os
+import types
 
 import pytest
 import torch
 
 import fastvlp_kernels
 from benchmarks import __main__ as command_line
-from benchmarks.soak import data, files, ranks, saves, training
+from benchmarks.soak import data, files, operators, ranks, saves, training
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,11 @@ def planted(monkeypatch, tmp_path, capsys, part: str, cases: int = 40) -> str:
     code, (again,) = soak(tmp_path, *command[1:])
     assert code == 1 and again["cases"] == 1 and again["failed_seed"] == found["failed_seed"] and again["failure"] == found["failure"]
     return found["failure"]
+
+
+def test_every_operator_is_called():
+    public = {name for name, value in vars(fastvlp_kernels).items() if isinstance(value, types.FunctionType) and not name.startswith("_")}
+    assert {draw.__name__ for draw in operators.OPERATORS} == public
 
 
 def test_a_wrong_operator_is_found(monkeypatch, tmp_path, capsys):

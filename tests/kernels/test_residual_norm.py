@@ -131,6 +131,17 @@ def test_nothing_is_wider_than_the_tokens():
         torch.autograd.grad(sum(t.square().sum() for t in call(*given)), given)
 
 
+def test_what_is_kept_is_the_sum_alone():
+    """As by a norm after a sum; LayerScale's gradient also needs what it scales."""
+    for scaled in (False, True):
+        x, branch, weight, bias, gamma = leaves()
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            _, total = call(x, branch, weight, bias, gamma if scaled else None)
+        wide = {t.data_ptr() for t in kept if t.shape == (T, C)}
+        assert wide == {total.data_ptr()} | ({branch.data_ptr()} if scaled else set())
+
+
 def test_results_that_start_as_nan_are_all_written():
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)

@@ -84,7 +84,8 @@ def test_kernels_compile(arch, width, kind, scaled, monkeypatch):
     x, vector = torch.zeros(1000, width, dtype=torch.bfloat16), torch.zeros(width)
     a = arguments.Inputs(x, x, vector if scaled else None, vector, vector if kind == "layer" else None, 1e-5, kind == "rms", x.dtype)
     out, total, mean, rstd = triton.forward(a)
-    triton.backward(a, out, total, total, mean, rstd, arguments.Needs(True, True, scaled, True, kind == "layer"))
+    saved = arguments.Saved(x if scaled else None, a.gamma, a.weight, a.bias, total, mean, rstd, x.dtype, x.dtype, a.rms)
+    triton.backward(saved, out, total, arguments.Needs(True, True, scaled, True, kind == "layer"))
     for recorder in recorders:
         recorder.compile(arch).assert_fits()
 

@@ -22,10 +22,25 @@ class Inputs(NamedTuple):
     def total_dtype(self) -> torch.dtype:
         return torch.promote_types(self.x.dtype, self.branch.dtype)
 
+
+class Saved(NamedTuple):
+    """What backward reads: of x and branch themselves only what LayerScale's gradient is made of."""
+
+    branch: Tensor | None  # None without LayerScale
+    gamma: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    total: Tensor
+    mean: Tensor
+    rstd: Tensor
+    x_dtype: torch.dtype
+    branch_dtype: torch.dtype
+    rms: bool
+
     @property
     def shared(self) -> bool:
         """Whether x and branch have one gradient."""
-        return self.gamma is None and self.x.dtype == self.branch.dtype
+        return self.gamma is None and self.x_dtype == self.branch_dtype
 
 
 class Needs(NamedTuple):

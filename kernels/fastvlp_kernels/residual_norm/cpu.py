@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._inputs import sum_dtype
-from .arguments import Inputs, Needs
+from .arguments import Inputs, Needs, Saved
 
 
 def forward(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,34 +29,32 @@ def forward(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return out.to(a.dtype), total.contiguous(), mean.flatten(), rstd.flatten()
 
 
-def backward(
-    a: Inputs, grad: Tensor, grad_total: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Saved, grad: Tensor, grad_total: Tensor | None, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (of branch too where they share it), branch, gamma, weight and bias; [0] where ``needs`` says no."""
-    C, acc = a.x.shape[1], sum_dtype(a.total_dtype)
+    C, acc = a.total.shape[1], a.rstd.dtype
     through = needs.x or needs.branch or needs.gamma
-    dx, dbranch = a.x.new_empty(0), a.branch.new_empty(0)
-    dgamma, dweight, dbias = (rstd.new_empty(0) for _ in range(3))
-    weight, wide, g = a.weight.to(acc), total.to(acc), grad.to(acc).contiguous()
+    dx, dbranch = a.total.new_empty(0, dtype=a.x_dtype), a.total.new_empty(0, dtype=a.branch_dtype)
+    dgamma, dweight, dbias = (a.rstd.new_empty(0) for _ in range(3))
+    weight, wide, g, rstd = a.weight.to(acc), a.total.to(acc), grad.to(acc).contiguous(), a.rstd[:, None]
     if a.rms:
-        unit = wide * rstd[:, None]
+        unit = wide * rstd
         dweight = (g * unit).sum(0) if needs.weight else dweight
         dbias = g.sum(0) if needs.bias else dbias
         of_unit = g * weight
-        ds = torch.addcmul(of_unit, unit, (of_unit * unit).mean(1, keepdim=True), value=-1).mul_(rstd[:, None])
+        ds = torch.addcmul(of_unit, unit, (of_unit * unit).mean(1, keepdim=True), value=-1).mul_(rstd)
     else:
         bias = None if a.bias is None else a.bias.to(acc)
         ds, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
-            g, wide, [C], mean[:, None], rstd[:, None], weight, bias, [through, needs.weight, needs.bias]
+            g, wide, [C], a.mean[:, None], rstd, weight, bias, [through, needs.weight, needs.bias]
         )
         dweight, dbias = of_weight if needs.weight else dweight, of_bias if needs.bias else dbias
     if through:
         if grad_total is not None:
             ds += grad_total
         if needs.x or (needs.branch and a.shared):
-            dx = ds.to(a.x.dtype)
-        if needs.gamma:
+            dx = ds.to(a.x_dtype)
+        if needs.gamma and a.branch is not None:
             dgamma = (ds * a.branch).sum(0)
         if needs.branch and not a.shared:
-            dbranch = (ds if a.gamma is None else ds * a.gamma).to(a.branch.dtype)
+            dbranch = (ds if a.gamma is None else ds * a.gamma).to(a.branch_dtype)
     return dx, dbranch, dgamma, dweight, dbias

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _check, _op
 from .._inputs import sum_dtype
 from . import reference
-from .arguments import Inputs, Needs
+from .arguments import Inputs, Needs, Saved
 
 OP = "residual_norm"
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
@@ -36,12 +36,12 @@ def _(x, branch, gamma, weight, bias, eps, rms, dtype, impl):
 
 
 def _gradients(
-    grad: Tensor | None, grad_total: Tensor | None, x: Tensor, branch: Tensor, gamma: Tensor | None, weight: Tensor, bias: Tensor | None,
-    total: Tensor, mean: Tensor, rstd: Tensor, eps: float, rms: bool, dtype: torch.dtype, impl: str, needs: list[bool],
+    grad: Tensor | None, grad_total: Tensor | None, branch: Tensor | None, gamma: Tensor | None, weight: Tensor, bias: Tensor | None,
+    total: Tensor, mean: Tensor, rstd: Tensor, x_dtype: torch.dtype, branch_dtype: torch.dtype, rms: bool, impl: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    a = Inputs(x, branch, gamma, weight, bias, eps, rms, dtype)
+    a = Saved(branch, gamma, weight, bias, total, mean, rstd, x_dtype, branch_dtype, rms)
     grad = torch.zeros_like(total) if grad is None else grad
-    dx, dbranch, *vectors = _op.module(__package__, impl).backward(a, grad, grad_total, total, mean, rstd, Needs(*needs))
+    dx, dbranch, *vectors = _op.module(__package__, impl).backward(a, grad, grad_total, Needs(*needs))
     dgamma, dweight, dbias = (d if v is None else d.to(v.dtype) for d, v in zip(vectors, (gamma, weight, bias), strict=True))
     return dx, dbranch, dgamma, dweight, dbias
 
@@ -50,16 +50,18 @@ _residual_norm_backward = _op.custom_op(f"{OP}_backward")(_gradients)
 
 
 @_residual_norm_backward.register_fake
-def _(grad, grad_total, x, branch, gamma, weight, bias, total, mean, rstd, eps, rms, dtype, impl, needs):
-    shared = gamma is None and x.dtype == branch.dtype
+def _(grad, grad_total, branch, gamma, weight, bias, total, mean, rstd, x_dtype, branch_dtype, rms, impl, needs):
+    shared = gamma is None and x_dtype == branch_dtype
     wanted = (needs[0] or (needs[1] and shared), needs[1] and not shared, *needs[2:])
-    like = (x, branch, rstd if gamma is None else gamma, weight, rstd if bias is None else bias)
-    return tuple(t.new_empty((x.shape if k < 2 else x.shape[1:]) if w else (0,)) for k, (t, w) in enumerate(zip(like, wanted, strict=True)))
+    dtypes = (x_dtype, branch_dtype, *((rstd if v is None else v).dtype for v in (gamma, weight, bias)))
+    shapes = (*[total.shape] * 2, *[total.shape[1:]] * 3)
+    return tuple(total.new_empty(s if w else (0,), dtype=d) for s, w, d in zip(shapes, wanted, dtypes, strict=True))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output[1:])
-    ctx.rest = inputs[5:]
+    x, branch, gamma, weight, bias, _, rms, _, impl = inputs
+    ctx.save_for_backward(None if gamma is None else branch, gamma, weight, bias, *output[1:])
+    ctx.rest = (x.dtype, branch.dtype, rms, impl)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 

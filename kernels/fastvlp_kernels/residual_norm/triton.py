@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import processors
-from .arguments import Inputs, Needs
+from .arguments import Inputs, Needs, Saved
 
 PROGRAMS = 6  # of backward, for each processor: what its registers hold at 768 features
 
@@ -133,18 +133,16 @@ def forward(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return out, total, mean, rstd
 
 
-def backward(
-    a: Inputs, grad: Tensor, grad_total: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(a: Saved, grad: Tensor, grad_total: Tensor | None, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (of branch too where they share it), branch, gamma, weight and bias; [0] where ``needs`` says no."""
-    T, C = a.x.shape
-    dx = a.x.new_empty((T, C) if needs.x or (needs.branch and a.shared) else (0,))
-    dbranch = a.branch.new_empty((T, C) if needs.branch and not a.shared else (0,))
+    total, mean, rstd, (T, C) = a.total, a.mean, a.rstd, a.total.shape
+    dx = total.new_empty((T, C) if needs.x or (needs.branch and a.shared) else (0,), dtype=a.x_dtype)
+    dbranch = total.new_empty((T, C) if needs.branch and not a.shared else (0,), dtype=a.branch_dtype)
     if T == 0:
         dgamma, dweight, dbias = (rstd.new_zeros(C if need else 0) for need in needs[2:])
         return dx, dbranch, dgamma, dweight, dbias
     grad, grad_total = _dense(grad), None if grad_total is None else _dense(grad_total)
-    branch = _dense(a.branch) if needs.gamma else None
+    branch = _dense(a.branch) if needs.gamma and a.branch is not None else None
     options = config(C, 4 + sum(needs[2:]))
     share = triton.cdiv(triton.cdiv(T, PROGRAMS * processors(grad.device)), options["ROWS"]) * options["ROWS"]
     programs = triton.cdiv(T, share)
