@@ -24,7 +24,8 @@ TRIES, WAIT = 6, 0.5  # seconds before the second try, then twice as long each t
 CACHE_GB = 64.0
 SWEEP = 64  # blocks written between two looks at what all of them take
 GONE = (401, 403, 404, 410)  # answers of a server that it will repeat
-FACTS = ("etag", "mtime", "lastmodified", "last-modified", "last_modified", "md5hash", "created", "generation")  # that tell versions apart
+FACTS = ("etag", "mtime", "lastmodified", "last-modified", "last_modified", "md5hash", "created", "generation",
+         "blob_id")  # that tell versions of a file apart
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
