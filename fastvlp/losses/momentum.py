@@ -137,7 +137,7 @@ def queue_contrastive_loss(
     dtype = _inputs.product_dtype(NAME, image, compute_dtype)
     factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
     how = {"compute_dtype": dtype, "stash_bytes": stash_bytes, "impl": impl}
-    # Operands are in the dtype of products already, and sums have to stay wide.
+    # ``compute_dtype`` says what is rounded; autocast would round sums as well.
     with torch.autocast(image.device.type, enabled=False):
         of_images = _against_queue(image, text_keys, text_queue, factor, batch_negatives, how)
         of_texts = _against_queue(text, image_keys, image_queue, factor, batch_negatives, how)

@@ -83,7 +83,7 @@ def save(folder: str | os.PathLike[str], system: System, recipe: Recipe, state: 
 
 
 def _umask() -> int:
-    # A umask can only be read by setting it.
+    # Python reads a umask only by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -162,7 +162,7 @@ class Scale(nn.Module):
     @torch.no_grad()
     def follow(self) -> None:
         """After the optimizer's step: bring the scale back into its bounds."""
-        # Here and not in ``forward``, where a clamp would take the gradient away at the bound.
+        # Here and not in ``forward``, where a clamp would leave a scale beyond its bound without gradient.
         self.log_scale.clamp_(0.0, math.log(self.largest))
 
 

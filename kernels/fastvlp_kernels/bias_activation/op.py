@@ -43,7 +43,7 @@ def _(grad, x, bias, kind, impl, needs):
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bias, ctx.kind, ctx.impl = inputs
-    # x, which the caller holds anyway, and not x + bias: the sum is cheaper to make again than to keep.
+    # x, which exists already, and not x + bias, which would have to be written as well.
     ctx.save_for_backward(x, bias)
 
 

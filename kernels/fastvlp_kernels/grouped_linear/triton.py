@@ -16,7 +16,6 @@ SHARES = 32  # of a type's tokens, in the sums of a bias's gradient
 def config(dtype: torch.dtype) -> dict[str, int]:
     """Block sizes and launch options of the products."""
     if dtype == torch.float32:
-        # Elements of float32 are twice as large, so tiles are smaller to fit into shared memory.
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 

@@ -101,7 +101,7 @@ def _sum_kernel(
             for slot in range(first, last + 1):
                 # 0 behind the end, which adds nothing to the sum.
                 best = tl.maximum(best, tl.load(max_ptr + slot * stride + offs, mask=offs < end, other=0.0))
-            # +inf stood for NaN among the maxima, and ends here.
+            # +inf stood for NaN, which passes through no maximum of the hardware.
             total += tl.where(best == float("inf"), float("nan"), best)
     value = tl.sum(total, 0)
     if MEAN:
