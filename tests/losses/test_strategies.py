@@ -126,7 +126,7 @@ def allocated(rank, size, batch):
         for _ in range(2):  # gloo's own buffers
             call()
         grown = []
-        for _ in range(4):
+        for _ in range(8):
             dist.barrier()
             grown.append(growth(call, torch.device("cpu")))
     return min(grown)  # gloo's threads let go of an old tensor when they get to it
