@@ -158,9 +158,11 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
             except ValueError:
                 pass  # 1e3 is a whole number, too
         try:
+            # YAML writes these with a dot, which Python's float does not read.
             number = float(value.replace(".nan", "nan").replace(".inf", "inf") if isinstance(value, str) else value)
         except (TypeError, ValueError, OverflowError):
             number = None
         if number is not None and (hint is float or (math.isfinite(number) and number.is_integer())):
+            # A whole number as it is, since a float rounds beyond 2^53.
             return value if hint is int and isinstance(value, int) else hint(number)
     raise ConfigError(f"{path} is {value!r}; {names.get(hint, getattr(hint, '__name__', str(hint)))} is needed")

@@ -89,6 +89,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence."""
 
     def error(self, message: str) -> NoReturn:
+        # Without argparse's usage, whose lines would hide the one sentence.
         self.exit(2, f"fastvlp: error: {message}; see {self.prog} --help\n")
 
 

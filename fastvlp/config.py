@@ -76,6 +76,7 @@ def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     """A copy of a recipe with ``key=value`` changes."""
     if not changes:
         return recipe
+    # By way of plain values, so that what was changed is checked as a whole recipe is.
     values = to_dict(recipe)
     for line in changes:
         key, separator, text = line.partition("=")
@@ -112,6 +113,7 @@ def variants() -> dict[str, Callable[[], Recipe]]:
     for system in names():
         module = importlib.import_module(f"fastvlp.systems.{system}")
         for name in _functions(module):
+            # By what it says to return: helpers of a file may take no arguments either.
             if name not in ("recipe", "paper") and vars(module)[name].__annotations__.get("return") == "Recipe":
                 found[f"{system}-{name}".replace("_", "-")] = vars(module)[name]
     return found
@@ -130,6 +132,7 @@ def _refuse_own_data(named: Iterable[str]) -> None:
 
 
 def _functions(module: ModuleType) -> list[str]:
+    # Its own alone, or whatever the file imports would count as its recipes.
     return [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not n.startswith("_")
             and not inspect.signature(f).parameters]
 
@@ -158,6 +161,7 @@ def _file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # anything may happen in a stranger's file; it must be one sentence
         said = raised(error)
+        # Half a module must not be found by the next import.
         del sys.modules[path.stem]
         _own_files.discard(path.stem)
         raise ConfigError(f"recipe {path} does not import: {said}") from error
@@ -313,6 +317,7 @@ def _argument(hint: Any, value: Any, path: str) -> Any:
 
 def _find(make: Any, path: str, packages: Sequence[str]) -> Any:
     module, _, name = str(make).partition(":")
+    # Before anything is imported, since an import runs code.
     if not any(module == package or module.startswith(f"{package}.") for package in packages) and module not in _own_files:
         raise ConfigError(f"{path}: {make} is outside of {', '.join(packages)}; name the file that it is from: fastvlp train FILE.py, "
                           "fastvlp eval or show --recipe FILE.py, fastvlp.load(..., recipe='FILE.py')")
@@ -355,6 +360,7 @@ def _set(values: Any, path: list[str], new: Any, key: str) -> Any:
         return [*values[:index], _set(old, path[1:], new, key), *values[index + 1:]]
     if values is not None and not isinstance(values, Mapping):
         raise ConfigError(f"{key}: there is a value above {path[0]}, not a section")
+    # A copy: what was given stays as it was.
     values = dict(values or {})
     values[path[0]] = _set(values.get(path[0]), path[1:], new, key)
     return values

@@ -284,4 +284,5 @@ class Recipe:
             return self.schedule.steps
         if self.schedule.epochs is not None:
             raise ValueError(f"schedule.epochs is {self.schedule.epochs:g}, of data not yet counted; give samples or steps")
+        # Rounded up, so that none of the samples that were asked for is left out.
         return math.ceil((self.schedule.samples or 0) / self.data.batch_size)

@@ -90,6 +90,7 @@ def look(data: Shards, tokenizer: Tokenizer, limit: int = 0) -> Found:
     found.pieces, found.held = len(paths), sum(counts)
     found.looked = min(limit or found.held, found.held)
     ends, reader = np.cumsum(counts), Reader(index)
+    # Evenly and not the first ones, since data often lies sorted by where it came from.
     places = np.linspace(0, found.held - 1, found.looked).round().astype(int).tolist()
     shown = set(places[::max(1, len(places) // SHOWN)][:SHOWN])
     for place in places:
@@ -104,6 +105,7 @@ def look(data: Shards, tokenizer: Tokenizer, limit: int = 0) -> Found:
 
 def _look(found: Found, reader: Reader, shard: int, member: int, tokenizer: Tokenizer, shown: bool) -> None:
     labels, data = reader.labels(shard, member), reader.picture(shard, member)
+    # Decoded before anything is counted, so that what cannot be used counts as that alone.
     image, form = decode(data, reader.max_pixels), inspect(data).format
     ends = len(tokenizer.start) + len(tokenizer.end)
     found.formats[form] += 1
@@ -113,6 +115,7 @@ def _look(found: Found, reader: Reader, shard: int, member: int, tokenizer: Toke
     found.tokens += [len(tokenizer.words(caption)) + ends for caption in labels.captions]
     if labels.name is not None:
         found.classes[labels.name] += 1
+    # Eight bytes stand for a picture: a counter of whole ones would hold the data set in memory.
     found.pictures[hashlib.blake2b(data, digest_size=8).digest()] += 1
     found.texts[hashlib.blake2b(labels.captions[0].encode(), digest_size=8).digest()] += 1
     if shown:
@@ -165,6 +168,7 @@ def _percentiles(values: np.ndarray, form: str = ".0f") -> str:
 
 def _length(tokens: np.ndarray) -> int:
     """The smallest length that no more than ``CUT`` of the captions exceed."""
+    # A length that occurs; interpolation would give one between two.
     return int(np.quantile(tokens, 1 - CUT, method="higher"))
 
 

@@ -95,6 +95,7 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
     found = Sizes(tokens={name: stream.total for name, stream in batch.streams.items() if isinstance(stream, Packed)})
     counted = FlopCount(system)
     known = _Unknown(counted)
+    # What is saved of weights lies in memory anyway, and is none of the activations.
     weights = {p.untyped_storage()._cdata for p in (*system.parameters(), *system.buffers())}
     kept: dict[int, tuple[str, int]] = {}
 
@@ -116,6 +117,7 @@ def measure(system: System, batch: Batch, dtype: torch.dtype | None) -> Sizes:
 
     hooks += [block.register_forward_pre_hook(lambda block, args, name=name: enter(name, args)) for name, block in blocks.items()]
     try:
+        # Tensors without values are tensors of the CPU, whose autocast stands for the device's.
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None), counted, known, \
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             out = system.encode(batch)
@@ -229,6 +231,7 @@ class _Longest:
         return self
 
     def picture(self, size: int, patch: int) -> np.ndarray:
+        # A square has the most patches of all shapes with this longest side.
         side = max(1, size // patch) * patch
         return np.zeros((side, side, 3), np.uint8)
 

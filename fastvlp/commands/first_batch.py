@@ -34,6 +34,7 @@ def command(options: argparse.Namespace) -> int:
     world = World(0, 1, torch.device("cpu"))
     recipe = counted(from_arguments(options.arguments), world)
     print(dump(recipe))
+    # One batch is made here sooner than workers would start.
     system, stream = prepare(replace(recipe, data=replace(recipe.data, workers=0)), world)
     batch = next(iter(stream))
     print(f"first batch: {len(batch)} samples")
@@ -85,6 +86,7 @@ def _card(batch: Batch, system: System, number: int) -> Iterator[str]:
 def _picture(patches: np.ndarray, pos: np.ndarray) -> str:
     """uint8 [n, P*P*3] at (frame, row, column), as a picture whose missing patches are grey."""
     side = int((patches.shape[1] // 3) ** 0.5)
+    # As large as the last patch that is left: of rows that were dropped below it nothing is known.
     _, rows, columns = (int(most) + 1 for most in pos.max(0))
     canvas = np.full((rows, side, columns, side, 3), DROPPED, np.uint8)
     for patch, (_, row, column) in zip(patches, pos, strict=True):
@@ -93,6 +95,7 @@ def _picture(patches: np.ndarray, pos: np.ndarray) -> str:
 
 
 def _words(ids: list[int], tokenizer: Tokenizer) -> str:
+    # Ids behind the vocabulary are the field's (a hidden word, ends), which no tokenizer can name.
     known = [tokenizer.core.decode([number], skip_special_tokens=False) if number < tokenizer.vocab_size else f"[{number}]"
              for number in ids]
     return "".join(f"<i>{html.escape(word)}</i>" for word in known)

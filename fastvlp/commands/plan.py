@@ -136,6 +136,7 @@ def plan(recipe: Recipe, cluster: Cluster, memory: float = 80 * GB) -> Plan:
     if cluster.devices % shard:
         raise ConfigError(f"train.shard is {shard} on {cluster.devices} devices; it must divide their number, or be world")
     system = dry_run.build(recipe)
+    # Priced for a GPU, whatever this machine has.
     dtype = amp_dtype(recipe.train.amp, torch.device("cuda"))
     stages, features = [], 0.0
     for stage in recipe.schedule.stages:
@@ -158,6 +159,7 @@ def plan(recipe: Recipe, cluster: Cluster, memory: float = 80 * GB) -> Plan:
 def _price(recipe: Recipe, system: System, cluster: Cluster, most: float, stage: Stage, shard: int, dtype: torch.dtype | None,
            sizes: dry_run.Sizes, once: float) -> Price:
     options, devices = recipe.train, cluster.devices
+    # The fullest device sets the pace, where the batch does not divide.
     samples = -(-recipe.data.batch_size // devices)
     parts = max([1, *(math.ceil(samples * sizes.tokens[name] / budget) for name, budget in options.tokens.items() if name in sizes.tokens)])
     # A micro-batch has at least one sample, even one that is longer than the budget.
@@ -169,6 +171,7 @@ def _price(recipe: Recipe, system: System, cluster: Cluster, most: float, stage:
     again = (sizes.again if options.checkpointing == "blocks" else 0.0) + (sizes.forward if cached else 0.0)
     computed = samples * (sizes.forward + sizes.backward + again)
 
+    # Four bytes each: weights and their gradients are float32, whatever autocast makes of them.
     every, trained, block = 4 * _count(system, False), 4 * _count(system, True), 4 * _largest_block(system)
     held = 0.0 if options.offload and devices > 1 else 1 / shard
     lost = max((found[0].memory_bytes for found in losses), default=0.0)
@@ -184,11 +187,13 @@ def _price(recipe: Recipe, system: System, cluster: Cluster, most: float, stage:
         intra, inter = (moved, 0.0) if shard <= cluster.width else (moved - moved / cluster.width, moved / cluster.width)
     replicas = devices // shard
     if replicas > 1:
+        # A ring sends every byte twice, once to sum it and once to spread the sum.
         moved = 2 * (replicas - 1) / replicas * trained / shard
         # A ring crosses each link between nodes once for all devices that share it.
         slow = 0.0 if cluster.nodes == 1 else moved / max(1, cluster.width // shard)
         intra, inter = intra + moved - slow, inter + slow
     compute = computed / (cluster.tflops * 1e12)
+    # Both kinds of links work at the same time.
     travel = max(intra / cluster.intra, inter / cluster.inter) / GB
     # Parameters and gradients travel while blocks are computed; what the loss sends is in its own time.
     seconds = max(compute, travel) + sum(found[0].seconds for found in losses)

@@ -65,6 +65,7 @@ def command(options: argparse.Namespace) -> int:
     try:
         found = times.measure(recipe, options.steps, options.trace)
     except Interrupted as stopped:
+        # As shells report what a signal ended.
         return 128 + stopped.signum
     if found is not None:
         print(times.table(found, recipe))
@@ -96,9 +97,11 @@ def profile(recipe: Recipe) -> tuple[list[Stream], list[Part]]:
 def count(system: System, batch: Batch, stage: Stage) -> FlopCount:
     """The operations of one whole batch on one process; ``stage.frozen`` parts do not train."""
     batch = dataclasses.replace(batch, sizes=(len(batch),), counts=system.counts(batch))
+    # Only those that this stage freezes, so that the recipe's own frozen parts stay so afterwards.
     frozen = [p for name in stage.frozen for p in named_part(system, name).parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
+    # Backward is told from what hangs on parameters, so that no graph has to be kept.
     with torch.no_grad(), FlopCount(system) as counted:
         system.objective(system.encode(batch), batch)
     for parameter in frozen:
@@ -149,6 +152,7 @@ def _together(parts: Sequence[Part], stage: int) -> list[tuple[str, int, Part]]:
         stem, _, last = part.name.rpartition(".")
         if rows and last.isdigit():
             name, many, before = rows[-1]
+            # All numbers alike: where a block merges tokens, the later ones cost less and get rows of their own.
             same = dataclasses.replace(before, name=part.name) == part
             if same and before.name == f"{stem}.{int(last) - many}":
                 rows[-1] = (f"{before.name}-{last}", many + 1, before)

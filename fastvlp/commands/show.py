@@ -181,6 +181,7 @@ def _picture(tiles: Tensor, token: Tensor | None = None) -> Image.Image:
     from PIL import Image as pil
 
     rows, columns, size = tiles.shape[:3]
+    # A whole factor keeps the edges of patches sharp.
     enlarge = max(1, ENLARGED // (max(rows, columns) * size))
     drawn = tiles.permute(0, 2, 1, 3, 4).reshape(rows * size, columns * size, 3)
     drawn = drawn.repeat_interleave(enlarge, 0).repeat_interleave(enlarge, 1).round().to(torch.uint8)

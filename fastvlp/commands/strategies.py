@@ -104,6 +104,7 @@ def predict(loss: str, batch: int, embed_dim: int, cluster: Cluster, dtype: str 
         raise ValueError(f"loss is {loss!r} and dtype is {dtype!r}; allowed: clip, siglip; {', '.join(BYTES)}")
     if batch < cluster.devices:
         raise ValueError(f"a batch of {batch} for {cluster.devices} devices; each needs at least one pair")
+    # Sums of gradients need more range than float16 has (``SplitBatch.travels``).
     part = SUMS if dtype == "float16" else BYTES[dtype]
     model = _Loss(loss == "clip", batch, -(-batch // cluster.devices), embed_dim, BYTES[dtype], part)
     found = [_predict("gather", list(model.gather(cluster)), cluster)]
@@ -177,6 +178,7 @@ class _Loss:
     def _tour(self, nodes: int, width: int, products: int, back: bool, trains: bool) -> Iterator[Turn]:
         """:func:`fastvlp.losses.across.circulate.circulate`, in units of the features of one tower on one process until the last line."""
         feature, part, total = self.product, self.part, SUMS
+        # What a node gathers in one turn is computed in the next.
         lag = int(width > 1)
         home = nodes + 2 * lag
         held = (width if nodes > 1 else width - lag) * feature + lag * (nodes > 2) * feature if back else 0

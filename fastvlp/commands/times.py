@@ -64,8 +64,10 @@ def measure(recipe: Recipe, steps: int, trace: str | None = None) -> Times | Non
     recipe = replace(recipe, eval=Eval(), run=replace(recipe.run, resume="none", log=()))
     with StopRequest() as stop, Watchdog(recipe.run.timeout, stop) as watchdog, join(recipe.run.device, recipe.run.timeout) as world, \
             _folder(recipe, world) as folder:
+        # As training does, so that a step costs here what it costs there.
         if world.device.type == "cpu":
             keep_freed_memory()
+        # A process that failed here alone would leave the others waiting in the first collective.
         system, stream = agreement.all_or_none(world, lambda: prepare(recipe, world))
         trainer, first = Trainer(recipe, system.to(world.device), world, len(stream.sources)), world.rank == 0
         log = Log(folder, recipe, 0, enabled=first)
@@ -76,6 +78,7 @@ def measure(recipe: Recipe, steps: int, trace: str | None = None) -> Times | Non
             fit.run(perf_counter())
         checkpoints = [step.pop(spans.CHECKPOINT) for step in recorder.steps if spans.CHECKPOINT in step]
         counted = recorder.steps[WARM:WARM + steps]
+        # On all processes, as it is a collective, although only the first reports.
         waits = world.gather(sum(step.get(spans.PROCESSES, 0.0) for step in counted) / steps)
         return Times(counted, checkpoints, waits, f"{world.size} x {world.device.type}") if first else None
 
@@ -83,10 +86,13 @@ def measure(recipe: Recipe, steps: int, trace: str | None = None) -> Times | Non
 @contextlib.contextmanager
 def _folder(recipe: Recipe, world: World) -> Iterator[Path]:
     """Where the checkpoints of training would lie, so that they take as long."""
+    # Told by the first process, since each has an id of its own.
     folder = world.told(Path(recipe.run.dir) / f".profile-{os.getpid()}")
+    # Asked before it is made, so that a folder that was there stays.
     fresh = not folder.parent.exists()
     if world.rank == 0:
         folder.mkdir(parents=True)
+    # Nobody writes before it is there.
     world.wait()
     try:
         yield folder

@@ -24,7 +24,8 @@ TRIES, WAIT = 6, 0.5  # seconds before the second try, then twice as long each t
 CACHE_GB = 64.0
 SWEEP = 64  # blocks written between two looks at what all of them take
 GONE = (401, 403, 404, 410)  # answers of a server that it will repeat
-FACTS = ("etag", "mtime", "lastmodified", "last-modified", "last_modified", "md5hash", "created", "generation")  # that tell versions apart
+FACTS = ("etag", "mtime", "lastmodified", "last-modified", "last_modified", "md5hash", "created", "generation",
+         "blob_id")  # that tell versions of a file apart
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def again(act: Callable[[], T], address: str) -> T:
         try:
             return act()
         except (PermissionError, ImportError):
+            # Another try would be refused for the same reason.
             raise
         except Exception as error:  # every protocol has errors of its own
             why = error
@@ -91,6 +93,7 @@ def again(act: Callable[[], T], address: str) -> T:
                 said = getattr(why, "strerror", None) or f"{type(why).__name__}: {why}"
                 raise OSError(None, " ".join(said.split())[:200], address) from error
             log.info("%s: %s; trying again", address, error)
+            # Random, so that workers whose requests failed together do not come back together.
             time.sleep(WAIT * 2**number * (0.75 + 0.5 * random.random()))
     raise AssertionError("unreachable")
 
@@ -114,6 +117,7 @@ class File(io.RawIOBase):
         self.size: int = about["size"]
         facts = sorted((str(key).lower(), str(value)) for key, value in about.items() if str(key).lower() in FACTS)
         digest = hashlib.blake2b(repr((address, self.size, facts)).encode("utf-8", "surrogateescape"), digest_size=16).digest()
+        # Seven bytes stay below 2^63, as the nanoseconds of a local file do.
         self.stamp: Stamp = (self.size, int.from_bytes(digest[:7], "big"))
         self._name, self._at = digest.hex(), 0
         self._last: tuple[int, bytes] = (-1, b"")
@@ -126,6 +130,7 @@ class File(io.RawIOBase):
         return b"".join(parts)
 
     def _block(self, number: int) -> bytes:
+        # Members of a tar lie side by side, so that the next read is mostly of the same block.
         if self._last[0] != number:
             self._last = number, _cached(f"{self._name}-{number}.block", lambda: self._fetched(number))
         return self._last[1]
@@ -145,6 +150,7 @@ class File(io.RawIOBase):
 
         def ask() -> bytes:
             data: bytes = self._files.cat_file(self._path, start=begin, end=end)
+            # A server that ignores ranges sends the whole file, whose beginning would pass for this block.
             if len(data) != end - begin:
                 raise OSError(None, f"{len(data)} bytes came for a range of {end - begin}: the server answers no ranges", self.address)
             return data
@@ -180,6 +186,7 @@ def _cached(name: str, fetch: Callable[[], bytes]) -> bytes:
     if not limit:
         return fetch()
     folder = cache_folder() / "blocks"
+    # Blocks may come from a private bucket: other users of the machine must not read them.
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / name
     with contextlib.suppress(OSError):
@@ -195,6 +202,7 @@ def _cached(name: str, fetch: Callable[[], bytes]) -> bytes:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+    # Also after the first block, since short runs would otherwise never look.
     if _written % SWEEP == 0:
         _sweep(folder, limit)
     _written += 1

@@ -64,12 +64,9 @@ def expand(shards: Shards) -> list[str]:
             continue
         path = os.path.expanduser(entry)
         for pattern in [path] if os.path.exists(path) else _braces(path):
-            if os.path.isdir(pattern):
-                matches += sources.inside(pattern)
-            else:
-                file = sources.file_of(pattern)
-                named = sorted(glob.glob(file)) if glob.has_magic(file) and not os.path.exists(file) else [file]
-                matches += [f"{name}{pattern[len(file):]}" for name in named]
+            file = sources.file_of(pattern)
+            for name in sorted(glob.glob(file)) if glob.has_magic(file) and not os.path.exists(file) else [file]:
+                matches += sources.inside(name) if os.path.isdir(name) else [f"{name}{pattern[len(file):]}"]
         there = next((path for path in matches if os.path.exists(sources.file_of(path))), None)
         if there is None:
             raise FileNotFoundError(f"no shard matches {entry!r}; {_nearby(entry)}")

@@ -58,6 +58,7 @@ def encode_all(system: System, shards: Shards, batch_size: int = 256, world: Ran
         batch = flat.batch((), 0)
         # encode may divide by them, though its losses are not asked for here.
         batch = dataclasses.replace(batch, counts=system.counts(batch)).to(device)
+        # On the CPU, as those of a whole training set may not fit on the device.
         mine[number] = {name: value.to("cpu") for name, value in system.encode(batch).items() if not name.endswith("_loss")}
     parts = how.together(mine)
     return {name: _joined([part[name] for part in parts]) for name in parts[0]}

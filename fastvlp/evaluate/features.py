@@ -92,6 +92,7 @@ def encode_texts(model: Encoder, texts: Sequence[str], how: How) -> Tensor:
     """Normalised features of strings: float32 [n, D] on the CPU; with several processes a collective call."""
     mine = {}
     for number, batch in how.share([list(texts[i:i + how.batch_size]) for i in range(0, len(texts), how.batch_size)]):
+        # A sign of life for each batch, or a long list would pass for a hang.
         how.beat()
         mine[number] = normalised(model.encode_text(batch))
     return torch.cat(how.together(mine))
@@ -127,6 +128,7 @@ def ranks(queries: Tensor, keys: Tensor, targets: Tensor, owner: Tensor, batch_s
 
 def shares(rank: Tensor, tops: Sequence[int], name: str) -> dict[str, float]:
     """The share of ranks below each of ``tops``, as NAME1, NAME5, ..."""
+    # In float64, since float32 cannot count beyond 2^24.
     return {f"{name}{k}": (rank < k).double().mean().item() for k in tops}
 
 

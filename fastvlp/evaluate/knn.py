@@ -35,6 +35,7 @@ def vote(found: Features, bank: Features, batch_size: int) -> dict[str, float]:
     for queries, target in zip(images.split(batch_size), targets.split(batch_size), strict=True):
         # topk takes NaN for the largest of all.
         near = (queries @ known.T).nan_to_num(nan=-torch.inf).topk(min(NEIGHBOURS, len(known)))
+        # In float64, since votes are exponentials that differ by orders of magnitude.
         votes = torch.zeros(len(queries), len(classes), dtype=torch.float64)
         votes.scatter_add_(1, labels[near.indices], (near.values.double() / TEMPERATURE).exp())
         best = votes.sort(dim=1, descending=True, stable=True)

@@ -72,6 +72,7 @@ def accelerate(
             without a loss.
         RuntimeError: it is transformers 4, whose models are built differently, or the model is accelerated already.
     """
+    # Every module is asked, as a part may have been accelerated by itself.
     for path, module in model.named_modules():
         if instances.changed(module):
             raise RuntimeError(f"fastvlp.accelerate: {path or 'the model'} is accelerated already; to change it call fastvlp.restore first")
@@ -109,4 +110,5 @@ def accelerate(
 
 
 def _of_transformers(module: nn.Module) -> bool:
+    # Of all bases, since a subclass of the caller's lies in a module of another name.
     return any(cls.__module__.split(".")[0] == "transformers" for cls in type(module).__mro__)

@@ -19,6 +19,7 @@ from fastvlp_kernels import packed_attention
 def _refuse(function: str, **unwanted: tuple[Any, Any]) -> None:
     """Refuse arguments that are not what they must be: name=(got, allowed)."""
     for name, (got, allowed) in unwanted.items():
+        # Tensors first, since comparing one gives no single answer.
         if isinstance(got, Tensor) or got != allowed:
             got = "a tensor" if isinstance(got, Tensor) else repr(got)
             raise ValueError(f"{function}: {name}={got} is not computed by packed_attention; only {name}={allowed!r} is")
@@ -59,6 +60,7 @@ def flash_attn_varlen_func(
         alibi_slopes=(alibi_slopes, None), return_attn_probs=(return_attn_probs, False),
         block_table=(block_table, None),
     )  # fmt: skip
+    # The same tensor twice means self-attention, which has one set of bounds.
     out = packed_attention(
         q, k, v, cu_seqlens_q, None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_size=key_size,
         key_bias=key_bias, prefix_len=prefix_len, causal=causal, scale=softmax_scale, dropout_p=dropout_p,
@@ -138,6 +140,7 @@ class BlockDiagonalMask:
             if len(x) and int(x.min()) < 0:
                 raise ValueError(f"BlockDiagonalMask: {name} is {x.tolist()}; the lengths of segments are 0 or more")
         starts = [torch.cat((x.new_zeros(1), x.cumsum(0))).to(device, torch.int32) for x in (q, k)]
+        # One tensor for both where they are alike, by which self-attention is known.
         return cls(q, k, starts[0], starts[0] if k is q else starts[1], (1,) * len(q))
 
     @classmethod
@@ -185,6 +188,7 @@ class BlockDiagonalMask:
         """
         if not torch.equal(self.q_lengths, self.k_lengths):
             raise ValueError("BlockDiagonalMask.make_causal: queries and keys differ in number; use make_causal_from_bottomright")
+        # With equal numbers both alignments are the same.
         return self.make_causal_from_bottomright()
 
     def make_causal_from_bottomright(self) -> BlockDiagonalMask:

@@ -52,6 +52,7 @@ def create_task(args: Any, *models: Any, strategy: str = "gather", **options: An
     import open_clip
 
     task: nn.Module = open_clip.create_task(args, *models, **options)
+    # By name, since open_clip 3 does not have these classes.
     if type(task).__name__ in ("CLIPTask", "SigLIPTask", "CoCaTask", "DistillCLIPTask"):
         task.loss = create_loss(args, strategy)
     return task
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     """
     from open_clip_train import main as trainer
 
+    # Without abbreviations, which could be meant for the trainer.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--fastvlp-strategy", default="gather")
     own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))

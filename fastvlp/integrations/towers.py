@@ -41,6 +41,7 @@ class Switches:
         if len(each) != depth:
             raise ValueError(f"fastvlp.accelerate: merge has {len(each)} numbers; this tower has {depth} blocks and needs one for each")
         for r in each:
+            # True is an int, too, and would merge one token.
             if isinstance(r, bool) or not isinstance(r, int | float) or not r >= 0 or (isinstance(r, float) and r >= 1):
                 raise ValueError(f"fastvlp.accelerate: merge is {r!r}; it must be a count of 0 or more, or a share of the tokens below 1")
         return each
@@ -75,6 +76,7 @@ def plan(model: nn.Module, switches: Switches, found: Sequence[tuple[str, famili
     """
     if switches.drop:
         for module in model.modules():
+            # By name, which spares importing transformers.
             if any(cls.__name__ == "ViTForMaskedImageModeling" for cls in type(module).__mro__):
                 raise ValueError("fastvlp.accelerate: ViTForMaskedImageModeling rebuilds every patch, and drop= leaves holes; leave it out")
     seen: dict[nn.Module, Step] = {}

@@ -88,6 +88,7 @@ class CoCaLoss(ClipLoss):
         try:
             self._check_captions(image_features, logits, labels)
         except (TypeError, ValueError):
+            # The others may be waiting for this process's numbers.
             self._tell_refusal(local_sizes)
             raise
         if self.clip_loss_weight:
@@ -116,9 +117,11 @@ class CoCaLoss(ClipLoss):
 
     def _captions(self, logits: Tensor, labels: Tensor) -> Tensor:
         """This process's share of the mean over the tokens of all processes."""
+        # Widened, since a sum over a whole vocabulary loses too many digits in 16 bits.
         wide = logits.flatten(0, 1).to(_inputs.sum_dtype(logits.dtype))
         total = F.cross_entropy(wide, labels.flatten().long(), ignore_index=self.pad_id, reduction="sum")
         tokens, members = (labels != self.pad_id).sum(), self._members()
+        # A collective: processes without tokens take part as well.
         if members.size > 1:
             tokens = members.gather(tokens).sum()
         # DDP divides by the number of processes; captions differ in length, so the mean is over all tokens and not of means.

@@ -47,6 +47,7 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         dtype = product_dtype("", image, None)
+        # The casts are made below, once; autocast would make them again in each product.
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return _Dense._forward(ctx, image, text, scale, bias, dtype)
@@ -55,13 +56,16 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def _forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         N, D = image.shape
+        # On the CPU reading a number waits for nothing, and as alpha it costs no pass over S.
         acc, factor = sum_dtype(dtype), scale.item()
+        # Rounded as products ask, then widened: S and everything made of it are in the dtype of sums.
         x, y = image.to(dtype).to(acc), text.to(dtype).to(acc)
         need_image, need_text, need_scale, need_bias = ctx.needs_input_grad
         with bf16_products(_cpu_products.pays(image.device, dtype, N * N * D)):
             shift = scale if bias is None else bias
             S = torch.addmm(shift, x, y.T, beta=0 if bias is None else 1, alpha=factor)
             loss, dS = _softmax(S) if bias is None else _sigmoid(S)
+            # The scale's gradient needs one of both products; the image's is made for it only where the text's is not made anyway.
             by_image = need_image or (need_scale and not need_text)
             of_image = torch.mm(dS, y) if by_image else None
             of_text = torch.mm(dS.T, x) if need_text else None
@@ -70,6 +74,7 @@ class _Dense(torch.autograd.Function):
             side, of_side = (x, of_image) if of_image is not None else (y, of_text)
             of_scale = torch.linalg.vecdot(side, of_side).sum()
         made = of_image if need_image else None, of_text, of_scale, dS.sum() if need_bias else None
+        # Gradients are kept, of N D numbers, and not S, which has N^2.
         ctx.save_for_backward(*(None if one is None else one.mul_(by) for one, by in zip(made, (factor, factor, 1, 1), strict=True)))
         ctx.dtypes, ctx.count = (image.dtype, text.dtype), N
         return loss.div_(N)

@@ -137,6 +137,7 @@ class ContrastiveLoss(nn.Module, ABC):
     def _tell_refusal(self, local_sizes: Sequence[int] | None) -> None:
         """Before an error of this process alone: let the others, which may be asking for its size, stop too."""
         members = self._members()
+        # Where sizes were told and agreed upon before, nobody asks, and so nobody waits.
         if members.size > 1 and (local_sizes is None or not self._agreed):
             tell_refusal(members)
 

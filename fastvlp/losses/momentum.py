@@ -64,6 +64,7 @@ class MomentumEncoder(nn.Module):
         weights = list(self.module.parameters())
         averages = [getattr(self, f"average_{place}", weight) for place, weight in enumerate(weights)]
         theirs = [new.to(old.dtype) for old, new in zip(averages, encoder.parameters(), strict=True)]
+        # All weights in one call, as a launch for each would take longer than the arithmetic.
         torch._foreach_lerp_(averages, theirs, 1 - self.momentum)
         for weight, average in zip(weights, averages, strict=True):
             if average is not weight:
@@ -136,6 +137,7 @@ def queue_contrastive_loss(
     dtype = _inputs.product_dtype(NAME, image, compute_dtype)
     factor = _inputs.scalar(NAME, "scale", scale, image, _inputs.sum_dtype(dtype))
     how = {"compute_dtype": dtype, "stash_bytes": stash_bytes, "impl": impl}
+    # ``compute_dtype`` says what is rounded; autocast would round sums as well.
     with torch.autocast(image.device.type, enabled=False):
         of_images = _against_queue(image, text_keys, text_queue, factor, batch_negatives, how)
         of_texts = _against_queue(text, image_keys, image_queue, factor, batch_negatives, how)

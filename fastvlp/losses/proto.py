@@ -91,6 +91,7 @@ def proto_clip_loss(
         x, p = operand(features, dtype), operand(prototypes.to(sums), dtype)
         cluster = assignments.long()
         counted = cluster >= 0
+        # Features without a cluster look up any row, whose loss is not counted.
         at = cluster.clamp_min(0)
         if teacher is None:
             # The positive is left out of the sum, so that no term of a confident feature cancels against another.
@@ -100,6 +101,7 @@ def proto_clip_loss(
             t = teacher.detach().to(sums)
             mean, _ = similarity_attend(t, t, p, _inputs.scalar(NAME, "teacher_scale", teacher_scale, x, sums).detach(), **how)
             loss = logsumexp_results(x, p, factor, **how).row.minus(factor * torch.linalg.vecdot(x, F.embedding(at, mean)))
+        # Not a product with 0, which makes NaN of an infinite loss that is not counted.
         return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
 
 

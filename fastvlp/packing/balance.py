@@ -57,6 +57,7 @@ def parts(costs: np.ndarray, lengths: Mapping[str, np.ndarray], budgets: Mapping
             raise ValueError(f"a sample has {tokens.max()} tokens in the stream {name!r}, over the budget of {budget}; raise it to at "
                              f"least {tokens.max()}")
         limits.append((tokens, budget))
+    # No fewer parts can hold all tokens; how samples fall may take some more.
     k = max([1, *(-(-int(tokens.sum()) // budget) for tokens, budget in limits)])
     while k < len(costs):
         part = _longest_first(costs, k)

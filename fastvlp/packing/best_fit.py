@@ -93,6 +93,7 @@ def pack(lengths: Sequence[int] | Tensor, budget: int, open_bins: int = 32) -> l
         ValueError: a length is below 1 or above the budget.
     """
     packer = Packer(budget, open_bins)
+    # Looked up once, as it is called for every sample of a data set.
     add = packer.add
     bins = [closed for length in _plain(lengths) if (closed := add(length)) is not None]
     return bins + packer.flush()

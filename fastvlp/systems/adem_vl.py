@@ -36,6 +36,7 @@ class AdemVl(FrozenLmCaptioner):
         self.alpha, self.beta, self.pool = alpha, beta, PyramidPool(grids)
         self.to_lm = nn.Sequential(nn.Linear(image.width, hidden), nn.SiLU(), nn.Linear(hidden, lm.joint.width))
         self.keys = nn.Parameter(torch.randn(self.pool.places, lm.joint.width) * 0.02)
+        # Zeros, so that at the start attention reads nothing but the image.
         self.values = nn.Parameter(torch.zeros(self.pool.places, lm.joint.width))
         self.attention = ParameterFreeAttention(drop)
 

@@ -47,6 +47,7 @@ class Albef(Clip):
         rows = torch.cat([own, own, of_text[own]]), torch.cat([own, of_image[own], own])
         truth = (rows[0] == rows[1]).long().to(image.device)
         logits = self.match(self.fused(patches.take(rows[0]), words.take(rows[1])))
+        # Each sample brings three pairs, its own and two negatives, hence the 3.
         match = F.cross_entropy(logits, truth, reduction="sum") * batch.world / (3 * batch.total)
         return {**super().objective(out, batch), "match": match}
 

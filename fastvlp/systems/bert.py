@@ -35,6 +35,7 @@ class Bert(System):
 
     def caption_nll(self, images: Any, texts: Packed) -> Tensor:
         """The pseudo-likelihood, without pictures: each token but the first is hidden in turn (Salazar et al. 2020, arXiv:1910.14659)."""
+        # An empty caption has nothing to hide, and not minus one word.
         hidden = (texts.lengths - 1).clamp_min(0)
         owner = torch.arange(len(texts)).repeat_interleave(hidden)
         # A caption of n words becomes n - 1 copies, each with another word hidden: one packed pass for all.

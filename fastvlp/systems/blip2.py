@@ -31,6 +31,7 @@ class Blip2(FrozenLmCaptioner):
         self.to_lm = nn.Linear(qformer.hidden_size, lm.joint.width)
 
     def states(self, images: Packed, texts: Packed) -> Packed:
+        # Queries of all pictures are equally many, so that they are packed without a mask.
         prefix = Packed.from_padded(self.to_lm(self.qformer(self.queries, self.image(images).replace(pos=None))))
         # Queries see one another, words see all queries and the words before them: the mask of a prefix.
         joined = prefix.join(self.embed_words(texts))

@@ -28,6 +28,7 @@ class BriVl(Clip):
                  batch_negatives: bool = True) -> None:
         super().__init__(image, text, embed_dim)
         followed = ("image", "text", "image_head", "text_head")
+        # Heads are followed, too: the queue holds features, which have to come from slow weights throughout.
         self.followers: Any = nn.ModuleDict({name: Momentum(getattr(self, name), momentum) for name in followed})
         self.queues: Any = nn.ModuleDict({name: losses.NegativeQueue(queue, embed_dim) for name in ("image", "text")})
         self.batch_negatives = batch_negatives

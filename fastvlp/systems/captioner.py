@@ -71,6 +71,7 @@ class MaskedCaptioner(Captioner):
     def caption_nll(self, images: Packed, texts: Packed) -> Tensor:
         rows, states, words = self._each_word(images, texts)
         nll = word_nll(states, self.words, words)
+        # A caption of one token has no word to predict, and keeps 0.
         return nll.new_zeros(len(texts)).index_add(0, rows, nll)
 
     @torch.no_grad()
@@ -93,6 +94,7 @@ class MaskedCaptioner(Captioner):
     def _behind(self, images: Packed, texts: Packed) -> Packed:
         """The state of a hidden word behind each caption: one token a segment."""
         lengths = texts.cu_seqlens.diff()
+        # A hidden word stands where the next word would, and knows by its place which one it is.
         place = torch.stack([lengths, *[torch.full_like(lengths, -1)] * 2], 1)
         hidden = Packed.of(texts.x.new_full((len(texts),), self.mask_id), [1] * len(texts), pos=place)
         return self.states(images, texts.join(hidden)).last(1)
@@ -134,6 +136,7 @@ def write(
     for _ in range(most):
         if not open_:
             break
+        # In float64, so that sums of probabilities add no rounding of their own before top_p cuts them.
         logits = follow(open_, pack_texts([torch.tensor(captions[row]) for row in open_]).to(device)).cpu().double() / temperature
         words = logits.argmax(1) if top_p is None else _draw(logits.softmax(1), top_p, generator)
         for row, word in zip(open_, words.tolist(), strict=True):

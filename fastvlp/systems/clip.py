@@ -39,6 +39,7 @@ class Clip(System):
         return {"image": self.embed_image(batch.image), "text": self.embed_text(batch.text)}
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:
+        # Sizes that are told save the processes from asking one another in every step.
         return {"contrastive": self.loss(out["image"], out["text"], *self.scale(), local_sizes=batch.sizes or None)}
 
     def embed_image(self, images: Packed) -> Tensor:

@@ -41,6 +41,7 @@ class Dcd(Clip):
         if drawn < 1:
             raise ValueError("Dcd: the batch has one sample, and no other caption to compare its picture with; raise data.batch_size")
         places = (torch.arange(batch.first, batch.first + len(batch))[:, None] + torch.arange(drawn + 1)) % len(texts)
+        # Here and not in ``encode``, since the teacher scores captions of the whole batch.
         with torch.no_grad():
             matched = torch.stack([self.teacher.score(batch.image, texts.take(column)) for column in places.unbind(1)], 1)
             # log p -> log(p / (1 - p)): the teacher's scores are log-probabilities of a match, the students' are logits.

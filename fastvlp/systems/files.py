@@ -71,6 +71,7 @@ def save(folder: str | os.PathLike[str], system: System, recipe: Recipe, state: 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = system.state_dict() if state is None else state
+    # Copies, since safetensors refuses tensors that share memory, as tied weights do.
     save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}, str(folder / WEIGHTS))
     values = to_dict(recipe)
     described = {"model": values["model"], "data": {"fields": values["data"]["fields"]}}
@@ -82,6 +83,7 @@ def save(folder: str | os.PathLike[str], system: System, recipe: Recipe, state: 
 
 
 def _umask() -> int:
+    # Python reads a umask only by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -158,6 +160,7 @@ def _described(file: Path, described: Any, tokenizer: Path | None, room: int) ->
             if "meta tensors" in str(error):  # a part computes where it is made
                 raise NotImplementedError from error
             raise ValueError(f"{file} asks for a model that cannot be: {str(error).splitlines()[0]}") from error
+        # Weights against bytes is a generous bound, since no weight takes less than one byte.
         if size > room:
             raise ValueError(f"{file} asks for {size:,} weights, and there are {room:,} bytes of them")
     return build_system(recipe, tokenizer)
@@ -167,6 +170,7 @@ def _bounded(values: Any, where: str) -> None:
     """Refuse numbers that no model has, before a model of such a size is made."""
     items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
     for key, value in items:
+        # A depth multiplies whole blocks, and so has a bound of its own.
         most = DEEPEST if key in ("depth", "layers") else LARGEST
         if isinstance(value, int | float) and abs(value) > most:
             raise ValueError(f"{where}: {key} is {value}; it is at most {most:,}")
@@ -224,6 +228,7 @@ def take_weights(system: System, start: str | os.PathLike[str] | Mapping[str, st
         said.append(f"took {len(found)} of {len(own)} tensors{' of ' + part if part else ''} from {folder}"
                     + (f"; not used of theirs: {', '.join(left)}" if left else ""))
         taken |= found
+    # Not strict: what found nothing keeps its fresh weights, which the sentence below says.
     system.load_state_dict(taken, strict=False)
     fresh = sorted({name.partition(".")[0] for name in mine if name not in taken})
     return "; ".join([*said, *([f"fresh in {', '.join(fresh)}"] if fresh else [])])

@@ -30,6 +30,7 @@ class Filip(Clip):
         super().__init__(image, text, embed_dim)
         if not 0 < keep <= 1:
             raise ValueError(f"Filip: keep is {keep}; it is a share of the tokens, above 0 and at most 1")
+        # Heads of single tokens in the place of CLIP's, which pool.
         self.image_head, self.text_head = nn.Linear(image.width, embed_dim, bias=False), nn.Linear(text.width, embed_dim, bias=False)
         self.keep = keep
 
@@ -52,6 +53,7 @@ class Filip(Clip):
         return _unit(self.text(texts), self.text_head)
 
     def embed_image(self, images: Packed) -> Tensor:
+        # The mean token where one vector is asked for; the loss itself compares tokens.
         return F.normalize(segment_mean(self.image_tokens(images)), dim=-1)
 
     def embed_text(self, texts: Packed) -> Tensor:

@@ -27,6 +27,7 @@ def visible_pairs(
 ) -> int:  # fmt: skip
     """Pairs of query and key that see each other, over all segments: integers [S] on the CPU; see ``packed_attention`` for the rest."""
     if not causal and sees is None:
+        # In int64, as the pairs of a large batch pass 2^31.
         return int((lengths.long() * lengths_k.long()).sum())
     # Causal masks are aligned at the end: a query sees its own number of keys plus those that come before all queries.
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
@@ -79,6 +80,7 @@ _OURS: dict[str, tuple[Callable[..., int], tuple[int, ...]]] = {
 _OPERANDS: dict[Any, tuple[int, ...]] = {}
 for _name, (_formula, _operands) in _OURS.items():
     _packet = getattr(torch.ops.fastvlp, _name)
+    # Raw arguments, since lengths are values; the counter's own formulas see shapes alone.
     register_flop_formula(_packet, get_raw=True)(_formula)
     _OPERANDS[_packet] = _operands
 
@@ -104,6 +106,7 @@ class FlopCount(TorchDispatchMode):
         self.inside = [""]
         self._system = system
         self._hooks: list[Any] = []
+        # Weak keys, so that counting does not keep the activations of a whole pass alive.
         self._learns = WeakTensorKeyDictionary()
 
     @property

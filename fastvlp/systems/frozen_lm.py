@@ -25,6 +25,7 @@ class FrozenLmCaptioner(Captioner):
         super().__init__()
         self.image, self.lm = freeze(image), freeze(lm)
 
+    # Not an attribute: a module with two names would stand in the state twice.
     @property
     def words(self) -> nn.Module:
         """The language model's head."""

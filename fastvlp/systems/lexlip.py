@@ -27,6 +27,7 @@ class LexLip(Clip):
 
     def __init__(self, image: Part, text: Part, sparse: float = 2e-3) -> None:
         super().__init__(image, text, embed_dim=text.vocab_size)
+        # Heads of single tokens in the place of CLIP's, which pool before they project.
         self.image_head, self.text_head = nn.Linear(image.width, text.vocab_size), nn.Linear(text.width, text.vocab_size)
         self.sparse = sparse
 

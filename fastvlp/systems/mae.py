@@ -33,6 +33,7 @@ class Mae(System):
         self.image, self.decoder = image, decoder
         self.narrow = nn.Linear(image.width, decoder.width)
         self.mask = nn.Parameter(torch.randn(decoder.width) * 0.02)
+        # The decoder has a width of its own, and so needs its own tables of places.
         self.rows, self.columns = (nn.Parameter(torch.randn(image.grid, decoder.width) * decoder.width**-0.5) for _ in range(2))
         self.pixels = nn.Linear(decoder.width, 3 * image.patch_size**2)
 

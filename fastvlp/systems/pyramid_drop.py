@@ -33,6 +33,7 @@ class PyramidDrop(Captioner):
                 f"PyramidDrop: keep is {keep} and drop_before {list(drop_before)}; keep is a share, and blocks go from 0 to "
                 f"{len(joint.blocks) - 1}"
             )
+        # Sorted, since what a block keeps follows from its place in this list.
         self.image, self.text, self.joint, self.drop_before, self.keep = image, text, joint, sorted(drop_before), keep
         self.connector = nn.Sequential(nn.Linear(image.width, joint.width), nn.GELU(), nn.Linear(joint.width, joint.width))
         self.words = nn.Linear(joint.width, text.vocab_size, bias=False)

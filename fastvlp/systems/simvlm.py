@@ -50,6 +50,7 @@ class SimVlm(Captioner):
 
     def _given(self, texts: Packed) -> Tensor:
         """How many words of each caption belong to the prefix, beside its first token: int64 [S] on the CPU."""
+        # Rounded down, so that a caption of several tokens has at least one left to predict.
         return ((texts.lengths - 1) * self.prefix).long()
 
     def _states(self, images: Packed, texts: Packed, given: Tensor) -> Packed:

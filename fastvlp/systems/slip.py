@@ -35,6 +35,7 @@ class Slip(Clip):
     def encode(self, batch: Batch) -> Outputs:
         # Both views go through the image tower packed, as two segments of each sample.
         views = F.normalize(self.views_head(segment_mean(self.image(batch.views))), dim=-1)
+        # A row a sample again, since outputs of ``encode`` are cut by samples.
         return {**super().encode(batch), "views": views.unflatten(0, (-1, 2))}
 
     def objective(self, out: Outputs, batch: Batch) -> Losses:

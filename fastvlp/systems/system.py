@@ -149,6 +149,7 @@ class Scale(nn.Module):
         super().__init__()
         if not 0 < init <= largest:
             raise ValueError(f"Scale: init is {init} and largest is {largest}; 0 < init <= largest is needed")
+        # The logarithm is learned: the scale stays positive, and a step changes it in proportion.
         self.log_scale: Tensor = nn.Parameter(torch.tensor([math.log(init)]))
         self.bias = None if bias is None else nn.Parameter(torch.tensor([float(bias)]))
         self.largest = largest
@@ -161,6 +162,7 @@ class Scale(nn.Module):
     @torch.no_grad()
     def follow(self) -> None:
         """After the optimizer's step: bring the scale back into its bounds."""
+        # Here and not in ``forward``, where a clamp would leave a scale beyond its bound without gradient.
         self.log_scale.clamp_(0.0, math.log(self.largest))
 
 
@@ -183,6 +185,7 @@ class Momentum(nn.Module):
         self.__dict__["of"] = of
         sixteen = [p for p in self.copy.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
         for number, parameter in enumerate(sixteen):
+            # Buffers, so that checkpoints hold them.
             self.register_buffer(f"average_{number}", parameter.detach().float().clone())
         self._sixteen = len(sixteen)
 
@@ -198,6 +201,7 @@ class Momentum(nn.Module):
         for mine, theirs in zip(self.copy.parameters(), self.__dict__["of"].parameters(), strict=True):
             if mine.dtype in (torch.float16, torch.bfloat16):
                 average = next(averages)
+                # In 16 bits a step of 1 - momentum is mostly rounded away.
                 mine.copy_(average.lerp_(theirs.float(), 1 - self.momentum))
             else:
                 mine.lerp_(theirs, 1 - self.momentum)

@@ -43,6 +43,7 @@ class UnifiedVlp(MaskedCaptioner):
         return {"words_loss": batch.per_token(nll, "hidden")}
 
     def counts(self, batch: Batch) -> dict[str, int]:
+        # Hidden as in ``encode``, or the mean would divide by another number of words.
         return {"hidden": int(hidden_words(batch.text, self.hide_ends(batch.masked, batch.draw < self.seq2seq)).sum())}
 
     def _states(self, images: Packed, texts: Packed, one_way: Tensor) -> Packed:

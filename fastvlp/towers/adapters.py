@@ -31,6 +31,7 @@ def lora(part: nn.Module, rank: int = 8, alpha: int = 16, dropout: float = 0.0,
     if not set(targets) & set(names):
         raise ValueError(f"lora: no linear layer of {type(part).__name__} is called {' or '.join(targets)}; there are "
                          f"{', '.join(sorted(set(names))) or 'none'}")
+    # Frozen before the adapters are put in, which have to learn.
     part.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
     found: nn.Module = inject_adapter_in_model(config, part)

@@ -34,6 +34,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.vocab_size, self.context_length = width, vocab_size, context_length
+        # One that goes on from a text tower's tokens would have embeddings without use.
         self.words = None if vocab_size is None else Words(width, vocab_size, context_length)
         self.blocks = transformer_blocks("Decoder", width, depth, heads, mlp_ratio, activation)
         self.cross = nn.ModuleList(CrossAttention(width, heads, source, depth, gated) for _ in range(depth))

@@ -27,6 +27,7 @@ def facet_features(text: Any, blocks: Iterable[nn.Module], captions: Packed, pro
     lengths = captions.lengths - 1
     mask = facet_mask(lengths.tolist(), [len(prompt) for prompt in prompts], captions.x.device)
     behind = torch.tensor([sum((list(prompt) for prompt in prompts), [])] * len(captions), dtype=captions.x.dtype)
+    # Places come below, since each prompt is numbered as if it stood alone.
     ids = captions.first(lengths).replace(pos=None).join(Packed.from_padded(behind.to(captions.x.device)))
     place = torch.stack([mask.position, *[torch.full_like(mask.position, -1)] * 2], 1).int()
     x = text.embed(ids.replace(pos=place)).x

@@ -42,6 +42,7 @@ def features(pool: Pool, tokens: Tensor, mask: Tensor) -> Tensor:
     if pool.attention is not None:
         raise ValueError("padded.features: mode is 'attention', which has no padded twin; allowed: mean, first and last")
     if pool.mode == "mean":
+        # Padding has features as well, since blocks compute them, and must weigh nothing.
         weight = mask.to(tokens.dtype)
         pooled = torch.einsum("bnc,bn->bc", tokens, weight) / weight.sum(1, keepdim=True)
     else:

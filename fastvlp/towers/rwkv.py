@@ -55,12 +55,15 @@ class RwkvText(nn.Module):
 
     def forward(self, texts: Packed) -> Packed:
         """Packed token ids as for ``Text`` -> the tokens after the last block, normalised: [T, C]."""
+        # Checked and not used: tokens know of places by the shift alone.
         inputs.places("RwkvText", texts, self.vocab_size, self.context_length)
+        # Within captions: the shift never reads a token of another one.
         look = partial(shift, index=previous_and_next(texts.cu_seqlens, texts.total), heads=self.heads)
         return _through(self, texts.replace(x=self.norm_in(self.tokens(texts.x))), look)
 
 
 def _blocks(name: str, width: int, depth: int, heads: int, ratio: float, parts: int, eps: float) -> nn.ModuleList:
+    # The channels of each head are cut into as many parts as there are neighbours.
     if min(width, depth, heads) < 1 or ratio <= 0 or width % (parts * heads):
         raise ValueError(f"{name}: width {width}, depth {depth}, heads {heads}, ratio {ratio}; all must be positive, and the width a "
                          f"multiple of {parts} times the heads")
@@ -68,6 +71,7 @@ def _blocks(name: str, width: int, depth: int, heads: int, ratio: float, parts: 
 
 
 def _through(tower: RwkvImage | RwkvText, tokens: Packed, look: Shift) -> Packed:
+    # Made once, since segments are the same in all blocks.
     x, wkv = tokens.x, packed_wkv(tokens)
     for block in tower.blocks:
         x = block(x, look, wkv)

@@ -53,6 +53,7 @@ class Patches(nn.Module):
         check_packed(name, self.patch.in_features, images=images)
         pos = inputs.positions(name, images, "pack_images")
         mean, std = 255 * self.mean, 255 * self.std
+        # In the dtype of the weights, since uint8 cannot hold what is subtracted.
         pixels = images.x.to(self.patch.weight.dtype)
         # A uint8 batch was just converted, so that its copy may be changed in place; the caller's floats may not.
         pixels = pixels.sub_(mean).mul_(1 / std) if images.x.dtype == torch.uint8 else (pixels - mean) / std

@@ -141,6 +141,7 @@ def verify(path: Path) -> dict[str, Any]:
                 raise Damaged(f"{path / MANIFEST} is damaged: it names {name}")
             if not _exists(file):
                 raise Damaged(f"{path} is damaged: {name} is missing")
+            # The size first, which finds most damage without reading the file.
             if file.stat().st_size != size or _sha256(file) != digest:
                 raise Damaged(f"{path} is damaged: {name} is not what was written")
         trainer = json.loads((path / TRAINER).read_text(encoding="utf-8"))
@@ -208,6 +209,7 @@ def _describes_a_run(trainer: Any) -> bool:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        # In pieces, since a file of weights may be larger than the memory that is left.
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -31,6 +31,7 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         try:
+            # Kept, so that a start that is refused removes only what it made.
             self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             # Not "w": opening must not erase who holds it.
@@ -55,6 +56,7 @@ class RunLock:
         _held.add(self)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        # At once, since whoever is refused next reads who holds it.
         self._file.flush()
         return self
 

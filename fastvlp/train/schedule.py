@@ -15,6 +15,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return recipe.optim.lr * (step + 1) / schedule.warmup
     begin = _begins(recipe, step)
     rise = min(1.0, (step - begin + 1) / schedule.rewarm) if begin and schedule.rewarm else 1.0
+    # A run that is all warm-up has no steps to divide by.
     progress = min(1.0, (step - schedule.warmup) / max(1, total - schedule.warmup))
     if schedule.shape == "cosine":
         level = _cosine(progress, schedule.final_lr)

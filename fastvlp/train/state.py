@@ -142,6 +142,7 @@ def restore(trainer: Trainer, path: Path, described: dict[str, Any]) -> None:
             raise CheckpointError(f"{path} cannot be read: {cause.strerror or cause}; nothing was changed") from error
         raise CheckpointError(f"{path} does not fit this model: {_first_line(error)}; run.start takes weights as far as they "
                               "fit") from error
+    # Read before anything is changed, so that a broken file leaves the trainer as it was.
     generators = checkpoint.random_states(path)
     try:
         set_state_dict(trainer.system, trainer.optimizer, model_state_dict=values["model"], optim_state_dict=values["optim"])

@@ -13,6 +13,7 @@ def error(actual: Tensor, exact: Tensor) -> tuple[float, float]:
     exact = exact.detach().double()
     difference = actual.detach().double() - exact
     rms, largest = exact.square().mean().sqrt().item(), exact.abs().max().item()
+    # Where the exact result is all zeros, errors count as they are.
     return difference.square().mean().sqrt().item() / (rms or 1.0), difference.abs().max().item() / (largest or 1.0)
 
 

@@ -17,6 +17,7 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Tile (m, n) of a linear program id: GROUP rows of tiles are walked column by column and so share their operands in L2."""
     width = GROUP * tiles_n
     first = (pid // width) * GROUP
+    # The last group may have fewer rows of tiles.
     height = min(tiles_m - first, GROUP)
     inside = pid % width
     return first + inside % height, inside // height

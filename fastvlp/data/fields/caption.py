@@ -108,6 +108,7 @@ class Caption(Field):
 
     def cuts(self, text: str) -> bool:
         """Whether a caption has more tokens than are used."""
+        # One token more than fits tells it, without the rest of a long text.
         return self.length is not None and len(self._tokenizer.encode(text, self.length + 1)) > self.length
 
     def prepare(self, raw: Sequence[str]) -> Packed:
@@ -153,4 +154,5 @@ def _word_of_tokens(tokenizer: Tokenizer, text: str, count: int) -> list[int]:
         if len(encoding.ids) >= 2 * count:
             break
     words = [word for word in encoding.word_ids if word is not None]
+    # A tokenizer that knows no words has one for each token.
     return words[:count] if len(words) == len(encoding.ids) else list(range(count))

@@ -114,6 +114,7 @@ class Other(Field):
         self.field.check(sample.other, stage)
 
     def __call__(self, samples: Sequence[Record], words: np.ndarray, stage: Stage) -> Tensor | Packed:
+        # Words of its own, or the other sample would be augmented exactly as the first one.
         return self.field([sample.other for sample in samples], mix(words, np.array([OTHER])), stage)
 
     def prepare(self, raw: Sequence[Any]) -> Tensor | Packed:

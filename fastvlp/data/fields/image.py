@@ -205,6 +205,7 @@ class Pages(Pictures):
         from PIL import ImageDraw
 
         font, side = _font(self.font, self.height), max(patch, size // patch * patch)
+        # Two pixels of margin on either side.
         lines = list(islice(_lines(text, lambda part: font.getlength(part) <= side - 4), max(1, (side - 4) // (self.height * 5 // 4))))
         height = min(side, max(1, math.ceil((4 + len(lines) * (self.height * 5 // 4)) / patch)) * patch)
         page = pil.new("L", (side, height), 255)
@@ -265,6 +266,7 @@ def _panned(picture: np.ndarray, word: np.uint64, count: int) -> list[np.ndarray
     places = np.stack([(1 - side) * u[2:4], (1 - side) * u[4:6], side], 1)  # left, top and side, at the start and at the end
     image, frames = pil.fromarray(picture), []
     for left, top, part in np.linspace(places[0], places[1], count):
+        # Rounding may bring an edge past 1, which Pillow refuses.
         box = (left * width, top * height, min(left + part, 1.0) * width, min(top + part, 1.0) * height)
         frames.append(np.asarray(image.resize((width // 2, height // 2), pil.Resampling.BILINEAR, box=box)))
     return frames
@@ -287,6 +289,7 @@ def _lines(text: str, fits: Any) -> Iterator[str]:
         if line:
             yield line
         while not fits(word) and len(word) > 1:
+            # At least one letter, or a page narrower than that would never end.
             at = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or fits(word[:n]))
             yield word[:at]
             word = word[at:]

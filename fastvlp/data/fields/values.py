@@ -48,6 +48,7 @@ class Vector(Field):
             raise Unusable(f"{self.key} is no list of numbers") from error
         if vector.ndim != 1 or (self.width is not None and len(vector) != self.width):
             raise Unusable(f"{self.key} has the shape {vector.shape}")
+        # A single one would make NaN of the loss of the whole batch.
         if not np.isfinite(vector).all():
             raise Unusable(f"{self.key} is not finite")
         return vector
@@ -70,6 +71,7 @@ class Label(Field):
         value = sample.values.get(self.key)
         if isinstance(value, str) and value in self.names:
             return self.names.index(value)
+        # Beyond int64 torch would raise for the whole batch and not for this sample.
         if isinstance(value, int) and not self.names and -(1 << 63) <= value < 1 << 63:
             return int(value)
         raise Unusable(f"{self.key} is none of the {len(self.names)} names" if self.names else f"{self.key} is no whole number")
@@ -90,6 +92,7 @@ class Uniform(Field):
 
     def __call__(self, samples: Sequence[Record], words: np.ndarray, stage: Stage) -> Tensor:
         drawn = mix(mix(words, np.array([UNIFORM])), np.array([self.salt]))
+        # As many bits as float64 holds exactly, so that 1 is never reached.
         return torch.from_numpy((drawn >> np.uint64(11)).astype(np.float64) / (1 << 53))
 
 

@@ -46,6 +46,7 @@ class Table:
         return self.starts.nbytes + 1000
 
     def open(self) -> Opened:
+        # Rows are known by their number, which would be another sample in another file of this name.
         if stamp_of(self.file) != self.stamp:
             raise Unusable(REPLACED)
         return _Open(self, (_parquet if self.file.lower().endswith(".parquet") else _arrow)(self))
@@ -90,13 +91,17 @@ def _parquet(table: Table) -> Groups:
 
     def read(group: int, pictures: bool) -> Any:
         key = table.file, table.stamp, group, pictures
+        # Rows of a group are asked for soon after one another, and parquet unpacks a group as a whole.
         if key in _groups:
             _groups.move_to_end(key)
         else:
             if opened.metadata.row_group(group).total_byte_size > GROUP:
                 raise Unusable("group of rows is too large")
+            # Captions are often read alone, and the pictures beside them are nearly all of the bytes.
             names = [name for name in opened.schema_arrow.names if (name == table.columns.image) == pictures]
+            # Workers are processes already; threads in each would fight for the same cores.
             _groups[key] = opened.read_row_group(group, columns=names, use_threads=False)
+            # The group that was just read stays, even where it is above the bound by itself.
             while sum(one.nbytes for one in _groups.values()) > HELD and len(_groups) > 1:
                 _groups.popitem(last=False)
         return _groups[key]
@@ -124,6 +129,7 @@ def _batches(file: str) -> Iterator[Any]:
     try:
         yield from ipc.open_stream(mapped)
     except arrow.ArrowInvalid:
+        # datasets writes streams; others write files, which a reader of streams refuses at once.
         mapped.seek(0)
         opened = ipc.open_file(mapped)
         yield from (opened.get_batch(number) for number in range(opened.num_record_batches))
@@ -179,6 +185,7 @@ def scan(path: str) -> Table:
             counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         else:
             counts = [batch.num_rows for batch in _batches(file)]
+        # The metadata is a stranger's: with a negative count the starts would fall, and the search in them go wrong.
         if any(count < 0 for count in counts):
             raise ValueError("a negative number of rows")
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
@@ -205,6 +212,7 @@ def files_of(folder: str) -> list[str]:
                          "again")
     if isinstance(listed, list):
         names = [str(one.get("filename")) for one in listed if isinstance(one, dict)]
+        # Only the last part of a name, which could otherwise lead out of the folder.
         return [os.path.join(folder, os.path.basename(name)) for name in names]
     return sorted(entry.path for entry in os.scandir(folder) if entry.name.endswith(".arrow") and not entry.name.startswith("cache-"))
 

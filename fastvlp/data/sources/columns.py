@@ -33,6 +33,7 @@ class Columns:
 
 def split(path: str) -> tuple[str, dict[str, str]]:
     """The file of ``pairs.csv?image=photo&caption=name&sep=;`` and what is asked of it."""
+    # A file may itself be called so, and then it is meant.
     found = None if os.path.exists(path) else ASKED.fullmatch(path)
     return (path, {}) if found is None else (found[1], dict(part.split("=", 1) for part in found[2].split("&")))
 
@@ -43,6 +44,7 @@ def choose(names: Sequence[str], asked: Mapping[str, str], where: str) -> Column
     Raises:
         ValueError: there is no picture, or neither caption nor class; says which columns there are.
     """
+    # reversed, so that of two columns that differ in case alone the first one wins.
     folded = {name.strip().lower(): name for name in reversed(names)}
     found: dict[str, str | None] = {}
     for what, known in KNOWN.items():
@@ -75,6 +77,7 @@ def followed(path: Any, folder: str) -> bytes:
     """The picture that a table names by a path, from the table's folder or else from the working directory. Raises Unusable."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise Unusable("no image")
+    # Else a stranger's table could make this machine ask any address that it can reach.
     if "://" in path:
         raise Unusable("picture is an address, which is not fetched")
     for place in (os.path.join(folder, path), path):

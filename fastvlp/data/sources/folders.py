@@ -129,6 +129,7 @@ def scan(path: str) -> Folder:
         classes = dict(zip(folders, titles if len(titles) == len(folders) else folders, strict=True))
         problems += [("no caption", f"{printable(path)}: {printable(name)}") for name in names if "/" not in name]
         names, texts = inside_one, np.zeros(len(inside_one), np.uint8)
+    # A folder has no size of its own that tells it from a changed one; the names in it stand for that.
     known = hashlib.blake2b("\0".join(names).encode("utf-8", "surrogateescape"), digest_size=6).digest()
     return Folder(path, names, texts, classes, problems, (int.from_bytes(known, "big"), 0))
 
@@ -140,6 +141,7 @@ def _is_picture(name: str) -> bool:
 def _walk(root: str) -> Iterator[tuple[str, str]]:
     """(folder from the root on, "" or ending in /, and name) of all files, folders and names sorted."""
     for folder, folders, files in os.walk(root):
+        # In place, since os.walk goes on into what is left in this very list.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in sorted(files):

@@ -63,6 +63,7 @@ def keep(path: str, size: int, data: bytes) -> None:
     """Keep the index of a shard at an address among the copies of this machine."""
     try:
         place = _own(path, size)
+        # Under a name of this process first, so that no reader sees half an index.
         partial = place.with_suffix(f".{os.getpid()}.partial")
         partial.write_bytes(data)
         os.replace(partial, place)
@@ -114,6 +115,7 @@ def _checked(data: bytes, path: str, size: int, head: str) -> dict[str, Any] | N
 
 def _numbers(values: Any, count: int) -> np.ndarray:
     numbers = np.array(values)
+    # Fractions and numbers beyond int64 are refused, too: NumPy makes other kinds of them.
     if numbers.shape != (count,) or (count and numbers.dtype.kind != "i"):
         raise ValueError("no numbers")
     return numbers.astype(np.int64)

@@ -76,6 +76,7 @@ def read_picture(path: str) -> bytes:
     """The contents of a picture file; links are followed, devices and FIFOs are not waited for. Raises Unusable, OSError."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     try:
+        # Asked of the open file and not of its path, which could be another one by now.
         about = os.fstat(file)
         if not stat.S_ISREG(about.st_mode):
             raise Unusable("picture is not a plain file")

@@ -123,6 +123,7 @@ class _Tar(Opened):
         if isinstance(self.file, remote.File):
             data = self.file.pread(size, offset)
         else:
+            # pread moves no position, which processes that inherit this file would share.
             data = os.pread(self.file.fileno(), size, offset)
         if len(data) < size:
             raise Unusable(UNREAD)
@@ -238,6 +239,7 @@ def scan(path: str, index: bool = True) -> Shard:
                 found.close()
             except BrokenTar as error:
                 found.problems.append((str(error), f"{found.path}: after {printable(found.stem)}" if found.stem else found.path))
+                # What came before the break is still good.
                 found.close()
             shard = _listed(path, found, stamp)
             if index and remote.is_address(path):
@@ -279,6 +281,7 @@ def write_index(path: str) -> tuple[Shard, bool]:
         head = _head(file)
         if not remote.is_address(path) and os.fstat(file.fileno()).st_size != stamp[0]:
             raise BrokenTar("shard is packed, and its unpacked copy needs no index")
+    # By the headers, never by an index that lies there: it may be the wrong one, which this replaces.
     shard = scan(path, index=False)
     data = index_files.dump(shard, index_files.head_of(head))
     target = path + index_files.ENDING

@@ -187,6 +187,7 @@ def _csv(file: BinaryIO, separator: str, image: int) -> Iterator[tuple[int, int,
             at += size
             yield line.decode("utf-8", "surrogateescape")
 
+    # csv takes lines only as a row needs them, so that ``at`` is where the row ends that it just gave.
     reader = csv.reader(texts(), delimiter=separator)
     while True:
         problem = None

@@ -155,6 +155,7 @@ def distill_block_backward(
 
 def _spread(x: Tensor, y: Tensor, scale: Tensor, lse: LogSumExp, values: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, E]: sum over i of exp(scale * <x_i, y_j> - lse_i) * values_i, for x [m, D], y [n, D], values [m, E] and lse [m]."""
+    # The averages are read for other gradients alone, so that zeros stand for them.
     grads, results = AttendGrads(values, None), Attended(torch.zeros_like(values), lse)
     like, needs = values.new_zeros(len(y), values.shape[1]), AttendNeeds(x=False, y=False, v=True, scale=False)
     return attend_backward(grads, results, needs, x, y, like, scale, compute_dtype=dtype).v

@@ -65,6 +65,7 @@ class MergeColumns(torch.autograd.Function):
             whole, share = batch.members.merge(LogSumExp(reference, log))
         ctx.save_for_backward(share)
         ctx.batch = batch
+        # Copies, since views would keep the columns of all processes alive.
         own, log = (part.split(batch.sizes, 1)[batch.members.rank].clone() for part in whole)
         ctx.mark_non_differentiable(own)
         return own, log

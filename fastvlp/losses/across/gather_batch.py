@@ -66,6 +66,7 @@ def _tensors(part: Any) -> tuple[list[Tensor], Exception | None]:
     """What travels of a part, or why it cannot."""
     if isinstance(part, Packed):
         extras = [extra for extra in (part.size, part.pos) if extra is not None]
+        # With the tokens on their device, since NCCL moves nothing from the CPU.
         return [part.x, part.lengths.to(part.x.device), *extras], None
     if not isinstance(part, Tensor) or part.ndim == 0 or part.dtype not in DTYPES:
         what = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__

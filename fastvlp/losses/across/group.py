@@ -116,6 +116,7 @@ class Members:
         """The elementwise sum over members of ``partial``."""
         if self.size == 1:
             return partial
+        # all_reduce writes in place, and the caller still needs its part.
         total = partial.clone()
         dist.all_reduce(total, group=self.group)
         return total

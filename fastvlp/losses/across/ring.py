@@ -50,6 +50,7 @@ class SoftmaxRing(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, batch: SplitBatch, trains: list[bool]) -> Tensor:
         rank = batch.members.rank
         ctx.dtypes = image.dtype, text.dtype
+        # Contiguous, since the texts travel as they lie in memory.
         image, text = image.to(batch.dtype), text.to(batch.dtype).contiguous()
         rows: list[LogSumExp] = []
         positives: list[Tensor] = []
@@ -128,6 +129,7 @@ class SigmoidRing(torch.autograd.Function):
         factor = gradient * batch.factor
         if of_text is not None:
             everyone = batch.members.gather(factor)
+            # NaN differs from itself: a loss that went wrong must not be taken for unequal weights.
             same = ((everyone == factor) | everyone.isnan() | factor.isnan()).all()
             # Text gradients were summed on their way, before the upstream gradients were known; asked without a wait for the device.
             torch._assert_async(same, UNEQUAL)

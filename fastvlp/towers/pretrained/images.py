@@ -37,6 +37,7 @@ class ImageModel(nn.Module):
         shift, scale = (255 * torch.as_tensor(numbers, dtype=torch.float64).expand(3) for numbers in (mean, std))
         self.mean, self.std = ((numbers / 255).tolist() for numbers in (shift, scale))
         like = next(model.parameters())
+        # Not persistent: they follow from the arguments, and the state stays the other library's.
         self.register_buffer("shift", shift.repeat(patch_size**2).to(like), persistent=False)
         self.register_buffer("factor", scale.reciprocal().repeat(patch_size**2).to(like), persistent=False)
 
@@ -63,6 +64,7 @@ class PackedImages(ImageModel):
     def run(self, patches: Packed, prefix: Tensor) -> Packed:
         """Embedded patches [T, C] and what comes in front of each segment, [S, n, C], through the blocks."""
         tokens = with_prefix(patches, prefix)
+        # Others' blocks may fail on no tokens at all.
         if not tokens.total:
             return tokens
         x = self.blocks(self.before(tokens.x)[None], Segments.of(tokens))
@@ -113,7 +115,9 @@ class PaddedImages(ImageModel):
         with torch.no_grad():
             picture = torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
             tokens = _tokens(getattr(model.eval(), method)(picture), last)
+        # As it was: a frozen model must stay in evaluation mode.
         model.train(training)
+        # Fewer than 2 h + 1 tokens in front leave the whole part of the root at h.
         grid = math.isqrt(tokens.shape[1])
         if image_size % grid:
             raise ValueError(f"{type(model).__name__} makes {tokens.shape[1]} tokens of a picture of {image_size} pixels, {grid} in a row; "

@@ -114,4 +114,5 @@ def segment_maximum(values: Tensor, packed: Packed) -> Tensor:
     """The largest of ``values`` [T, n] in each segment: [S, n]; 0 for an empty one."""
     counts = packed.lengths.to(values.device, non_blocking=True)
     owner = torch.arange(len(packed), device=values.device).repeat_interleave(counts, output_size=packed.total)
+    # The zeros take part, too: rows and columns are not negative, and an empty segment has 0.
     return values.new_zeros(len(packed), values.shape[1]).scatter_reduce(0, owner[:, None].expand_as(values), values, "amax")

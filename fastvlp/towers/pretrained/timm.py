@@ -36,6 +36,7 @@ def timm_tower(name: str | nn.Module, pretrained: bool | str | os.PathLike[str] 
         try:
             module = library.create_model(name, pretrained=pretrained is True, num_classes=0, **size, **file, **options)
         except TypeError as error:
+            # Only a refusal of img_size means that the model takes any size; other errors are the caller's.
             if not size or "img_size" not in str(error):
                 raise
             module = library.create_model(name, pretrained=pretrained is True, num_classes=0, **file, **options)  # it takes any size
@@ -78,6 +79,7 @@ class TimmVit(PackedImages):
 
     def prefix(self) -> Tensor:
         parts = [part[0] for part in (self.model.cls_token, self.model.reg_token) if part is not None]
+        # The empty rows are for a model that has neither.
         tokens = torch.cat([*parts, self.model.pos_embed.new_zeros(0, self.width)])
         return tokens if self.model.no_embed_class else tokens + self.model.pos_embed[0, : len(tokens)]
 

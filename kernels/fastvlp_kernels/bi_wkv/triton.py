@@ -41,7 +41,9 @@ def _store(x_ptr, values, tokens, end, head, H, width, cols):
 @triton.jit
 def _rate(w_ptr, tokens, end, head, H, K, cols):
     """exp(w), float32 [tokens, cols], 0 where there is none."""
+    # Bounded, since an infinite rate times a 0 among the members would be NaN.
     rate = tl.minimum(tl.exp(_load(w_ptr, tokens, end, head, H, K, cols).to(tl.float32)), RATE)
+    # What was not loaded is a w of 0, whose rate would be 1.
     return tl.where((tokens < end)[:, None] & (cols < K)[None, :], rate, 0.0)
 
 
@@ -128,6 +130,7 @@ def _forward_kernel(
 ):  # fmt: skip
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens, end = _chunk(cu_ptr, S, T, CHUNK)
+    # There are as many slots as there could be chunks; some are not used.
     if tl.min(tokens, 0) >= end:
         return
     i, j, cols_v = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :], tl.arange(0, BLOCK_V)

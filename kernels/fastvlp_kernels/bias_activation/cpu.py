@@ -17,6 +17,7 @@ def forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """[T, H] (geglu: [T, H / 2]) in the dtype of x."""
     T, H = x.shape
     if T * H <= WHOLE:
+        # Elementwise results keep the strides of x, while the operator's fake promises contiguous ones.
         return _forward(x, bias, kind).contiguous()
     out = x.new_empty(T, H // 2 if kind == "geglu" else H)
     for rows in _blocks(T, H):
@@ -28,6 +29,7 @@ def _forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     hidden = _hidden(x, bias)
     if kind == "relu2":
         positive = hidden.clamp_min(0)
+        # clamp_min keeps NaN, and made a tensor of its own, which may be squared in place.
         out = positive.mul_(positive)
     elif kind == "geglu":
         value, gate = hidden.chunk(2, 1)
@@ -43,6 +45,7 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str, needs: lis
     if T * H <= WHOLE:
         return _backward(grad, x, bias, kind, needs)
     dx = x.new_empty((T, H) if needs[0] else (0,))
+    # In the dtype of sums: added in 16 bits, the gradients of late tokens would be lost beside the sum.
     dbias = x.new_zeros(H if needs[1] else 0, dtype=sum_dtype(x.dtype))
     for rows in _blocks(T, H):
         of_rows, sums = _backward(grad[rows], x[rows], bias, kind, needs)
@@ -59,9 +62,11 @@ def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str, needs: li
         slope = hidden.clamp_min(0).mul_(g).mul_(2)
     elif kind == "geglu":
         value, gate = hidden.chunk(2, 1)
+        # Values beside gates, as they lie in x, so that one sum over tokens gives the gradients of both biases.
         slope = torch.cat((F.gelu(gate).mul_(g), _gelu_backward(value * g, gate)), 1)
     else:
         slope = _gelu_backward(g, hidden)
+    # The bias's sum reads the slope before it is rounded to the dtype of x.
     dx = slope.to(x.dtype).contiguous() if needs[0] else x.new_empty(0)
     return dx, slope.sum(0) if needs[1] else hidden.new_empty(0)
 

@@ -43,11 +43,13 @@ def _(grad, x, bias, kind, impl, needs):
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bias, ctx.kind, ctx.impl = inputs
+    # x, which exists already, and not x + bias, which would have to be written as well.
     ctx.save_for_backward(x, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
+    # In grad mode a second derivative is asked for, and its refusal is registered with the operator alone.
     direct = _op.untraced(grad) and not torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.bias_activation_backward
     found = run(grad, *ctx.saved_tensors, ctx.kind, ctx.impl, needs)

@@ -17,6 +17,7 @@ PROGRAMS = 4  # of backward, for each processor
 def config(width: int) -> dict[str, int]:
     """Block sizes and launch options for ``width`` features that are computed from as many, or from pairs."""
     block = min(1024, max(64, triton.next_power_of_2(width)))
+    # 16 elements for each of the 128 threads, whatever the width.
     return {"ROWS": 2048 // block, "BLOCK": block, "num_warps": 4, "num_stages": 1}
 
 
@@ -41,9 +42,11 @@ def _normal(x):
     return tl.where(x < 0, tail, 1.0 - tail), density
 
 
+# T changes with every ragged batch; Triton would compile again where it is 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(x_ptr, bias_ptr, out_ptr, T, H, stride, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """A tile of out [T, H]; of geglu x is [T, 2 H], values before gates."""
+    # int64 from the start, as T * H may pass 2^31.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_col = cols < H
@@ -71,6 +74,7 @@ def _backward_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_col = cols < H
     width = 2 * H if KIND == "geglu" else H
+    # One sum for each row of a tile until the end, so that the loop reduces nothing across threads.
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     gate_sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for row in range(first, last, ROWS):
@@ -125,6 +129,7 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str, needs: lis
     options = config(H)
     blocks = triton.cdiv(H, options["BLOCK"])
     shares = triton.cdiv(PROGRAMS * processors(x.device), blocks)
+    # Whole tiles, so that none reaches into the tokens of the next program.
     share = triton.cdiv(triton.cdiv(T, shares), options["ROWS"]) * options["ROWS"]
     shares = triton.cdiv(T, share)
     sums = x.new_empty((shares, width) if needs[1] else (0, 0), dtype=torch.float32)

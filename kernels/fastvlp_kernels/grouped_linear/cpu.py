@@ -9,19 +9,23 @@ from .._inputs import sum_dtype
 def forward(x: Tensor, order: Tensor, starts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[T, O] in the dtype of x."""
     T = x.shape[0]
+    # One gather puts the tokens of a type side by side, so that each type is one plain product.
     rows = x.index_select(0, order)
     if grouped(rows, weight):
         out = torch._grouped_mm(rows, weight.transpose(1, 2), offs=starts[1:])
         if bias is not None:
+            # A token belongs to the first type that ends behind it; right=True passes over types without tokens.
             kinds = torch.searchsorted(starts[1:], torch.arange(T, device=x.device), right=True).clamp_max(len(weight) - 1)
             out = (out.to(sum_dtype(x.dtype)) + bias[kinds]).to(x.dtype)
     else:
         out = x.new_empty(T, weight.shape[1])
         for kind, part in _parts(starts):
             if bias is None:
+                # out= puts the product where it belongs, without a copy of each type's rows.
                 torch.mm(rows[part], weight[kind].T, out=out[part])
             else:
                 torch.addmm(bias[kind].to(x.dtype), rows[part], weight[kind].T, out=out[part])
+    # Nothing stays unwritten, since order is a permutation.
     return torch.empty_like(out).index_copy_(0, order, out)
 
 
@@ -30,8 +34,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and weight, and of the bias in the dtype of sums; [0] where ``needs`` says no."""
     g = grad.index_select(0, order)
+    # Only the weight's gradient reads x; sorting it for the others would be a copy for nothing.
     rows = x.index_select(0, order) if needs[1] else x
     dx = x.new_empty(x.shape if needs[0] else (0,))
+    # Zeros, since types without tokens are not visited below.
     dweight = weight.new_zeros(weight.shape if needs[1] else (0,))
     dbias = weight.new_zeros(weight.shape[:2] if needs[2] else (0,), dtype=sum_dtype(x.dtype))
     by_group = grouped(g, weight)
@@ -60,5 +66,6 @@ def grouped(rows: Tensor, weight: Tensor) -> bool:
 
 def _parts(starts: Tensor) -> list[tuple[int, slice]]:
     """Each type that has tokens, and where they are."""
+    # On a GPU this waits for the device: products are launched from the host, which has to know their sizes.
     ends = starts.tolist()
     return [(kind, slice(low, high)) for kind, (low, high) in enumerate(zip(ends, ends[1:], strict=False)) if low < high]

@@ -12,5 +12,6 @@ def grouped_linear(x: Tensor, types: Tensor, weight: Tensor, bias: Tensor | None
     for kind, matrix in enumerate(weight):
         product = x.to(acc) @ matrix.to(acc).T
         product = product if bias is None else product + bias[kind].to(acc)
+        # Not a product with 0, which would let NaN and infinity of the other types through.
         out = out + product.masked_fill((types != kind)[:, None], 0)
     return out.to(x.dtype)

@@ -75,6 +75,7 @@ def _weight_kernel(
             b_g = b_g.to(tl.float32)
             b_x = b_x.to(tl.float32)
         acc = tl.dot(tl.trans(b_g), b_x, acc, input_precision=PRECISION)
+    # int64, as types * N * K may pass 2^31.
     out = out_ptr + kind.to(tl.int64) * N * K + rows[:, None] * K + cols[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < K)[None, :])
 
@@ -103,6 +104,7 @@ def _product(x: Tensor, order: Tensor, starts: Tensor, weight: Tensor, bias: Ten
     out = x.new_empty(T, N)
     if T:
         x = operand(x, x.dtype)
+        # All full tiles and a partial one for each type: a bound that is known without asking the device.
         tiles = (T // options["BLOCK_M"] + types) * triton.cdiv(N, options["BLOCK_N"])
         with torch.cuda.device_of(x):
             _product_kernel[(tiles,)](
@@ -134,6 +136,7 @@ def backward(
                 grad, x, order, starts, dweight, T, N, K, grad.stride(0), x.stride(0), PRECISION=precision(), UPCAST=upcast(), **options
             )
         if needs[2]:
+            # The shares are added in one order afterwards; atomics would add in another one in each run.
             sums = x.new_empty(types, SHARES, N, dtype=torch.float32)
             _bias_kernel[(triton.cdiv(N, 256), types * SHARES)](
                 grad, order, starts, sums, T, N, grad.stride(0), SHARES=SHARES, ROWS=8, BLOCK=256, num_warps=4, num_stages=2

@@ -48,6 +48,7 @@ def _sweep(a: Inputs, grad: Tensor | None, needs: Sequence[bool]) -> tuple[Tenso
     dx = empty(a.x, part.x.shape if need_x else (0,), acc)
 
     chunks = list(_chunks(part.x.shape[0], V))
+    # One buffer for all chunks, whose pages are touched for the first time only once.
     buffer = empty(a.x, (max((rows.stop - rows.start for rows in chunks), default=0) * V,), acc)
     for rows in chunks:
         x = part.x[rows].to(a.dtype).to(acc)
@@ -81,6 +82,7 @@ def _differentiate(logits: Tensor, bias: Tensor | None, a: Inputs, loss: Tensor,
         rows = slice(i, i + step)
         tile, targets = logits[rows], a.targets[rows]
         part = a._replace(targets=targets)
+        # Targets that are not counted are negative, and may read any logit.
         place = targets.clamp_min(0)[:, None]
         if bias is not None:
             tile.add_(bias)
@@ -88,6 +90,7 @@ def _differentiate(logits: Tensor, bias: Tensor | None, a: Inputs, loss: Tensor,
         tile.sub_(peak[:, None])
         target = tile.gather(1, place)[:, 0]
         mean = tile.mean(1) if a.label_smoothing else tile.new_empty(0)
+        # The target is left out of the sum, so that a loss near 0 keeps its digits.
         others = tile.exp_().scatter_(1, place, 0.0).sum(1)
         statistics = Rows(peak, others, target, mean)
         torch.add(losses(statistics, part), 0, out=loss[rows])

@@ -99,10 +99,13 @@ def _sum_kernel(
             offs = token + tl.arange(0, BLOCK)
             best = tl.full((BLOCK,), -float("inf"), tl.float32)
             for slot in range(first, last + 1):
+                # 0 behind the end, which adds nothing to the sum.
                 best = tl.maximum(best, tl.load(max_ptr + slot * stride + offs, mask=offs < end, other=0.0))
+            # +inf stood for NaN, which passes through no maximum of the hardware.
             total += tl.where(best == float("inf"), float("nan"), best)
     value = tl.sum(total, 0)
     if MEAN:
+        # An empty segment has the mean 0.
         value /= tl.maximum(end - start, 1).to(tl.float32)
     tl.store(out_ptr + a.to(tl.int64) * stride_a + b.to(tl.int64) * stride_b, value)
 
@@ -120,6 +123,7 @@ def _first_kernel(max_ptr, place_ptr, cu_a_ptr, length, blocks, TILE: tl.constex
         place = tl.load(place_ptr + at, mask=inside)
         for slot in range(first + 1, last + 1):
             other = tl.load(max_ptr + slot * length + offs, mask=inside)
+            # Greater and not equal, so that among equals the first one stays.
             place = tl.where(other > best, tl.load(place_ptr + slot * length + offs, mask=inside), place)
             best = tl.maximum(best, other)
         tl.store(place_ptr + at, place, mask=inside)

@@ -113,6 +113,7 @@ def _bias(key_size: Tensor | None, key_bias: Tensor | None, k: Tensor) -> Tensor
     bias = None if key_bias is None else torch.atleast_2d(key_bias.to(sum_dtype(k.dtype)))
     if key_size is None:
         return bias
+    # A token of size n counts as n equal keys: exp(score + log n).
     log_size = key_size.to(sum_dtype(k.dtype)).log()[None]
     return log_size if bias is None else bias + log_size
 
@@ -130,6 +131,7 @@ def _arrange(x: _Inputs, order: Order | None) -> _Inputs:
 
 
 def _scatter(x: Tensor, index: Tensor) -> Tensor:
+    # Nothing stays unwritten, since the order is a permutation.
     return torch.empty_like(x).index_copy_(0, index, x)
 
 
@@ -201,6 +203,7 @@ def _probabilities(q: Tensor, k: Tensor, x: _Inputs, run: Run, segments: slice, 
     if x.bias is not None:
         scores += x.bias[:, run.keys].unflatten(1, (run.batch, run.m))[:, segments].transpose(0, 1)[:, :, None]
     if x.causal:
+        # Aligned at the end: the last query sees all keys.
         place = torch.arange(run.m, device=q.device)
         hidden = place > torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (run.m - run.n)
         if x.prefix_len is not None:

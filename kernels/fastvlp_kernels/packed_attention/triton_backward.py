@@ -69,6 +69,7 @@ def _query_kernel(
         tl.store(delta_ptr + (first_q + row) + in_m, delta, mask=rows < n)
         if dq_ptr is not None:
             q = tile(q_ptr, first_q + row, in_m, rows < n, stride_q, D, BLOCK_D, UPCAST)
+            # +inf beside the rows makes their probabilities 0, so that they add nothing.
             lse = tl.load(lse_ptr + (first_q + row) + in_m, mask=rows < n, other=float("inf"))
             acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
             last = m
@@ -143,6 +144,7 @@ def _key_kernel(
                 q_at = q_ptr + tl.multiple_of(head.to(tl.int64) * head_q, ALIGN)
                 q = tile(q_at, first_q + row, in_m, rows < n, stride_q, D, BLOCK_D, UPCAST)
                 lse = tl.load(lse_ptr + (at + row) + in_m, mask=rows < n, other=float("inf"))
+                # Transposed from the start, since dK and dV have the keys as rows.
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + term[:, None]
                 if CAUSAL:
                     s = tl.where(keys[:, None] < limits(prefix_ptr, segment, rows, n, m)[None, :], s, float("-inf"))
@@ -192,6 +194,7 @@ def key_mass(
 ) -> Tensor:
     """float32 [Tk]: the probabilities of every key, summed over queries and heads."""
     (Tq, H, D), Tk = q.shape, keys.tokens
+    # Zeros, since keys behind the last segment have no program.
     mass = torch.zeros(H, Tk, dtype=torch.float32, device=q.device)
     if Tq and Tk and queries.segments:
         (qs, ks), align = operands(q, k)
@@ -205,6 +208,7 @@ def key_mass(
                 0, qs.stride(0), ks.stride(0), 0, 0, qs.stride(1), ks.stride(1), 0, CAUSAL=causal, SEARCH=search, ALIGN=align,
                 PRECISION=precision(), UPCAST=upcast(), D=D, E=D, BLOCK_D=padded(D), BLOCK_E=padded(D), **options,
             )  # fmt: skip
+    # Heads are added here, in one order; inside the kernel it would take atomics.
     return mass.sum(0)
 
 

@@ -88,6 +88,7 @@ def _logits_kernel(
             counted = counted & (positive | (same == 0))
         else:
             positive = positive | same
+    # A pair that does not count has -inf, whose loss and gradient are 0.
     u = tl.where(counted, tl.where(positive, -t, t), -float("inf"))
 
     # a = exp(-|u|): softplus(u) = max(u, 0) + log(1 + a), and sigmoid(u) is 1 / (1 + a) or a / (1 + a).
@@ -95,6 +96,7 @@ def _logits_kernel(
     # A division takes so many registers that the tile would spill.
     r = tl.rsqrt(1.0 + a)
     r *= r
+    # Either side from a itself: 1 minus a sigmoid near 1 would lose its digits.
     g = tl.where(u >= 0.0, r, a * r)
     g = tl.where(positive, -g, g)
     tile = i_m.to(tl.int64) * tiles_n + i_n

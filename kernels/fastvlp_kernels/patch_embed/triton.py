@@ -43,6 +43,7 @@ def _locate_kernel(images_ptr, keep_ptr, where_ptr, pos_ptr, S, total, P: tl.con
         bits = bits // 2
     place = patch - tl.load(images_ptr + low)
     columns = tl.load(images_ptr + 2 * S + low)
+    # A picture without columns has no patches, and must not divide by 0 all the same.
     row = place // tl.maximum(columns, 1)
     col = place - row * columns
     stride = columns * (3 * P)
@@ -109,6 +110,7 @@ def _forward_kernel(
     i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
     tokens = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Channels behind C read the last one again, which spares the loop a mask; they are never stored.
     p_weight = weight_ptr + tl.minimum(cols, C - 1).to(tl.int64)[None, :] * stride_weight
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, WIDTH, BLOCK_K):
@@ -212,6 +214,7 @@ def forward(
     folded = operand(weight.float() / per_value([factor * value for value in std], patch_size, centre), dtype)
     constant = torch.zeros(C, dtype=torch.float32, device=out.device) if bias is None else bias.float().contiguous()
     if not inside:
+        # In float64, since the mean's part is large beside what is left when it is taken off.
         constant = constant - factor * (folded[:, :width].double() @ centre[:width].double()).float()
     chosen = [(index, table.contiguous()) for index, table in tables] + [(None, None)] * (2 - len(tables))
     grid = (triton.cdiv(T, options["BLOCK_M"]) * triton.cdiv(C, options["BLOCK_N"]),)
@@ -247,6 +250,7 @@ def weight_backward(
 def table_backward(grad: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """[rows, C] in ``dtype``: the sum of the gradients [T, C] of the tokens of each index."""
     C, block = grad.shape[1], min(128, triton.next_power_of_2(grad.shape[1]))
+    # Stable, so that the tokens of an index add in the same order in each run.
     found, order = index.sort(stable=True)
     starts = torch.searchsorted(found, torch.arange(rows + 1, device=index.device, dtype=found.dtype))
     blocks = triton.cdiv(C, block)

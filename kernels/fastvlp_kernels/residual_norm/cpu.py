@@ -22,6 +22,7 @@ def forward(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The norm reads the sum as it is stored, rounded, so that a backward pass from the stored sum fits.
     wide = total.to(acc).contiguous()
     if a.rms:
+        # vector_norm squares and adds in one pass; the mean of squares would store the squares first.
         rstd = torch.linalg.vector_norm(wide, dim=1).square_().div_(C).add_(a.eps).rsqrt_()
         out = torch.mul(wide, rstd[:, None]).mul_(weight)
         return (out if bias is None else out.add_(bias)).to(a.dtype), total.contiguous(), rstd.new_empty(0), rstd
@@ -49,6 +50,7 @@ def backward(a: Saved, grad: Tensor, grad_total: Tensor | None, needs: Needs) ->
         )
         dweight, dbias = of_weight if needs.weight else dweight, of_bias if needs.bias else dbias
     if through:
+        # total has two readers: the norm, and whoever takes it on as the residual stream.
         if grad_total is not None:
             ds += grad_total
         if needs.x or (needs.branch and a.shared):

@@ -40,6 +40,7 @@ def _gradients(
     total: Tensor, mean: Tensor, rstd: Tensor, x_dtype: torch.dtype, branch_dtype: torch.dtype, rms: bool, impl: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     a = Saved(branch, gamma, weight, bias, total, mean, rstd, x_dtype, branch_dtype, rms)
+    # A caller may use total alone; out then has no gradient, as materialising is off.
     grad = torch.zeros_like(total) if grad is None else grad
     dx, dbranch, *vectors = _op.module(__package__, impl).backward(a, grad, grad_total, Needs(*needs))
     dgamma, dweight, dbias = (d if v is None else d.to(v.dtype) for d, v in zip(vectors, (gamma, weight, bias), strict=True))
@@ -63,6 +64,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(None if gamma is None else branch, gamma, weight, bias, *output[1:])
     ctx.rest = (x.dtype, branch.dtype, rms, impl)
     ctx.mark_non_differentiable(*output[2:])
+    # Else an unused total would get a tensor of zeros, which backward would read and add.
     ctx.set_materialize_grads(False)
 
 
@@ -75,6 +77,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: Any)
     direct = _op.untraced(given) and not torch.is_grad_enabled()
     run: Callable[..., tuple[Tensor, ...]] = _gradients if direct else torch.ops.fastvlp.residual_norm_backward
     dx, dbranch, *vectors = run(grad, grad_total, *ctx.saved_tensors, *ctx.rest, needs)
+    # Empty where x and branch share their gradient, which is made and stored once.
     found = (dx, dbranch if dbranch.numel() else dx, *vectors)
     return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 4)
 

@@ -17,6 +17,7 @@ PROGRAMS = 6  # of backward, for each processor: what its registers hold at 768 
 def config(width: int, tensors: int) -> dict[str, int]:
     """Block sizes and launch options for tokens of ``width``, of which a program holds ``tensors`` at once."""
     block = max(triton.next_power_of_2(width), 64)
+    # The more tensors a program holds, the fewer rows of each, so that they stay in registers.
     rows = max(1, 4096 // (block * max(1, tensors // 2)))
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, block * rows // 512)), "num_stages": 1}
 
@@ -52,6 +53,7 @@ def _forward_kernel(
     if not RMS:
         mean = tl.sum(centred, 1) / C
         tl.store(mean_ptr + rows, mean, mask=rows < T)
+        # Columns behind C were read as 0, and would count as -mean in the variance.
         centred = tl.where((cols < C)[None, :], centred - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < T)
@@ -144,6 +146,7 @@ def backward(a: Saved, grad: Tensor, grad_total: Tensor | None, needs: Needs) ->
     grad, grad_total = _dense(grad), None if grad_total is None else _dense(grad_total)
     branch = _dense(a.branch) if needs.gamma and a.branch is not None else None
     options = config(C, 4 + sum(needs[2:]))
+    # Whole tiles, so that none reaches into the tokens of the next program.
     share = triton.cdiv(triton.cdiv(T, PROGRAMS * processors(grad.device)), options["ROWS"]) * options["ROWS"]
     programs = triton.cdiv(T, share)
     # One row per program, summed afterwards: atomics would add in another order in each run.

@@ -44,6 +44,7 @@ def _maximum(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out, first = x.new_zeros(S, C), torch.full((S, C), -1, dtype=torch.int64, device=x.device)
     for batch in batches(lengths, x.device, max(1, ELEMENTS // max(C, 1))):
         tokens = batch.read(x).to(dtype)
+        # Padding becomes -inf, against which no real token loses.
         values, place = (tokens if batch.full else tokens.masked_fill(~batch.inside[..., None], -torch.inf)).max(1)
         # Maxima go through padded batches, as scatter_reduce shares the gradient among equal maxima; this names the first.
         first[batch.segments] = batch.tokens[:, :1] + place
@@ -56,10 +57,12 @@ def mean_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weights; [0] where ``needs`` says no."""
     dx, dweight = x.new_empty(0), total.new_empty(0)
+    # A mean without weight is 0 whatever x is, so that its gradient is 0 and not 1 / 0.
     share = torch.where(total == 0, 0, 1 / total)
     segment = segments(cu_seqlens.diff(), x.shape[0])
     if needs[0]:
         if weight is None:
+            # Rounded once for each segment and then copied: all of its tokens get the same.
             dx = (grad.to(share.dtype) * share[:, None]).to(x.dtype).index_select(0, segment)
         else:
             dx = (grad.to(share.dtype).index_select(0, segment) * (share[segment] * weight.to(share.dtype))[:, None]).to(x.dtype)

@@ -102,6 +102,7 @@ def _mean_backward_kernel(
             if dweight_ptr is not None:
                 x = tl.load(x_ptr + tokens[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
                 mean = tl.load(out_ptr + segment * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+                # The mean is taken off before the product: the difference of two long sums would lose digits.
                 dot += tl.sum((x - mean[None, :]) * g[None, :], 1)
         if dweight_ptr is not None:
             dweight = tl.where(offs < n, dot * share, 0.0)

@@ -44,12 +44,14 @@ def _store_partials(
                 keep(E, stash_ptr, stash_t_ptr, place, BLOCK_M, BLOCK_N)
         row_sum = tl.sum(E, 1)
         col_sum = tl.sum(E, 0)
+        # The sums refer to 0 here, whatever the maxima are.
         row_max = tl.zeros_like(row_max)
         col_max = tl.zeros_like(col_max)
     else:
         if stash_ptr is not None:
             if place < stash_tiles:
                 keep_none(stash_t_ptr, place, BLOCK_M, BLOCK_N)
+        # Where nothing counts the maximum is -inf, and -inf minus -inf would be NaN.
         row_sum = tl.sum(tl.exp(S - finite(row_max)[:, None]), 1)
         col_sum = tl.sum(tl.exp(S - finite(col_max)[None, :]), 0)
     tl.store(row_max_ptr + o_row, row_max, mask=in_row)
@@ -154,6 +156,7 @@ def _backward_kernel(
             dS += tl.where(same, tl.load(g_pos_row_ptr + rows)[:, None], 0.0)
         if g_pos_col_ptr is not None:
             dS += tl.where(same, tl.load(g_pos_col_ptr + cols)[None, :], 0.0)
+    # What lies outside was computed all the same, and must add nothing.
     dS = tl.where(in_row[:, None] & in_col[None, :], dS, 0.0)
     o_row = i_n.to(tl.int64) * M + rows
     o_col = i_m.to(tl.int64) * N + cols
@@ -206,6 +209,7 @@ def forward(a: Inputs, stash: Tensor | None = None) -> Results:
     rows_v, cols_v = _vectors(a.row_bias, a.row_scale, a.row_ids), _vectors(a.col_bias, a.col_scale, a.col_ids)
     sweeps = [(_Running(M, x), _Running(N, x)) for _ in range(2 if a.both else 1)]
     positive = torch.zeros(0 if a.offset is None else M, dtype=torch.float32, device=x.device)
+    # In float64: similarities of both signs cancel in these sums.
     row_sums, col_sums = (torch.zeros(length if a.sums else 0, dtype=torch.float64, device=x.device) for length in (M, N))
     per_row = 8 * (triton.cdiv(N, BLOCK_N) + triton.cdiv(N, BLOCK_M)) * (len(sweeps) + a.sums)
     # Partial sums of some rows at a time: those of all would grow with M N.
@@ -303,7 +307,9 @@ def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: T
     # With a stash, products of dS with S come out of the product that makes the gradient of x, or else that of y.
     row_sum, row_along = new(needs.row_bias, M), new((needs.scale and (needs.x or not stashed)) or needs.row_scale, M)
     col_sum, col_along = new(needs.col_bias, N), new(needs.col_scale or (needs.scale and not len(row_along)), N)
+    # Waves add to it in float32; a single one needs no sum.
     total = torch.empty(a.y.shape, dtype=torch.float32, device=x.device) if needs.y and len(waves) > 1 else None
+    # Whole tiles, since kernels store them without masks.
     shape = (triton.cdiv(min(wave, M), 128) * 128, triton.cdiv(N, 128) * 128)
     G = torch.empty(shape if needs.x or needs.y else 0, dtype=a.dtype, device=x.device)
     with torch.cuda.device_of(x):

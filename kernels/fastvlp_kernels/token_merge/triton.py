@@ -185,7 +185,9 @@ def _merge_kernel(
     else:
         total = some.to(tl.float32)
     if MODE == "mean":
+        # A row of one token keeps it to the bit, without a product and a quotient.
         acc = tl.where((count > 1)[:, None], acc * total[:, None], acc)
+    # As far as the fullest row of the block has tokens; the others are masked.
     for k in range(1, tl.max(count, 0)):
         more = k < count
         token = tl.load(order_ptr + first + k, mask=more, other=0)
@@ -204,6 +206,7 @@ def _merge_kernel(
         else:
             acc += extra
     if MODE == "mean":
+        # Sizes may add up to 0, where the mean is 0 and not NaN.
         acc = tl.where((count > 1)[:, None], acc / tl.where(total > 0, total, 1.0)[:, None], acc)
     tl.store(out_ptr + rows[:, None] * C + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=(rows < R)[:, None] & in_c)
     if tl.program_id(1) == 0:
@@ -266,6 +269,7 @@ def _first_maximum_kernel(
         x = tl.load(x_ptr + token[:, None] * stride + cols[None, :], mask=mask, other=0.0)
         hit = wanted & mask & (x == largest)
         tl.store(dx_ptr + token[:, None] * C + cols[None, :], tl.where(hit, g, 0.0).to(dx_ptr.dtype.element_ty), mask=mask)
+        # Equal maxima must not share the gradient, nor each take all of it.
         wanted = wanted & ~hit
 
 
@@ -283,6 +287,7 @@ def match(
     best, partner, target = new(T, torch.float32), new(T, torch.int32), new(T, torch.int32)
     rank = new(T, torch.int32) if not keep_order and protected == 0 else None
     merged, source, order = new(S, torch.int64), new(T, torch.int64), new(T, torch.int64)
+    # Rows behind the last one start at the end, and so hold no token.
     starts = torch.full((rows + 1,), T, dtype=torch.int64, device=device)
     by_threshold = threshold is not None
     with torch.cuda.device_of(metric):
