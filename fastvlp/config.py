@@ -291,7 +291,7 @@ def spec(values: Any, path: str) -> fdl.Config:
         raise ConfigError(f"{path}: {values['make']} makes no module")
     # By the signature and the annotations, so that a class of the user's own is checked as those that ship are.
     signature = inspect.signature(make)
-    hints = typing.get_type_hints(make.__init__ if isinstance(make, type) else make)  # type: ignore[misc]  # a subclass's may differ; this is the class itself
+    hints = typing.get_type_hints(inspect.getattr_static(make, "__init__") if isinstance(make, type) else make)
     arguments = {}
     for name, value in values.items():
         if name == "make":

@@ -94,7 +94,7 @@ def _beside(image: Image.Image, found: Picture) -> int:
         raise Unusable("image takes too much decoding")
     strip = 0
     if found.format == "TIFF":
-        kind, tags = image.info.get("compression"), image.tag_v2  # type: ignore[attr-defined]
+        kind, tags = image.info.get("compression"), image.tag_v2  # type: ignore[attr-defined]  # of TIFF files alone
         if kind not in PLAIN_TIFF:
             raise Unusable("image has a compression that is not read")
         if tags.get(ORIENTATION, 1) != 1:  # Pillow turns it

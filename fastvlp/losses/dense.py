@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastvlp_kernels import _cpu_products
 from fastvlp_kernels._cpu_products import bf16_products
-from fastvlp_kernels._inputs import product_dtype, sum_dtype
+from fastvlp_kernels._inputs import needs_grad, product_dtype, sum_dtype
 from fastvlp_kernels.pairwise_sigmoid.cpu import LIMIT, LN2, sum_log1p
 
 from .autograd import apply, no_second_derivatives
@@ -31,13 +31,13 @@ def pays(image: Tensor) -> bool:
 
 def dense_softmax(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """The loss of :class:`ClipLoss` of [N, D] features; ``scale``: 0-d, in the dtype of sums."""
-    loss: Tensor = apply(_Dense, image, text, scale, None)
+    loss: Tensor = apply(_Dense, image, text, scale, None, needs_grad(image, text, scale, None))
     return loss
 
 
 def dense_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """The loss of :class:`SigLipLoss` of [N, D] features; ``scale`` and ``bias``: 0-d, in the dtype of sums."""
-    loss: Tensor = apply(_Dense, image, text, scale, bias)
+    loss: Tensor = apply(_Dense, image, text, scale, bias, needs_grad(image, text, scale, bias))
     return loss
 
 
@@ -45,22 +45,25 @@ class _Dense(torch.autograd.Function):
     """Either loss, and what its gradients are proportional to."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, needs: list[bool]) -> Tensor:
         dtype = product_dtype("", image, None)
         # The casts are made below, once; autocast would make them again in each product.
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return _Dense._forward(ctx, image, text, scale, bias, dtype)
-        return _Dense._forward(ctx, image, text, scale, bias, dtype)
+                return _Dense._forward(ctx, image, text, scale, bias, needs, dtype)
+        return _Dense._forward(ctx, image, text, scale, bias, needs, dtype)
 
     @staticmethod
-    def _forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _forward(
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype
+    ) -> Tensor:  # fmt: skip
         N, D = image.shape
         # On the CPU reading a number waits for nothing, and as alpha it costs no pass over S.
         acc, factor = sum_dtype(dtype), scale.item()
         # Rounded as products ask, then widened: S and everything made of it are in the dtype of sums.
         x, y = image.to(dtype).to(acc), text.to(dtype).to(acc)
-        need_image, need_text, need_scale, need_bias = ctx.needs_input_grad
+        # Not ctx's, which say under no_grad what would need a gradient without it.
+        need_image, need_text, need_scale, need_bias = needs
         with bf16_products(_cpu_products.pays(image.device, dtype, N * N * D)):
             shift = scale if bias is None else bias
             S = torch.addmm(shift, x, y.T, beta=0 if bias is None else 1, alpha=factor)
@@ -85,7 +88,7 @@ class _Dense(torch.autograd.Function):
         image, text, *scalars = ctx.saved_tensors
         weight = gradient / ctx.count
         features = (None if one is None else (one * weight).to(dtype) for one, dtype in zip((image, text), ctx.dtypes, strict=True))
-        return *features, *(None if one is None else one * weight for one in scalars)
+        return *features, *(None if one is None else one * weight for one in scalars), None
 
 
 def _softmax(S: Tensor) -> tuple[Tensor, Tensor]:

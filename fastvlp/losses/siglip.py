@@ -23,7 +23,7 @@ class SigLipLoss(ContrastiveLoss):
     """Sigmoid cross-entropy of every pair of the batch (Zhai et al. 2023, arXiv:2303.15343).
 
     1/N * sum_ij softplus(-z_ij * S_ij) with S = logit_scale * image_features @ text_features.T + logit_bias over the whole batch, z = 1 for
-    i = j, else -1. One sweep; S is never stored.
+    i = j, else -1. One sweep; S is not stored, but on the CPU for up to 724 pairs of one process.
 
     Arguments and call of ``open_clip.SigLipLoss`` 3.3, and ``chunk_size``. Where it differs:
 

@@ -15,7 +15,10 @@ def _setting() -> Any:
 
 def _supported() -> bool:
     """Whether this CPU multiplies bfloat16 and this torch (2.9 or later) says so for float32 tensors."""
-    return hasattr(_setting(), "fp32_precision") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # A torch built without oneDNN lacks the operator that is asked.
+    if not (torch.backends.mkldnn.is_available() and hasattr(_setting(), "fp32_precision")):
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 FAST = _supported()

@@ -76,3 +76,16 @@ def test_the_setting_is_of_the_operator_alone():
     assert setting.fp32_precision == before
     softmax(*made())
     assert setting.fp32_precision == before
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "stored" in name])
+def test_nothing_is_made_for_gradients_that_nobody_takes(case):
+    """The scale of a model needs a gradient in an evaluation, too; one product is enough there."""
+    _, n, kind = CASES[case]
+    x, y = made(n)
+    scale = torch.tensor(20.0, requires_grad=True)
+    loss = ClipLoss() if kind == "softmax" else SigLipLoss()
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        loss(x, y, scale)
+    products = sum(event.count for event in seen.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+    assert products == 1

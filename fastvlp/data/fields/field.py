@@ -70,7 +70,7 @@ class Field:
         Args:
             words: uint64 [n], a random word of each sample; all fields get the same.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no __call__; a field says how its stream is made of samples")
 
     def prepare(self, raw: Sequence[Any]) -> Tensor | Packed:
         """The stream of what someone has in hand (pictures, strings), for evaluation: nothing random, nothing left out."""
