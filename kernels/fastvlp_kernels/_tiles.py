@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._cpu_products import pays
+from ._cpu_products import bf16_products, pays
 from ._inputs import sum_dtype
 
 # A tile and one buffer of its size (1 MiB each in float32) stay in the second-level caches of two cores.
@@ -26,8 +26,8 @@ class Tiles:
     """The operands of S_ij = scale * <x_i, y_j> + row_bias_i + col_bias_j as products read them, and buffers that are allocated once.
 
     Attributes:
-        acc: dtype of sums. y: [N, D] in it, rounded to ``dtype``. tile_m, tile_n: sides of a tile. fast: products are to be computed
-            inside of ``bf16_products``, with operands that hold numbers of ``dtype``.
+        acc: dtype of sums. y: [N, D] in it, rounded to ``dtype``. tile_m, tile_n: sides of a tile. fast: products are made
+            in ``bf16_products``, of operands that hold numbers of ``dtype``.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class Tiles:
     def product(self, scaled: Tensor, j: slice, out: Tensor) -> Tensor:
         """S but for its biases, of ``scaled`` rows and the columns j."""
         if self.fast:  # the scale would be rounded into an operand
-            return torch.addmm(out, scaled, self.y[j].T, beta=0, alpha=self.scale.item(), out=out)
+            with bf16_products(True):
+                return torch.addmm(out, scaled, self.y[j].T, beta=0, alpha=self.scale.item(), out=out)
         return torch.mm(scaled, self.y[j].T, out=out)
 
     def same(self, i: slice, j: slice) -> Tensor | None:

@@ -24,12 +24,8 @@ def sweep(a: Inputs, grad: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor
 
     All in the dtype of sums; what is not made has 0 elements.
     """
-    with bf16_products(pays(a.x.device, a.dtype, a.x.shape[1] * LEAST)):
-        return _sweep(a, grad, needs)
-
-
-def _sweep(a: Inputs, grad: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, V = a.x.shape[0], a.weight.shape[0]
+    fast = pays(a.x.device, a.dtype, a.x.shape[1] * LEAST)
     acc = sum_dtype(a.dtype)
     need_x, need_weight, need_bias = needs if grad is not None else (False, False, False)
     dweight = zeros(a.weight, a.weight.shape if need_weight else (0,), acc)
@@ -53,13 +49,15 @@ def _sweep(a: Inputs, grad: Tensor | None, needs: Sequence[bool]) -> tuple[Tenso
     for rows in chunks:
         x = part.x[rows].to(a.dtype).to(acc)
         logits = buffer[: len(x) * V].view(len(x), V)
-        torch.mm(x, weight.T, out=logits)
+        with bf16_products(fast):
+            torch.mm(x, weight.T, out=logits)
         chunk = part._replace(x=x, targets=part.targets[rows])
         _differentiate(logits, bias, chunk, loss[rows], part_grad[rows] if part_grad is not None and any(needs) else None)
-        if need_x:
-            torch.mm(logits, weight, out=dx[rows])
-        if need_weight:
-            dweight.addmm_(logits.T, x)
+        with bf16_products(fast):
+            if need_x:
+                torch.mm(logits, weight, out=dx[rows])
+            if need_weight:
+                dweight.addmm_(logits.T, x)
         if need_bias:
             dbias += logits.sum(0)
     if part is not a:

@@ -39,17 +39,7 @@ def forward(
     One sweep over tiles of u = -z t / log 2 with t the logits: e = 2^u gives both softplus(-z t) = log1p(e) and the coefficient
     dloss/dt = -z e / (1 + e). Positive pairs are negated before and after, so that neither end of e loses digits.
     """
-    inputs = (x, y, scale, bias, row_bias, col_bias, row_weight, col_weight, row_ids, col_ids, exclude, offset, dtype, needs)
     fast = pays(x.device, dtype, min(len(x), TILE) * min(len(y), TILE) * x.shape[1])
-    with bf16_products(fast):
-        return _sweep(*inputs, fast)
-
-
-def _sweep(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, row_weight: Tensor | None,
-    col_weight: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None, exclude: bool, offset: int | None, dtype: torch.dtype,
-    needs: Sequence[bool], fast: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
     accumulate = sum_dtype(dtype)
     M, N, D = x.shape[0], y.shape[0], x.shape[1]
     need_x, need_y, need_scale, need_bias, need_row_bias, need_col_bias, need_row_weight, need_col_weight = needs
@@ -81,7 +71,8 @@ def _sweep(
             cols = slice(j, min(j + TILE, N))
             y_tile = y[cols].to(dtype).to(accumulate)
             tile, scratch = buffers[:, : len(x_tile) * len(y_tile)].view(2, len(x_tile), len(y_tile))
-            torch.mm(x_scaled, y_tile.T, out=tile)
+            with bf16_products(fast):
+                torch.mm(x_scaled, y_tile.T, out=tile)
             if fast:  # the scale would be rounded into the operand
                 tile.mul_(scale / LN2)
             tile.add_(shift)
@@ -130,10 +121,11 @@ def _sweep(
                 drow_bias[rows] += tile.sum(1)
             if need_col_bias:
                 dcol_bias[cols] += tile.sum(0)
-            if make_gy:
-                dx_tile.addmm_(tile, y_tile)
-            if need_y:
-                dy[cols].addmm_(tile.T, x_tile)
+            with bf16_products(fast):
+                if make_gy:
+                    dx_tile.addmm_(tile, y_tile)
+                if need_y:
+                    dy[cols].addmm_(tile.T, x_tile)
         if need_scale and make_gy:
             dscale += (x_tile * dx_tile).sum()
     if need_scale and not make_gy:

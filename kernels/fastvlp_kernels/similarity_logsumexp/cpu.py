@@ -175,12 +175,7 @@ def _accumulate(S: Tensor, buffer: Tensor, rows: _Running, cols: _Running, i: sl
 def forward(a: Inputs, stash: Tensor) -> Results:
     """Log-sum-exps of the rows and columns of S, and its offset diagonal. ``stash``, from ``new_stash``, is filled."""
     tiles = _Tiles(a)
-    with bf16_products(tiles.fast):
-        return _forward(tiles, stash)
-
-
-def _forward(tiles: _Tiles, stash: Tensor) -> Results:
-    a, like = tiles.a, tiles.y
+    like = tiles.y
     counted = _Running(tiles.M, like), _Running(tiles.N, like)
     alike = (_Running(tiles.M, like), _Running(tiles.N, like)) if a.both else None
     positive = like.new_zeros(0 if a.offset is None else tiles.M)
@@ -286,12 +281,6 @@ class _Flow:
 def backward(g: ResultGrads, a: Inputs, results: Results, needs: Needs, stash: Tensor) -> Grads:
     """Gradients of the inputs. The log-sum-exps in ``results`` may be those of a larger matrix that holds this one."""
     tiles = _Tiles(a)
-    with bf16_products(tiles.fast):
-        return _backward(g, tiles, results, needs, stash)
-
-
-def _backward(g: ResultGrads, tiles: _Tiles, results: Results, needs: Needs, stash: Tensor) -> Grads:
-    a = tiles.a
     M, N, D = tiles.M, tiles.N, a.x.shape[1]
     new = tiles.y.new_zeros
     own = own_logits(a, results.positive)
@@ -333,11 +322,12 @@ def _backward(g: ResultGrads, tiles: _Tiles, results: Results, needs: Needs, sta
             if of_own is not None:
                 diagonal, where = tiles.positives(dS, i, j)
                 diagonal.copy_(of_own[where])
-            if by_x:
-                # beta = 0 in the first tile: the buffer still holds the rows before.
-                torch.addmm(A, dS, tiles.y[j], beta=min(j.start, 1), out=A)
-            if by_y:
-                d_y[j].addmm_(dS.T, row_operand)
+            with bf16_products(tiles.fast):
+                if by_x:
+                    # beta = 0 in the first tile: the buffer still holds the rows before.
+                    torch.addmm(A, dS, tiles.y[j], beta=min(j.start, 1), out=A)
+                if by_y:
+                    d_y[j].addmm_(dS.T, row_operand)
             if needs.row_bias:
                 d_row_bias[i] += dS.sum(1)
             if needs.col_bias:
